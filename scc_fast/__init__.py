@@ -1,0 +1,33 @@
+"""Test-time defense of CLIP-style models against adversarial images."""
+
+from scc_fast._version import __version__
+from scc_fast.api import DefendedCLIP, Defender, defend, image_seeds
+from scc_fast.config import (
+    MethodConfig,
+    NoneConfig,
+    RNConfig,
+    SCCConfig,
+    TTCConfig,
+    TTEConfig,
+    View,
+)
+from scc_fast.models import VisionLanguage, load_model
+from scc_fast.result import DefenseResult
+
+__all__ = [
+    "DefendedCLIP",
+    "Defender",
+    "DefenseResult",
+    "MethodConfig",
+    "NoneConfig",
+    "RNConfig",
+    "SCCConfig",
+    "TTCConfig",
+    "TTEConfig",
+    "View",
+    "VisionLanguage",
+    "__version__",
+    "defend",
+    "image_seeds",
+    "load_model",
+]

@@ -1,0 +1,105 @@
+"""Files of the hub and tokenizers: what may need the network, and says so when there is none."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_NEEDS_TRANSFORMERS = 'transformers is not installed; run: pip install "scc_fast[transformers]"'
+CLIP_VOCABULARY = 49408  # the merges that open_clip ships; the number names the vocabulary
+_PROBE_SECONDS = 10.0
+
+
+def build_tokenizer(
+    text: Mapping[str, Any], folder: Path | None, cache_dir: Any
+) -> Callable[..., Any]:
+    """open_clip's tokenizer for a text_cfg; ``folder`` is where the model's own files lie."""
+    from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+
+    options = {"context_length": text.get("context_length", 77), **text.get("tokenizer_kwargs", {})}
+    if folder is not None and (folder / "merges.txt.gz").is_file():
+        return SimpleTokenizer(bpe_path=str(folder / "merges.txt.gz"), **options)
+    repo = text.get("hf_tokenizer_name")
+    if not repo:
+        return SimpleTokenizer(**options)
+    need_transformers()
+    if folder is None:
+        files = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json")
+        fetch(repo, files, cache_dir, f"tokenizer {repo}")
+    options["tokenizer_mode"] = text.get("tokenizer_mode")
+    if cache_dir is not None:
+        options["cache_dir"] = str(cache_dir)
+    try:
+        try:  # without the network first: a failed look-up there is retried for most of a minute
+            return HFTokenizer(str(folder or repo), local_files_only=True, **options)
+        except Exception:
+            if folder is not None:
+                raise
+            return HFTokenizer(repo, **options)
+    except Exception as error:
+        raise RuntimeError(
+            f"tokenizer: {str(folder or repo)!r} cannot be loaded ({short(error)}); pass "
+            "tokenizer=, or keep its files beside the weights and use local-dir:"
+        ) from error
+
+
+def stand_in_tokenizer(text: Mapping[str, Any]) -> Callable[..., Any]:
+    """Words to arbitrary fixed ids: for random weights, where the real ids would mean nothing."""
+    size, length = int(text.get("vocab_size", CLIP_VOCABULARY)), int(text.get("context_length", 77))
+
+    def tokenize(prompts: Sequence[str]) -> Tensor:
+        ids = torch.zeros(len(prompts), length, dtype=torch.long)
+        for row, prompt in zip(ids, prompts, strict=True):
+            words = [1 + zlib.crc32(w.encode()) % (size - 2) for w in prompt.lower().split()]
+            words = [*words[: length - 1], size - 1]  # the highest id ends the text, as in CLIP
+            row[: len(words)] = torch.tensor(words)
+        return ids
+
+    return tokenize
+
+
+def fetch(repo: str, files: Sequence[str], cache_dir: Any, what: str) -> Path:
+    """The first of ``files`` in the cache, else from the hub; fails within about ten seconds."""
+    import huggingface_hub as hub
+    from huggingface_hub.utils import EntryNotFoundError
+
+    cache = str(cache_dir or hub.constants.HF_HUB_CACHE)
+    for file in files:
+        cached = hub.try_to_load_from_cache(repo, file, cache_dir=cache)
+        if isinstance(cached, str):
+            return Path(cached)
+    cause: Exception | None = None
+    try:
+        for file in files:
+            try:  # asked once: the hub's own download retries five times for each name
+                hub.get_hf_file_metadata(hub.hf_hub_url(repo, file), timeout=_PROBE_SECONDS)
+            except EntryNotFoundError as error:
+                cause = error
+                continue
+            return Path(hub.hf_hub_download(repo, file, cache_dir=cache))
+    except Exception as error:
+        cause = error
+    raise RuntimeError(
+        f"{what}: not found. Looked for {' or '.join(files)} of https://huggingface.co/{repo} in "
+        f"the cache folder {cache} and on the network ({short(cause)}). Without a network, pass "
+        "a local file, load_model(name, pretrained='/path/to/file.safetensors'), or a folder, "
+        "load_model('local-dir:/path/to/folder')"
+    ) from cause
+
+
+def need_transformers() -> None:
+    try:
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise ImportError(_NEEDS_TRANSFORMERS) from error
+
+
+def short(error: BaseException | None) -> str:
+    text = " ".join(str(error).split())
+    name = type(error).__name__
+    return f"{name}: {text[:300]}{'...' if len(text) > 300 else ''}" if text else name

@@ -1,0 +1,149 @@
+"""Projected gradient descent (Madry et al., arXiv 1706.06083) against three opponents.
+
+The protocol is that of TTC and SCC: random start in the ball, sum of cross-entropies, sign steps,
+no restarts, the last iterate is the answer. `pgd` knows the undefended model alone, `view_aware`
+also the views a defense averages over, `adaptive` the whole defense.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from scc_fast.api import Defender
+from scc_fast.config import IDENTITY, parse_epsilon
+from scc_fast.reference import philox, step
+
+# (x, step) -> gradient of the loss to ascend, the shape of x.
+Gradient = Callable[[Tensor, int], Tensor]
+
+
+def pgd(
+    defender: Defender,
+    x: Tensor,
+    labels: Tensor,
+    seeds: Tensor,
+    *,
+    epsilon: float,
+    steps: int = 10,
+    alpha: float = 1 / 255,
+) -> Tensor:
+    """PGD on the undefended model: what the literature calls robust accuracy is measured on this.
+
+    Args:
+        defender: any Defender of the model; only its model and classes are used.
+        x: (B, 3, H, W) float32 in [0, 1].
+        labels: (B,) int64 true classes.
+        seeds: (B,) int64, for the random start.
+        epsilon, alpha: budget and step, pixel units in [0, 1).
+        steps: at least 1.
+
+    Returns:
+        Attacked images (B, 3, H, W) in [0, 1], within epsilon of x.
+    """
+    return _ascend(
+        lambda point, _: _loss_gradient(
+            lambda pixels: defender.logits(pixels, seeds, (IDENTITY,)), point, labels
+        ),
+        *_checked(x, labels, seeds),
+        epsilon=epsilon,
+        steps=steps,
+        alpha=alpha,
+    )
+
+
+def view_aware(
+    defender: Defender,
+    x: Tensor,
+    labels: Tensor,
+    seeds: Tensor,
+    *,
+    epsilon: float,
+    steps: int = 30,
+    alpha: float = 1 / 255,
+) -> Tensor:
+    """PGD on the mean cross-entropy over the defense's views, without its perturbation."""
+    views = defender.views(min(x.shape[-2:]))
+
+    def gradient(point: Tensor, _: int) -> Tensor:
+        return sum(
+            _loss_gradient(lambda p, v=view: defender.logits(p, seeds, (v,)), point, labels)
+            for view in views
+        ) / len(views)
+
+    return _ascend(gradient, *_checked(x, labels, seeds), epsilon=epsilon, steps=steps, alpha=alpha)
+
+
+def adaptive(
+    defender: Defender,
+    x: Tensor,
+    labels: Tensor,
+    seeds: Tensor,
+    *,
+    epsilon: float,
+    steps: int = 30,
+    alpha: float = 1 / 255,
+    eot: int = 2,
+) -> Tensor:
+    """BPDA-identity PGD with EOT through the whole defense.
+
+    Each step runs the defense on the current point, takes the loss gradient of its prediction at
+    the defended pixels, and applies it to the point (Athalye et al., arXiv 1802.00420); averaged
+    over `eot` draws of the defense's noise. The draws are the attacker's own: they never include
+    the seed the defense is then judged with.
+    """
+    if eot < 1:
+        raise ValueError(f"eot must be at least 1, got {eot}")
+
+    def gradient(point: Tensor, at: int) -> Tensor:
+        total = torch.zeros_like(point)
+        for draw in range(eot):
+            keys = philox.derive(seeds, philox.EOT, at * eot + draw)
+            with torch.no_grad():
+                delta = defender.run(point, keys).delta
+            total += _loss_gradient(
+                lambda p, d=delta, k=keys: defender.logits(p + d, k), point, labels
+            )
+        return total
+
+    return _ascend(gradient, *_checked(x, labels, seeds), epsilon=epsilon, steps=steps, alpha=alpha)
+
+
+def _loss_gradient(logits: Callable[[Tensor], Tensor], point: Tensor, labels: Tensor) -> Tensor:
+    with torch.enable_grad():
+        leaf = point.detach().requires_grad_()
+        loss = F.cross_entropy(logits(leaf), labels, reduction="sum")
+    return torch.autograd.grad(loss, leaf)[0]
+
+
+def _ascend(
+    gradient: Gradient,
+    x: Tensor,
+    seeds: Tensor,
+    *,
+    epsilon: float,
+    steps: int,
+    alpha: float,
+) -> Tensor:
+    epsilon, alpha = parse_epsilon(epsilon), parse_epsilon(alpha)
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    with torch.inference_mode(False), torch.no_grad():
+        start = 2 * philox.uniform_like(x, seeds, philox.ATTACK_START) - 1
+        delta = step.project(start * epsilon, x, epsilon)
+        for at in range(steps):
+            delta = step.pgd_step(delta, gradient(x + delta, at), x, alpha, epsilon)
+        return (x + delta).clamp(0, 1)
+
+
+def _checked(x: Tensor, labels: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor]:
+    if labels.shape != (len(x),) or labels.dtype != torch.int64:
+        raise ValueError(
+            f"labels must be int64 of shape ({len(x)},), got {labels.dtype} {tuple(labels.shape)}"
+        )
+    if seeds.shape != (len(x),):
+        raise ValueError(f"seeds must be of shape ({len(x)},), got {tuple(seeds.shape)}")
+    return x.detach(), seeds

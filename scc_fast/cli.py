@@ -1,0 +1,206 @@
+"""The command line: scc-fast demo, defend and doctor."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Test-time defense of CLIP-style models against adversarial images.",
+)
+out, err = Console(), Console(stderr=True)
+
+Json = Annotated[
+    Path | None, typer.Option("--json", help="Also write the result to this file.", metavar="FILE")
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Seed = Annotated[int, typer.Option(help="Same seed, same result.")]
+
+
+class Method(str, Enum):
+    """Names a command line can ask for."""
+
+    scc = "scc"
+    ttc = "ttc"
+    tte = "tte"
+    rn = "rn"
+    none = "none"
+
+
+@app.command()
+def demo(
+    n: Annotated[int, typer.Option(help="Test pictures.", min=1)] = 48,
+    adaptive_n: Annotated[
+        int, typer.Option(help="Of these, under the adaptive attack.", min=1)
+    ] = 16,
+    figure: Annotated[Path, typer.Option(help="Figure to write.")] = Path("scc_fast_demo.png"),
+    seed: Seed = 0,
+    json: Json = None,
+    debug: Debug = False,
+) -> None:
+    """Attack the bundled model, defend it, print one table and draw one figure."""
+    from scc_fast.evaluate.demo import Demo
+    from scc_fast.evaluate.report import table, write_json
+
+    _figure_format(figure)
+    show = Demo(n=n, adaptive_n=min(n, adaptive_n), seed=seed)
+    with _progress() as bar:
+        task = bar.add_task("attacking and defending", total=show.chunks() + 1)
+        rows, defenders = show.run(lambda: bar.advance(task))
+        show.figure(figure, defenders)
+        bar.advance(task)
+    out.print(table(rows, f"bundled model, test split, seed {seed}"))
+    out.print(
+        "An oblivious attacker (PGD) does not know the defense. View-aware and adaptive ones do: "
+        "read those columns before you rely on it."
+    )
+    out.print(f"figure: {figure}")
+    if json is not None:
+        write_json(json, {"rows": rows})
+
+
+@app.command()
+def defend(
+    pictures: Annotated[list[Path], typer.Argument(help="Picture files.", metavar="PICTURE…")],
+    labels: Annotated[str | None, typer.Option(help='Classes: "a dog,a wolf", or @FILE.')] = None,
+    model: Annotated[str, typer.Option(help='"tiny", an open_clip name, or local-dir:…')] = "tiny",
+    pretrained: Annotated[str | None, typer.Option(help="open_clip tag or weights file.")] = None,
+    method: Annotated[Method, typer.Option(help="The defense.")] = Method.scc,
+    epsilon: Annotated[str | None, typer.Option(help="Budget: 4/255 or 0.0157.")] = None,
+    top: Annotated[int, typer.Option(help="Labels to print.", min=1)] = 3,
+    output: Annotated[Path, typer.Option(help="Folder for the repaired pictures.")] = Path("."),
+    figure: Annotated[Path | None, typer.Option(help="Comparison figure to write.")] = None,
+    seed: Seed = 0,
+    json: Json = None,
+    debug: Debug = False,
+) -> None:
+    """Classify pictures before and after the repair, and write the repaired pictures."""
+    from scc_fast.evaluate.pictures import defend_files
+
+    if figure is not None:
+        _figure_format(figure)
+    classes = _classes(labels, model)
+    config = _config(method.value, epsilon)
+    defended = defend_files(
+        pictures,
+        model=model,
+        pretrained=pretrained,
+        classes=classes,
+        method=method.value,
+        config=config,
+        top=top,
+        output=output,
+        figure=figure,
+        seed=seed,
+        report=out.print,
+        warn=lambda text: err.print(text, style="red", markup=False),
+        json=json,
+    )
+    if defended.failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def doctor(
+    model: Annotated[str | None, typer.Option(help="Also show this model's preprocessing.")] = None,
+    pretrained: Annotated[str | None, typer.Option(help="open_clip tag or weights file.")] = None,
+    json: Json = None,
+    debug: Debug = False,
+) -> None:
+    """Show versions, what was built, and which backend serves each op, with reasons."""
+    from scc_fast import doctor as examination
+    from scc_fast.evaluate.report import write_json
+
+    found = examination.report()
+    if model is not None:
+        from scc_fast.models import load_model
+
+        found["model"] = load_model(model, pretrained).info()
+    examination.show(out, found)
+    if json is not None:
+        write_json(json, found)
+
+
+def _classes(labels: str | None, model: str) -> list[str]:
+    if labels is None:
+        if model != "tiny":
+            raise click.UsageError('--labels is needed, such as --labels "a dog,a wolf"')
+        from scc_fast import tiny
+
+        return tiny.prompts()
+    if labels.startswith("@"):
+        path = Path(labels[1:])
+        if not path.is_file():
+            raise click.UsageError(f"--labels: no file {path}; it holds one label a line")
+        parts = path.read_text().splitlines()
+    else:
+        parts = labels.split(",")
+    classes = [part.strip() for part in parts if part.strip()]
+    if len(set(classes)) < 2:
+        raise click.UsageError(f"--labels must name at least two different classes, got {labels!r}")
+    return classes
+
+
+def _config(method: str, epsilon: str | None) -> dict[str, Any]:
+    if epsilon is None:
+        return {}
+    if method in ("tte", "none"):
+        raise click.UsageError(f"--epsilon has no meaning for --method {method}")
+    from scc_fast.config import parse_epsilon
+
+    try:
+        return {"epsilon": parse_epsilon(epsilon)}
+    except ValueError as error:
+        raise click.UsageError(f"--epsilon: {error}") from None
+
+
+def _figure_format(figure: Path) -> None:
+    if figure.suffix.lower() not in (".png", ".pdf", ".svg"):
+        raise click.UsageError(f"--figure must end in .png, .pdf or .svg, got {figure}")
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=err,
+        transient=True,
+    )
+    with bar:
+        yield bar
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point: 0 done, 1 failed, 2 wrong usage, 130 interrupted; one clear line on stderr."""
+    arguments = sys.argv[1:] if argv is None else argv
+    code = 1
+    try:
+        code = app(arguments, prog_name="scc-fast", standalone_mode=False) or 0
+    except (KeyboardInterrupt, click.Abort):
+        err.print("interrupted; nothing half-written was left")
+        code = 130
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except Exception as error:
+        if "--debug" in arguments:
+            raise
+        text = " ".join(str(error).split()) or type(error).__name__
+        err.print(f"scc-fast: {text}", style="red", markup=False, soft_wrap=True)
+    sys.exit(code)

@@ -1,0 +1,95 @@
+"""What scc-fast doctor tells: versions, what was built, which backend serves each op and why."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from typing import Any
+
+import torch
+
+from scc_fast import _extension, ops
+from scc_fast._version import __version__
+
+_PACKAGES = (
+    "torch",
+    "triton",
+    "open_clip_torch",
+    "transformers",
+    "torchvision",
+    "safetensors",
+    "numpy",
+    "pillow",
+)
+# Ops of the method that only the reference serves in this version.
+_REFERENCE_ONLY = (
+    "make_views",
+    "pgd_step_",
+    "drift_head",
+    "pseudo_label",
+    "margin_head",
+    "mean_logits",
+)
+
+
+def report() -> dict[str, Any]:
+    """Everything about this installation as plain values."""
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    return {
+        "versions": {
+            "scc_fast": __version__,
+            "python": platform.python_version(),
+            **{name: _version(name) for name in _PACKAGES},
+        },
+        "machine": {
+            "platform": platform.platform(),
+            "threads": torch.get_num_threads(),
+            "torch cuda": torch.version.cuda or "none",
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none visible",
+        },
+        "extension": {
+            "built for": _extension.BUILT,
+            "loaded": _extension.available(),
+            "why not": _extension.WHY,
+        },
+        "ops": [row for device in devices for row in _ops(device)],
+    }
+
+
+def _ops(device: str) -> list[dict[str, Any]]:
+    rows = []
+    for op in ("philox_uniform", "philox_normal"):
+        why_not = ops.backends_of(op, device)
+        served = ops.choose(op, device, None)
+        rows.append({"op": op, "device": device, "served by": served, "why not": why_not})
+    missing = "not written yet: this version serves it from the reference"
+    for op in _REFERENCE_ONLY:
+        why_not = {"reference": None, "cpp": missing, "triton": missing}
+        rows.append({"op": op, "device": device, "served by": "reference", "why not": why_not})
+    return rows
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def show(console: Any, found: dict[str, Any]) -> None:
+    """Print a report as tables."""
+    from rich.table import Table
+
+    for section in ("versions", "machine", "extension", "model"):
+        if section in found:
+            table = Table(title=section, show_header=False, title_justify="left")
+            for name, value in found[section].items():
+                table.add_row(str(name), str(value))
+            console.print(table)
+    table = Table(title="ops", title_justify="left")
+    for name in ("op", "device", "served by", "why not the others"):
+        table.add_column(name)
+    for row in found["ops"]:
+        reasons = [f"{name}: {why}" for name, why in row["why not"].items() if why]
+        table.add_row(row["op"], row["device"], row["served by"], "\n".join(reasons))
+    console.print(table)

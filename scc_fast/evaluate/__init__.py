@@ -1,0 +1,1 @@
+"""Accuracy of defenses under attacks: a resumable runner, tables and figures."""

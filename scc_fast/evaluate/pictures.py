@@ -1,0 +1,120 @@
+"""Defend picture files: labels before and after, repaired pictures, a comparison figure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from scc_fast.api import Defender
+from scc_fast.evaluate.report import atomic, comparison_figure, write_json
+from scc_fast.images import to_batch, to_pil
+from scc_fast.models import load_model
+
+
+@dataclass(frozen=True)
+class Defended:
+    """What became of each file: a plain dict for --json, and the files that failed."""
+
+    rows: list[dict[str, Any]]
+    failed: list[Path]
+
+
+def defend_files(
+    files: Sequence[Path],
+    *,
+    model: str,
+    pretrained: str | None,
+    classes: Sequence[str],
+    method: str,
+    config: dict[str, Any],
+    top: int,
+    output: Path,
+    figure: Path | None,
+    seed: int,
+    json: Path | None,
+    report: Callable[[Any], None],
+    warn: Callable[[str], None],
+) -> Defended:
+    """Defend every file that can be read; a bad one is named and the others go on."""
+    loaded = load_model(model, pretrained)
+    defender = Defender(loaded, classes, method=method, config=config)
+    bare = Defender(loaded, text_features=defender.text_features, method="none")
+    rows: list[dict[str, Any]] = []
+    failed: list[Path] = []
+    kept = []
+    for file in files:
+        try:
+            x = to_batch(file, loaded)
+            before, after = bare(x, seed), defender(x, seed)
+            target = output / f"{file.stem}.repaired.png"
+            with atomic(target) as partial:
+                to_pil(after.images[0]).save(partial)
+        except (ValueError, OSError) as error:
+            failed.append(file)
+            warn(f"scc-fast: {file}: {error}")
+            continue
+        row = {
+            "picture": str(file),
+            "before": _top(before, classes, top),
+            "after": _top(after, classes, top),
+            "flagged": bool(after.flagged[0]),
+            "drift": None if torch.isnan(after.drift[0]) else float(after.drift[0]),
+            "repaired": str(target),
+            "seed": seed,
+            "method": method,
+            "seconds": after.timings["total"],
+        }
+        rows.append(row)
+        kept.append((x, before, after))
+        report(_table(row))
+    if figure is not None and kept:
+        _figure(figure, kept, classes)
+        report(f"figure: {figure}")
+    if json is not None:
+        write_json(json, {"pictures": rows, "failed": [str(file) for file in failed]})
+    return Defended(rows, failed)
+
+
+def _top(result, classes: Sequence[str], k: int) -> list[dict[str, Any]]:
+    values, labels = result.topk(k)
+    return [
+        {"label": classes[label], "probability": value}
+        for value, label in zip(values[0].tolist(), labels[0].tolist(), strict=True)
+    ]
+
+
+def _table(row: dict[str, Any]):
+    from rich.table import Table
+
+    drift = "" if row["drift"] is None else f", drift {row['drift']:.3f}"
+    verdict = "flagged as attacked" if row["flagged"] else "not flagged"
+    table = Table(
+        title=f"{row['picture']}: {verdict}{drift}; repaired: {row['repaired']}",
+        title_justify="left",
+    )
+    table.add_column("before")
+    table.add_column("", justify="right")
+    table.add_column("after")
+    table.add_column("", justify="right")
+    for old, new in zip(row["before"], row["after"], strict=True):
+        cells = [
+            old["label"],
+            f"{old['probability']:.1%}",
+            new["label"],
+            f"{new['probability']:.1%}",
+        ]
+        table.add_row(*cells)
+    return table
+
+
+def _figure(path: Path, kept: list, classes: Sequence[str]) -> None:
+    from scc_fast.result import DefenseResult
+
+    pictures = torch.cat([x for x, _, _ in kept])
+    before = DefenseResult.concatenate([b for _, b, _ in kept])
+    after = DefenseResult.concatenate([a for _, _, a in kept])
+    comparison_figure(path, pictures, None, before, after, classes)

@@ -1,0 +1,171 @@
+"""Rows of an evaluation as a table, as JSON, and as one comparison figure per picture set."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from scc_fast.evaluate.runner import Row
+from scc_fast.result import DefenseResult
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place only if the block succeeds."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".partial-", suffix=path.suffix)
+    os.close(handle)
+    partial = Path(name)
+    try:
+        yield partial
+        partial.chmod(0o644)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON whole or not at all; Row objects become plain dicts."""
+
+    def plain(item: Any) -> Any:
+        if dataclasses.is_dataclass(item) and not isinstance(item, type):
+            return dataclasses.asdict(item)
+        raise TypeError(f"cannot write {type(item).__name__} as JSON")
+
+    with atomic(path) as partial:
+        partial.write_text(json.dumps(value, indent=1, default=plain) + "\n")
+
+
+def columns(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """(attack, eps) in the order the rows bring them, "worst per image" last."""
+    seen = dict.fromkeys((row.attack, row.eps) for row in rows)
+    return sorted(seen, key=lambda column: column[0] == "worst per image")
+
+
+def cell(row: Row | None) -> str:
+    """Accuracy in percent with its 95 % interval, as "94.8 [93.2, 96.0]"."""
+    if row is None:
+        return "–"
+    return f"{100 * row.accuracy:.1f} [{100 * row.ci_low:.1f}, {100 * row.ci_high:.1f}]"
+
+
+def grid(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Header and body of the accuracy table: a line a defense, a column an attack."""
+    names = list(dict.fromkeys(row.defense for row in rows))
+    found = {(row.defense, row.attack, row.eps): row for row in rows}
+    header = ["defense"]
+    for attack, eps in columns(rows):
+        counts = sorted({row.n for row in rows if (row.attack, row.eps) == (attack, eps)})
+        budget = "" if attack == "clean" else f" {eps}"
+        header.append(f"{attack}{budget} (n={'/'.join(map(str, counts))})")
+    body = []
+    for name in names:
+        times = [row.ms_per_image for row in rows if row.defense == name and row.ms_per_image > 0]
+        cells = [cell(found.get((name, *column))) for column in columns(rows)]
+        body.append([name, *cells, f"{sorted(times)[len(times) // 2]:.1f}" if times else "–"])
+    return [*header, "ms/image"], body
+
+
+def table(rows: Sequence[Row], title: str) -> Table:
+    """The accuracy table for a terminal."""
+    from rich.table import Table
+
+    header, body = grid(rows)
+    drawn = Table(title=title, caption="percent correct [95 % Wilson interval]")
+    for index, name in enumerate(header):
+        drawn.add_column(name, justify="left" if index == 0 else "right")
+    for line in body:
+        drawn.add_row(*line)
+    return drawn
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The same table for a page."""
+    header, body = grid(rows)
+    lines = [header, ["---"] + ["--:"] * (len(header) - 1), *body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def comparison_figure(
+    path: Path,
+    pictures: Tensor,
+    attacked: Tensor | None,
+    before: DefenseResult,
+    after: DefenseResult,
+    names: Sequence[str],
+    truth: Sequence[int] | None = None,
+    clean: DefenseResult | None = None,
+) -> None:
+    """One row a picture: picture, attacked, repaired, amplified differences, top-3 with bars.
+
+    Args:
+        path: PNG, PDF or SVG to write.
+        pictures: (n, 3, H, W) in [0, 1], before any attack.
+        attacked: the same after the attack, or None where there was none.
+        before, after: undefended and defended results on what the model got to see.
+        names: the K class names.
+        truth: n true classes, to colour the bars.
+        clean: undefended result on the pictures before the attack.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg", force=False)
+    from matplotlib.figure import Figure
+
+    seen = pictures if attacked is None else attacked
+    images: list[tuple[str, Tensor]] = [("picture", pictures)]
+    if attacked is not None:
+        images += [("attacked", attacked), ("attack ×20", _amplify(attacked - pictures))]
+    images += [("repaired", after.images), ("repair ×20", _amplify(after.images - seen))]
+    bars = [] if clean is None else [("picture, undefended", clean)]
+    bars += [("attacked, undefended" if attacked is not None else "undefended", before)]
+    bars += [("attacked, defended" if attacked is not None else "defended", after)]
+    figure = Figure(figsize=(1.6 * len(images) + 2.3 * len(bars), 1.75 * len(pictures) + 0.4))
+    axes = figure.subplots(
+        len(pictures),
+        len(images) + len(bars),
+        squeeze=False,
+        width_ratios=[1.0] * len(images) + [1.35] * len(bars),
+    )
+    for row in range(len(pictures)):
+        for column, (title, batch) in enumerate(images):
+            axis = axes[row][column]
+            axis.imshow(batch[row].permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
+            axis.set_axis_off()
+            if row == 0:
+                axis.set_title(title, fontsize=9)
+        for column, (title, result) in enumerate(bars, start=len(images)):
+            axis = axes[row][column]
+            _draw_bars(axis, result, row, names, None if truth is None else truth[row])
+            if row == 0:
+                axis.set_title(title, fontsize=9)
+    figure.tight_layout()
+    with atomic(path) as partial:
+        figure.savefig(partial, dpi=130)
+
+
+def _amplify(difference: Tensor) -> Tensor:
+    return (0.5 + 20 * difference).clamp(0, 1)
+
+
+def _draw_bars(axis, result: DefenseResult, row: int, names: Sequence[str], truth) -> None:
+    values, labels = torch.topk(result.probs[row], min(3, len(names)))
+    for place, (value, label) in enumerate(zip(values.tolist(), labels.tolist(), strict=True)):
+        colour = "#8a8a8a" if truth is None else "#3a923a" if label == truth else "#c03d3e"
+        axis.barh(-place, value, color=colour, height=0.42)
+        text = f"{names[label]}  {value:.0%}"
+        axis.text(0.0, -place + 0.27, text, fontsize=7.5, va="bottom", ha="left")
+    axis.set(xlim=(0, 1), ylim=(-2.5, 0.75))
+    axis.set_axis_off()

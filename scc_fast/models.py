@@ -1,0 +1,366 @@
+"""Vision-language models behind one interface: frozen, in eval mode, your object untouched."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol, cast, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from scc_fast import _weights
+from scc_fast._preprocess import Preprocess, Triple, triple
+
+Tokenizer = Callable[..., Any]
+
+
+@runtime_checkable
+class VisionLanguage(Protocol):
+    """What the rest of scc_fast asks of a model.
+
+    ``image_size`` is (height, width). ``mean`` and ``std`` normalise pixels in [0, 1]. ``defaults``
+    maps a method to overrides of its configuration. ``flip=False`` says that a mirrored picture
+    may be another class (digits, text). ``resize_edge`` is transformers' shortest edge before its
+    centre crop; None: open_clip's resizing.
+    """
+
+    name: str
+    source: str
+    image_size: tuple[int, int]
+    mean: Triple
+    std: Triple
+    interpolation: str
+    resize_mode: str
+    fill_color: int
+    resize_edge: int | None
+    embed_dim: int
+    logit_scale: float
+    logit_bias: float
+    device: torch.device
+    defaults: dict[str, dict[str, Any]]
+    flip: bool
+    templates: tuple[str, ...]
+
+    def encode_image(self, pixels: Tensor) -> Tensor: ...
+
+    def encode_text(self, prompts: Sequence[str], batch_size: int = 256) -> Tensor: ...
+
+    def info(self) -> dict[str, Any]: ...
+
+
+def frozen_twin(model: nn.Module) -> nn.Module:
+    """Copy of ``model`` in eval mode, without gradients, on the same storage.
+
+    ``model`` keeps its mode, its requires_grad flags and its gradients. Inference tensors are
+    cloned, because autograd cannot save them for the backward pass to the pixels. Hooks are kept.
+    """
+    model = _weights.unwrap(model)
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError("model: a TorchScript module cannot be used; load it with jit=False")
+    if any(p.is_meta for p in model.parameters()):
+        raise ValueError("model: has parameters on the meta device; load its weights first")
+
+    def share(tensor: Tensor) -> Tensor:
+        return tensor.detach().clone() if tensor.is_inference() else tensor.detach()
+
+    with torch.inference_mode(False), torch.no_grad():
+        # deepcopy takes what the memo holds instead of copying it
+        memo: dict[int, Any] = {
+            id(p): nn.Parameter(share(p), requires_grad=False) for p in model.parameters()
+        }
+        for module in model.modules():
+            for value in (*module._buffers.values(), *vars(module).values()):
+                if isinstance(value, Tensor):
+                    memo.setdefault(id(value), share(value))
+        try:
+            twin = copy.deepcopy(model, memo)
+        except Exception as error:
+            raise ValueError(f"model: {type(model).__name__} cannot be copied: {error}") from error
+    twin.eval()
+    for module in twin.modules():
+        for flag in ("grad_checkpointing", "gradient_checkpointing"):
+            if getattr(module, flag, False):  # recomputing saves memory only for weight gradients
+                setattr(module, flag, False)
+    return twin
+
+
+class FrozenModel:
+    """The one implementation of :class:`VisionLanguage`; the adapters say how to call the towers.
+
+    ``module`` is the frozen twin, for engines that run it in their own way.
+    """
+
+    kind = ""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        preprocess: Preprocess,
+        tokenizer: Tokenizer,
+        *,
+        name: str,
+        source: str,
+        device: torch.device | str | None = None,
+        defaults: Mapping[str, dict[str, Any]] | None = None,
+        flip: bool = True,
+        templates: Sequence[str] = ("{}",),
+    ) -> None:
+        self.module = frozen_twin(model)
+        self.device = next(self.module.parameters()).device
+        if device is not None and torch.device(device) != self.device:
+            self.module = self.module.to(device)
+            self.device = next(self.module.parameters()).device
+        self.name, self.source, self.tokenizer = name, source, tokenizer
+        self.image_size = preprocess.image_size
+        self.mean, self.std = preprocess.mean, preprocess.std
+        self.interpolation, self.resize_mode = preprocess.interpolation, preprocess.resize_mode
+        self.fill_color, self.resize_edge = preprocess.fill_color, preprocess.resize_edge
+        self.defaults = copy.deepcopy(dict(defaults or {}))
+        self.flip, self.templates = bool(flip), tuple(templates)
+        scale, bias = (getattr(self.module, key, None) for key in ("logit_scale", "logit_bias"))
+        if not isinstance(scale, Tensor):
+            raise ValueError(f"model: {type(model).__name__} has no logit_scale parameter")
+        self.logit_scale = float(scale.detach().float().exp())
+        self.logit_bias = float(bias.detach().float()) if isinstance(bias, Tensor) else 0.0
+        # The patch convolution decides: reduced precisions keep some parameters in float32
+        dtypes = [p.dtype for p in self._vision().parameters() if p.ndim == 4]
+        self.dtype = dtypes[0] if dtypes else next(self._vision().parameters()).dtype
+        self.embed_dim = int(self.encode_text(["a"]).shape[1])  # proves that the tokenizer fits
+
+    def _vision(self) -> nn.Module:
+        raise NotImplementedError
+
+    def _image_features(self, pixels: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _text_features(self, prompts: list[str]) -> Tensor:
+        raise NotImplementedError
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        """Un-normalised image embeddings; gradients reach the pixels and nothing else.
+
+        Args:
+            pixels: (B, 3, H, W), resized to ``image_size`` and normalised.
+        Returns:
+            (B, D) float32. Under autocast the encoder runs in the autocast type.
+        Raises:
+            ValueError: another shape.
+        """
+        if pixels.ndim != 4 or tuple(pixels.shape[1:]) != (3, *self.image_size):
+            raise ValueError(
+                f"pixels: shape {tuple(pixels.shape)}, but {self.name} takes "
+                f"(B, 3, {self.image_size[0]}, {self.image_size[1]})"
+            )
+        if pixels.shape[0] == 0:
+            return pixels.new_zeros(0, self.embed_dim, dtype=torch.float32)
+        return self._image_features(pixels.to(self.dtype)).float()
+
+    def encode_text(self, prompts: Sequence[str], batch_size: int = 256) -> Tensor:
+        """Text embeddings of unit length. Equal prompts get embeddings equal to the bit.
+
+        Args:
+            prompts: K strings; at most ``batch_size`` of them are in memory as tokens at a time.
+        Returns:
+            (K, D) float32 on ``device``, an ordinary tensor without gradient in any caller's mode.
+        Raises:
+            TypeError: ``prompts`` is not a sequence of strings.
+            ValueError: ``batch_size`` below 1, or a tokenizer that does not fit the model.
+        """
+        if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+            raise TypeError(f"prompts: a list of strings is needed, got {type(prompts).__name__}")
+        for prompt in prompts:
+            if not isinstance(prompt, str):
+                raise TypeError(f"prompts: every one must be a string, got {prompt!r}")
+        if batch_size < 1:
+            raise ValueError(f"batch_size: must be at least 1, got {batch_size}")
+        place = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+        no_autocast = torch.autocast(self.device.type, enabled=False)
+        with torch.inference_mode(False), torch.no_grad(), no_autocast:
+            parts = [] if place else [torch.zeros(0, self.embed_dim, device=self.device)]
+            for batch in _batches(list(place), batch_size):
+                features = self._text_features(batch).float()
+                parts.append(nn.functional.normalize(features, dim=-1))
+            result = torch.cat(parts)
+            if len(place) == len(prompts):
+                return result
+            return result[torch.tensor([place[p] for p in prompts], device=self.device)]
+
+    def _ids(self, ids: Any, vocabulary: int | None) -> Tensor:
+        # Checked on the CPU: on a GPU an index out of range ends the process's CUDA context
+        if not isinstance(ids, Tensor):
+            raise TypeError(f"tokenizer: must return a tensor of ids, got {type(ids).__name__}")
+        if vocabulary is not None and ids.numel() and int(ids.max()) >= vocabulary:
+            raise ValueError(
+                f"tokenizer: gives id {int(ids.max())}, but the model's vocabulary has {vocabulary}"
+            )
+        return ids.to(self.device)
+
+    def info(self) -> dict[str, Any]:
+        """Everything declared about the model, as plain values (for ``scc-fast doctor``)."""
+        fields = (*VisionLanguage.__annotations__, "kind")
+        result = {key: copy.deepcopy(getattr(self, key)) for key in fields}
+        count = sum(p.numel() for p in self.module.parameters())
+        return {**result, "device": str(self.device), "dtype": str(self.dtype), "parameters": count}
+
+
+class OpenCLIPModel(FrozenModel):
+    """Models with ``encode_image`` and ``encode_text`` (open_clip, OpenAI's clip package)."""
+
+    kind = "open_clip"
+
+    def __init__(self, model: nn.Module, *args: Any, **options: Any) -> None:
+        # CoCa normalises unless told otherwise; OpenAI's package has no such argument
+        known = inspect.signature(cast(Any, model).encode_image).parameters
+        self._plain = {"normalize": False} if "normalize" in known else {}
+        super().__init__(model, *args, **options)
+
+    def _vision(self) -> nn.Module:
+        return cast(nn.Module, self.module.visual)
+
+    def _image_features(self, pixels: Tensor) -> Tensor:
+        return cast(Tensor, cast(Any, self.module).encode_image(pixels, **self._plain))
+
+    def _text_features(self, prompts: list[str]) -> Tensor:
+        module = cast(Any, self.module)
+        size = getattr(getattr(module, "text", module), "vocab_size", None)
+        ids = self._ids(self.tokenizer(prompts), getattr(module, "vocab_size", size))
+        return cast(Tensor, module.encode_text(ids, **self._plain))
+
+
+class TransformersModel(FrozenModel):
+    """CLIPModel, SiglipModel and their like, of transformers 4 and 5."""
+
+    kind = "transformers"
+
+    def _vision(self) -> nn.Module:
+        return cast(nn.Module, self.module.vision_model)
+
+    def _image_features(self, pixels: Tensor) -> Tensor:
+        return _as_tensor(cast(Any, self.module).get_image_features(pixel_values=pixels))
+
+    def _text_features(self, prompts: list[str]) -> Tensor:
+        module = cast(Any, self.module)
+        text = module.config.text_config
+        # SigLIP was trained on padded text; a fixed length also makes rows independent of a batch
+        tokens = self.tokenizer(
+            prompts,
+            padding="max_length",
+            truncation=True,
+            max_length=text.max_position_embeddings,
+            return_tensors="pt",
+        )
+        inputs = {"input_ids": self._ids(tokens["input_ids"], text.vocab_size)}
+        if module.config.model_type != "siglip" and "attention_mask" in tokens:
+            inputs["attention_mask"] = tokens["attention_mask"].to(self.device)
+        return _as_tensor(module.get_text_features(**inputs))
+
+
+def load_model(
+    model: str | Path | nn.Module | VisionLanguage,
+    pretrained: str | Path | None = None,
+    *,
+    tokenizer: Tokenizer | str | None = None,
+    processor: Any = None,
+    device: torch.device | str | None = None,
+    cache_dir: str | Path | None = None,
+    precision: str = "fp32",
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    flip: bool | None = None,
+) -> VisionLanguage:
+    """Load a vision-language model, or wrap one; it is frozen, and a model object stays as it was.
+
+    Args:
+        model: "tiny" (bundled); an open_clip name; "hf-hub:org/repo"; a folder, "local-dir:folder",
+            in open_clip's or transformers' layout; or an open_clip or transformers model.
+        pretrained: open_clip tag or weights file, for open_clip names. None: random weights,
+            the same in every call, for timing.
+        tokenizer: for objects: open_clip's tokenizer or the name of the architecture; not needed
+            where the vocabulary is CLIP's own.
+        processor: transformers: AutoProcessor's object, or (image_processor, tokenizer).
+        device: default: an object's own, else CUDA where there is one.
+        cache_dir: where open_clip keeps downloads; a file found there is used without the network.
+        precision: open_clip's name of the weights' type, for what is loaded here.
+        mean, std: three numbers each, in place of the declared normalisation.
+        flip: False if a mirrored picture may be another class; default: what the model declares.
+    Raises:
+        TypeError, ValueError: an argument that cannot be right.
+        RuntimeError: weights that cannot be reached; says where it looked.
+
+    Example:
+        >>> model = load_model("ViT-B-32-quickgelu", pretrained="openai")  # doctest: +SKIP
+    """
+    if device is not None and torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device: {str(device)!r} asked for, but torch sees no CUDA device")
+    options = {"mean": mean, "std": std}
+    overrides: dict[str, Any] = {k: triple(v, k) for k, v in options.items() if v is not None}
+    if not isinstance(model, (str, Path, nn.Module)):
+        if isinstance(model, VisionLanguage):
+            return model
+        raise TypeError(f"model: a name, a folder or a model is needed, got {type(model).__name__}")
+    # Initialisation draws from torch's global generator, whose state is put back
+    with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
+        if isinstance(model, nn.Module):
+            if pretrained is not None or precision != "fp32":
+                raise ValueError("pretrained, precision: only for names, not for a model object")
+            found = _weights.from_object(model, tokenizer, processor)
+        else:
+            found = _weights.from_name(
+                str(model), pretrained, tokenizer, processor, cache_dir, precision
+            )
+            if device is None:
+                device = "cuda" if torch.cuda.is_available() else "cpu"
+        adapter: type[FrozenModel] = OpenCLIPModel
+        if found.kind == "transformers":
+            adapter = TransformersModel
+            config = cast(Any, found.module).config
+            preprocess = Preprocess.from_transformers(found.image_processor, config)
+        else:
+            preprocess = Preprocess.from_open_clip(found.module, found.preprocess)
+        extra = {**found.extras, **({} if flip is None else {"flip": flip})}
+        preprocess = replace(preprocess, **overrides)
+        return adapter(
+            found.module,
+            preprocess,
+            found.tokenizer,
+            name=found.name,
+            source=found.source,
+            device=device,
+            **extra,
+        )
+
+
+def _as_tensor(output: Any) -> Tensor:
+    # transformers 4 returns the projected tensor, 5 an object that holds it
+    output = output if isinstance(output, Tensor) else getattr(output, "pooler_output", None)
+    if not isinstance(output, Tensor):
+        raise TypeError("model: its features are neither a tensor nor have a pooler_output")
+    return output
+
+
+def _batches(items: list[str], size: int) -> Iterator[list[str]]:
+    # A progress bar only for a person who has already waited for two seconds
+    start, bar, task = time.monotonic(), None, None
+    try:
+        for first in range(0, len(items), size):
+            yield items[first : first + size]
+            if bar is None and time.monotonic() - start > 2 and sys.stderr.isatty():
+                try:
+                    from rich.console import Console
+                    from rich.progress import Progress
+                except ImportError:
+                    continue
+                bar = Progress(console=Console(stderr=True), transient=True)
+                task = bar.add_task("prompts", total=len(items))
+                bar.start()
+            if bar is not None and task is not None:
+                bar.update(task, completed=first + size)
+    finally:
+        if bar is not None:
+            bar.stop()

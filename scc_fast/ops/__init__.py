@@ -1,0 +1,127 @@
+"""The ops: schema, fake, reference and choice of backend, once per op.
+
+An op is torch.ops.scc_fast.<name>. Its reference is the CompositeExplicitAutograd kernel, so it
+runs on every machine; where scc_fast._C is loaded, the CPU and CUDA kernels registered there win.
+Its Triton twin is a plain function of the same name and signature in scc_fast.kernels.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from scc_fast import _extension
+
+BACKENDS = ("reference", "cpp", "triton")
+
+# The first available one serves backend=None. To be set by benchmark.
+_PREFERENCE = {"cuda": ("triton", "cpp", "reference"), "cpu": ("cpp", "reference")}
+
+_LIBRARY = torch.library.Library("scc_fast", "DEF")
+_HAS_TRITON: dict[str, bool] = {}  # per op, filled by define
+
+
+def define(
+    schema: str,
+    *,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    triton: bool = False,
+) -> Callable[..., Any]:
+    """Define one op and return its overload.
+
+    Args:
+        schema: "name(Tensor x, …) -> Tensor", without a namespace.
+        reference: the op in plain PyTorch, on any device.
+        fake: the shapes and dtypes of its result, from fake tensors.
+        triton: whether scc_fast.kernels holds a twin of it.
+    """
+    name = schema.split("(")[0]
+    _LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
+    _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"scc_fast::{name}", fake, lib=_LIBRARY)
+    _HAS_TRITON[name] = triton
+    return getattr(torch.ops.scc_fast, name).default
+
+
+def names() -> tuple[str, ...]:
+    """The names of all ops defined so far."""
+    return tuple(_HAS_TRITON)
+
+
+def backends_of(op: str, device: torch.device | str) -> dict[str, str | None]:
+    """Per backend of an op on a device, None where it is available, else the reason why not."""
+    kind = torch.device(device).type
+    return {"reference": None, "cpp": _why_not_cpp(op, kind), "triton": _why_not_triton(op, kind)}
+
+
+# Dynamo takes the answer as a constant: nothing here depends on a tensor's values.
+@torch.compiler.assume_constant_result
+def choose(op: str, kind: str, backend: str | None) -> str:
+    """The backend that serves an op on a kind of device ("cpu", "cuda", …).
+
+    Raises:
+        ValueError: an unknown backend.
+        RuntimeError: the backend asked for by name is not available; says why.
+    """
+    return _choose(op, kind, backend)
+
+
+@functools.cache
+def _choose(op: str, kind: str, backend: str | None) -> str:
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"{op}: backend must be None or one of {BACKENDS}, got {backend!r}")
+    why_not = backends_of(op, kind)
+    if backend is None:
+        ranking = _PREFERENCE.get(kind, ("reference",))
+        return next(name for name in ranking if why_not[name] is None)
+    if why_not[backend] is not None:
+        raise RuntimeError(f"{op}: backend {backend!r} is not available: {why_not[backend]}")
+    return backend
+
+
+def _why_not_cpp(op: str, kind: str) -> str | None:
+    if kind not in ("cpu", "cuda"):
+        return f"there are no C++ kernels for {kind} tensors"
+    if not _extension.available():
+        return _extension.WHY
+    # Asked of the dispatcher rather than of BUILT: it knows each op and device.
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"scc_fast::{op}", kind.upper()):
+        return None
+    return f"scc_fast._C (built for {_extension.BUILT}) holds no {op} for {kind} tensors"
+
+
+def _why_not_triton(op: str, kind: str) -> str | None:
+    if not _HAS_TRITON[op]:
+        return f"{op} has no Triton kernel"
+    if kind not in ("cpu", "cuda"):
+        return f"there are no Triton kernels for {kind} tensors"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    if kind == "cpu" and not _triton_is_interpreted():
+        return "on CPU tensors Triton needs TRITON_INTERPRET=1, set before triton is imported"
+    return None
+
+
+def _triton_is_interpreted() -> bool:
+    """Whether @triton.jit interprets: fixed for good when triton decorated its own library."""
+    import triton
+
+    return not isinstance(triton.language.softmax, triton.JITFunction)
+
+
+from scc_fast.ops.philox import philox_normal, philox_uniform  # noqa: E402  (needs define)
+
+__all__ = [
+    "BACKENDS",
+    "backends_of",
+    "choose",
+    "define",
+    "names",
+    "philox_normal",
+    "philox_uniform",
+]

@@ -1,0 +1,38 @@
+"""The controls: no defense, random noise, and views without a perturbation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from scc_fast.config import IDENTITY, NoneConfig, RNConfig, TTEConfig, View
+from scc_fast.reference import heads, step
+from scc_fast.reference.ttc import Outcome, Setting, look
+
+
+def none(setting: Setting, x: Tensor, seeds: Tensor, config: NoneConfig) -> Outcome:
+    """The model's own prediction."""
+    return _outcome(setting, x, seeds, (IDENTITY,), torch.zeros_like(x))
+
+
+def rn(setting: Setting, x: Tensor, seeds: Tensor, config: RNConfig) -> Outcome:
+    """Uniform noise: TTC with zero steps, and with the same noise."""
+    delta = step.initial_delta(x, seeds, config.epsilon)
+    return _outcome(setting, x, seeds, (IDENTITY,), delta)
+
+
+def tte(
+    setting: Setting, x: Tensor, seeds: Tensor, views: Sequence[View], config: TTEConfig
+) -> Outcome:
+    """Mean logits over views (Pérez et al., ICCVW 2021, arXiv 2107.14110)."""
+    return _outcome(setting, x, seeds, views, torch.zeros_like(x))
+
+
+def _outcome(
+    setting: Setting, x: Tensor, seeds: Tensor, views: Sequence[View], delta: Tensor
+) -> Outcome:
+    logits = heads.mean_logits(look(setting, x + delta, seeds, views), setting.classes)
+    drift = x.new_full((len(x),), torch.nan)
+    return Outcome(logits, delta, drift, torch.zeros(len(x), dtype=torch.bool, device=x.device))

@@ -1,0 +1,129 @@
+"""TTC, the test-time counterattack: SCC's warm-up, and a method of its own.
+
+Xing et al., "CLIP is Strong Enough to Fight Back", CVPR 2025 (arXiv 2503.03613).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from scc_fast.config import IDENTITY, TTCConfig, View
+from scc_fast.reference import heads, step
+from scc_fast.reference.heads import Classes
+from scc_fast.reference.views import make_views
+
+# Pixels (B, 3, H, W) in [0, 1] to un-normalised embeddings (B, D): f after φ.
+Encode = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a method works with: the frozen encoder, the classes, the fill of a shifted view."""
+
+    encode: Encode
+    classes: Classes
+    fill: Tensor  # (3,), the normalisation mean
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a method returns, per image."""
+
+    logits: Tensor  # (B, K)
+    delta: Tensor  # (B, 3, H, W)
+    drift: Tensor  # τ (B,); NaN where the method does not measure it
+    flagged: Tensor  # (B,) bool: taken as attacked, and repaired
+
+
+def look(setting: Setting, x: Tensor, seeds: Tensor, views: Sequence[View]) -> Tensor:
+    """f of every view of x: (L, B, D)."""
+    seen = make_views(x, seeds, views, setting.fill)
+    return setting.encode(seen.flatten(0, 1)).unflatten(0, seen.shape[:2])
+
+
+def look_at(
+    setting: Setting, x: Tensor, delta: Tensor, seeds: Tensor, views: Sequence[View]
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """f of every view of x + δ, and the map from ∂J/∂f (L, B, D) to ∂J/∂δ (B, 3, H, W)."""
+    with torch.enable_grad():
+        leaf = delta.detach().requires_grad_()
+        features = look(setting, x.detach() + leaf, seeds, views)
+
+    def pull_back(gradient: Tensor) -> Tensor:
+        return torch.autograd.grad(features, leaf, gradient)[0]
+
+    return features.detach(), pull_back
+
+
+@dataclass(frozen=True)
+class Counterattack:
+    """The warm-up's outcome; `features` are those of the views of x + δ⁰, (L, B, D)."""
+
+    delta: Tensor
+    drift: Tensor
+    flagged: Tensor
+    features: Tensor
+
+
+def counterattack(
+    setting: Setting,
+    x: Tensor,
+    seeds: Tensor,
+    views: Sequence[View],
+    config: TTCConfig,
+    gate: bool = True,
+) -> Counterattack:
+    """TTC's steps 1 to 4, with the drift averaged over the views (SCC's step 1).
+
+    An image with τ ≥ τ* keeps δ⁰ and takes no part in the steps.
+    """
+    delta0 = step.initial_delta(x, seeds, config.epsilon)
+    with torch.no_grad():
+        anchor = setting.encode(x)
+    features0, pull_back = look_at(setting, x, delta0, seeds, views)
+    drift = heads.relative_drift(features0[0], anchor)
+    flagged = drift < config.tau if gate else torch.ones_like(drift, dtype=torch.bool)
+    if config.steps == 0 or not flagged.any():
+        return Counterattack(delta0, drift, flagged, features0)
+
+    weights = step.iterate_weights(config.steps, config.beta).to(x.device)
+    gradient = pull_back(heads.drift_head(features0, anchor))[flagged]
+    x, seeds, anchor, delta = x[flagged], seeds[flagged], anchor[flagged], delta0[flagged]
+    weighted = weights[0] * delta
+    for t in range(config.steps):
+        if t > 0:
+            features, pull_back = look_at(setting, x, delta, seeds, views)
+            gradient = pull_back(heads.drift_head(features, anchor))
+        delta = step.pgd_step(delta, gradient, x, config.alpha, config.epsilon)
+        weighted = weighted + weights[t + 1] * delta
+    return Counterattack(merge(delta0, flagged, weighted), drift, flagged, features0)
+
+
+def merge(all_rows: Tensor, flagged: Tensor, flagged_rows: Tensor) -> Tensor:
+    """`all_rows` with the rows of the flagged images replaced."""
+    return all_rows.index_put((flagged,), flagged_rows)
+
+
+def predict(
+    setting: Setting, x: Tensor, seeds: Tensor, views: Sequence[View], warm: Counterattack
+) -> Tensor:
+    """Mean logits over the views (B, K); images left at δ⁰ have had their forward pass."""
+    logits = heads.mean_logits(warm.features, setting.classes)
+    rows = warm.flagged
+    if torch.is_grad_enabled():  # an attacker who differentiates needs a live pass for all images
+        rows = torch.ones_like(rows)
+    if not rows.any():
+        return logits
+    repaired = look(setting, (x + warm.delta)[rows], seeds[rows], views)
+    return merge(logits, rows, heads.mean_logits(repaired, setting.classes))
+
+
+def ttc(setting: Setting, x: Tensor, seeds: Tensor, config: TTCConfig) -> Outcome:
+    """The whole method: x (B, 3, H, W) in [0, 1], seeds (B,) int64."""
+    warm = counterattack(setting, x, seeds, (IDENTITY,), config)
+    logits = predict(setting, x, seeds, (IDENTITY,), warm)
+    return Outcome(logits, warm.delta, warm.drift, warm.flagged)

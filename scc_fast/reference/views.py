@@ -1,0 +1,57 @@
+"""The views v_1…v_L of an image and the encoder's preprocessing φ."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from scc_fast.config import View
+from scc_fast.reference import philox
+
+
+def make_views(pixels: Tensor, seeds: Tensor, views: Sequence[View], fill: Tensor) -> Tensor:
+    """All views of a batch, in pixel space, before φ.
+
+    Args:
+        pixels: (B, 3, H, W) in [0, 1].
+        seeds: (B,) int64; noise is a function of (seed, view), the same in every step.
+        views: L views.
+        fill: (3,) what a shift uncovers: the normalisation mean, so that it is zero after φ.
+
+    Returns:
+        (L, B, 3, H, W).
+    """
+    seen = [_view(pixels, seeds, index, view, fill) for index, view in enumerate(views)]
+    return torch.stack(seen)
+
+
+def _view(pixels: Tensor, seeds: Tensor, index: int, view: View, fill: Tensor) -> Tensor:
+    if view.shift != (0, 0):
+        pixels = _shift(pixels, view.shift, fill)
+    if view.flip:
+        pixels = pixels.flip(-1)
+    if view.noise > 0 and len(pixels):
+        noise = philox.normal(seeds, philox.VIEW_NOISE, index, pixels[0].numel())
+        pixels = (pixels + view.noise * noise.view_as(pixels)).clamp(0, 1)
+    return pixels
+
+
+def _shift(pixels: Tensor, shift: tuple[int, int], fill: Tensor) -> Tensor:
+    down, right = shift
+    row = torch.arange(pixels.shape[-2], device=pixels.device) - down
+    column = torch.arange(pixels.shape[-1], device=pixels.device) - right
+    from_inside = ((row >= 0) & (row < len(row)))[:, None] & (column >= 0) & (column < len(column))
+    return torch.where(from_inside, pixels.roll(shift, dims=(-2, -1)), fill.view(3, 1, 1))
+
+
+def preprocess(pixels: Tensor, size: tuple[int, int], mean: Tensor, std: Tensor) -> Tensor:
+    """φ: bicubic resize to the encoder's size where they differ, then (· − mean)/std.
+
+    The resize is antialiased: without it a large photograph would reach the encoder aliased.
+    """
+    if pixels.shape[-2:] != size:
+        pixels = F.interpolate(pixels, size, mode="bicubic", align_corners=False, antialias=True)
+    return (pixels - mean.view(3, 1, 1)) / std.view(3, 1, 1)
