@@ -9,7 +9,6 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -18,6 +17,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     help="Test-time defense of CLIP-style models against adversarial images.",
 )
 out, err = Console(), Console(stderr=True)
@@ -136,20 +136,22 @@ def doctor(
 def _classes(labels: str | None, model: str) -> list[str]:
     if labels is None:
         if model != "tiny":
-            raise click.UsageError('--labels is needed, such as --labels "a dog,a wolf"')
+            raise typer.BadParameter('--labels is needed, such as --labels "a dog,a wolf"')
         from scc_fast import tiny
 
         return tiny.prompts()
     if labels.startswith("@"):
         path = Path(labels[1:])
         if not path.is_file():
-            raise click.UsageError(f"--labels: no file {path}; it holds one label a line")
+            raise typer.BadParameter(f"--labels: no file {path}; it holds one label a line")
         parts = path.read_text().splitlines()
     else:
         parts = labels.split(",")
     classes = [part.strip() for part in parts if part.strip()]
     if len(set(classes)) < 2:
-        raise click.UsageError(f"--labels must name at least two different classes, got {labels!r}")
+        raise typer.BadParameter(
+            f"--labels must name at least two different classes, got {labels!r}"
+        )
     return classes
 
 
@@ -157,18 +159,18 @@ def _config(method: str, epsilon: str | None) -> dict[str, Any]:
     if epsilon is None:
         return {}
     if method in ("tte", "none"):
-        raise click.UsageError(f"--epsilon has no meaning for --method {method}")
+        raise typer.BadParameter(f"--epsilon has no meaning for --method {method}")
     from scc_fast.config import parse_epsilon
 
     try:
         return {"epsilon": parse_epsilon(epsilon)}
     except ValueError as error:
-        raise click.UsageError(f"--epsilon: {error}") from None
+        raise typer.BadParameter(f"--epsilon: {error}") from None
 
 
 def _figure_format(figure: Path) -> None:
     if figure.suffix.lower() not in (".png", ".pdf", ".svg"):
-        raise click.UsageError(f"--figure must end in .png, .pdf or .svg, got {figure}")
+        raise typer.BadParameter(f"--figure must end in .png, .pdf or .svg, got {figure}")
 
 
 @contextmanager
@@ -187,20 +189,13 @@ def _progress() -> Iterator[Progress]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point: 0 done, 1 failed, 2 wrong usage, 130 interrupted; one clear line on stderr."""
+    """Entry point: exits 0 done, 1 failed (one clear line on stderr) or 2 wrong usage."""
     arguments = sys.argv[1:] if argv is None else argv
-    code = 1
     try:
-        code = app(arguments, prog_name="scc-fast", standalone_mode=False) or 0
-    except (KeyboardInterrupt, click.Abort):
-        err.print("interrupted; nothing half-written was left")
-        code = 130
-    except click.ClickException as error:
-        error.show()
-        code = error.exit_code
+        app(arguments, prog_name="scc-fast")
     except Exception as error:
         if "--debug" in arguments:
             raise
         text = " ".join(str(error).split()) or type(error).__name__
         err.print(f"scc-fast: {text}", style="red", markup=False, soft_wrap=True)
-    sys.exit(code)
+        sys.exit(1)

@@ -8,6 +8,7 @@ also the views a defense averages over, `adaptive` the whole defense.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -44,10 +45,9 @@ def pgd(
     Returns:
         Attacked images (B, 3, H, W) in [0, 1], within epsilon of x.
     """
+    bare = partial(defender.logits, seeds=seeds, views=(IDENTITY,))
     return _ascend(
-        lambda point, _: _loss_gradient(
-            lambda pixels: defender.logits(pixels, seeds, (IDENTITY,)), point, labels
-        ),
+        lambda point, _: _loss_gradient(bare, point, labels),
         *_checked(x, labels, seeds),
         epsilon=epsilon,
         steps=steps,
@@ -69,10 +69,11 @@ def view_aware(
     views = defender.views(min(x.shape[-2:]))
 
     def gradient(point: Tensor, _: int) -> Tensor:
-        return sum(
-            _loss_gradient(lambda p, v=view: defender.logits(p, seeds, (v,)), point, labels)
-            for view in views
-        ) / len(views)
+        total = torch.zeros_like(point)
+        for view in views:
+            seen = partial(defender.logits, seeds=seeds, views=(view,))
+            total += _loss_gradient(seen, point, labels)
+        return total / len(views)
 
     return _ascend(gradient, *_checked(x, labels, seeds), epsilon=epsilon, steps=steps, alpha=alpha)
 
@@ -104,9 +105,8 @@ def adaptive(
             keys = philox.derive(seeds, philox.EOT, at * eot + draw)
             with torch.no_grad():
                 delta = defender.run(point, keys).delta
-            total += _loss_gradient(
-                lambda p, d=delta, k=keys: defender.logits(p + d, k), point, labels
-            )
+            # The gradient at the defended pixels is passed on as it is: BPDA's identity.
+            total += _loss_gradient(partial(defender.logits, seeds=keys), point + delta, labels)
         return total
 
     return _ascend(gradient, *_checked(x, labels, seeds), epsilon=epsilon, steps=steps, alpha=alpha)

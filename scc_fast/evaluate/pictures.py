@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.table import Table
 
 from scc_fast.api import Defender
 from scc_fast.evaluate.report import atomic, comparison_figure, write_json
 from scc_fast.images import to_batch, to_pil
 from scc_fast.models import load_model
+from scc_fast.result import DefenseResult
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def defend_files(
     return Defended(rows, failed)
 
 
-def _top(result, classes: Sequence[str], k: int) -> list[dict[str, Any]]:
+def _top(result: DefenseResult, classes: Sequence[str], k: int) -> list[dict[str, Any]]:
     values, labels = result.topk(k)
     return [
         {"label": classes[label], "probability": value}
@@ -87,9 +89,7 @@ def _top(result, classes: Sequence[str], k: int) -> list[dict[str, Any]]:
     ]
 
 
-def _table(row: dict[str, Any]):
-    from rich.table import Table
-
+def _table(row: dict[str, Any]) -> Table:
     drift = "" if row["drift"] is None else f", drift {row['drift']:.3f}"
     verdict = "flagged as attacked" if row["flagged"] else "not flagged"
     table = Table(
@@ -112,8 +112,6 @@ def _table(row: dict[str, Any]):
 
 
 def _figure(path: Path, kept: list, classes: Sequence[str]) -> None:
-    from scc_fast.result import DefenseResult
-
     pictures = torch.cat([x for x, _, _ in kept])
     before = DefenseResult.concatenate([b for _, b, _ in kept])
     after = DefenseResult.concatenate([a for _, _, a in kept])

@@ -160,7 +160,9 @@ def _amplify(difference: Tensor) -> Tensor:
     return (0.5 + 20 * difference).clamp(0, 1)
 
 
-def _draw_bars(axis, result: DefenseResult, row: int, names: Sequence[str], truth) -> None:
+def _draw_bars(
+    axis: Any, result: DefenseResult, row: int, names: Sequence[str], truth: int | None
+) -> None:
     values, labels = torch.topk(result.probs[row], min(3, len(names)))
     for place, (value, label) in enumerate(zip(values.tolist(), labels.tolist(), strict=True)):
         colour = "#8a8a8a" if truth is None else "#3a923a" if label == truth else "#c03d3e"

@@ -17,7 +17,7 @@ import math
 import os
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -116,7 +116,7 @@ def _schedule(step: int, steps: int, peak: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
-def _text_features(model: nn.Module, tokenizer, step: int) -> Tensor:
+def _text_features(model: nn.Module, tokenizer: Callable[[list[str]], Tensor], step: int) -> Tensor:
     """All K classes, each under a prompt drawn for this step: (K, D) unit length."""
     draw = random.Random(step)
     prompts = [draw.choice(PROMPTS).format(name) for name in data.class_names()]

@@ -1,0 +1,135 @@
+"""The bundled model's accuracy: the sweep its defaults were chosen from, and the test table.
+
+    python benchmarks/tiny_accuracy.py sweep     # validation split, chooses nothing by itself
+    python benchmarks/tiny_accuracy.py test      # test split, everything the README quotes
+
+Either can be interrupted; the same command goes on. A JSON and a Markdown table land in
+benchmarks/results/cpu/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+import scc_fast
+from scc_fast import tiny
+from scc_fast.api import Defender
+from scc_fast.evaluate.report import atomic, markdown, table, write_json
+from scc_fast.evaluate.runner import Attack, Row, evaluate
+
+RESULTS = Path(__file__).parent / "results" / "cpu"
+CHUNK = 50
+
+
+def sweep_defenders(model: scc_fast.VisionLanguage) -> dict[str, Defender]:
+    """Undefended, TTC as published, and SCC over N_w, S, T and beta around METHOD.md's values."""
+    prompts = tiny.prompts()
+    found = {"none": Defender(model, prompts, method="none"), "ttc": published_ttc(model)}
+    for warmup, semantic in ((1, 0), (1, 2), (2, 0), (2, 1), (2, 2), (2, 3), (3, 2)):
+        config = scc_fast.SCCConfig(warmup_steps=warmup, semantic_steps=semantic)
+        found[f"scc N_w {warmup}, S {semantic}"] = Defender(model, prompts, config=config)
+    for temperature in (0.25, 1.0):
+        config = scc_fast.SCCConfig(temperature=temperature)
+        found[f"scc N_w 2, S 2, T {temperature}"] = Defender(model, prompts, config=config)
+    return found
+
+
+def test_defenders(model: scc_fast.VisionLanguage) -> dict[str, Defender]:
+    """What the table always shows: the controls, TTC as published, SCC and its ablations."""
+    prompts = tiny.prompts()
+    found = {m: Defender(model, prompts, method=m) for m in ("none", "rn", "tte")}
+    found["ttc as published"] = published_ttc(model)
+    found["scc"] = Defender(model, prompts)
+    ablations = {
+        "scc, semantic off": {"semantic": False},
+        "scc, spatial off": {"spatial": False},
+        "scc, paper's views": {"views": "paper"},
+    }
+    for name, change in ablations.items():
+        found[name] = Defender(model, prompts, config=change)
+    return found
+
+
+def published_ttc(model: scc_fast.VisionLanguage) -> Defender:
+    """TTC with the paper's values whatever the model's own defaults are."""
+    return Defender(model, tiny.prompts(), method="ttc", config=scc_fast.TTCConfig())
+
+
+def run(
+    name: str, defenders: dict[str, Defender], split: str, n: int, plan: list[Attack], seed: int
+) -> list[Row]:
+    """Evaluate with a progress bar; resumable through a state file beside the results."""
+    total = sum(-(-min(n, a.limit or n) // CHUNK) for a in plan)
+    rows: list[Row] = []
+    with Progress(console=Console(stderr=True)) as bar:
+        task = bar.add_task(name, total=total)
+        for so_far in evaluate(
+            defenders,
+            "scc" if "scc" in defenders else "scc N_w 2, S 2",
+            lambda start, stop: tiny.generate(split, range(start, stop)),
+            n,
+            plan,
+            seed=seed,
+            chunk=CHUNK,
+            state=RESULTS / f".{name}.state.jsonl",
+        ):
+            rows = so_far
+            bar.advance(task)
+    return rows
+
+
+def save(name: str, rows: list[Row], title: str) -> None:
+    """JSON and Markdown side by side, and the table on the terminal."""
+    machine = {
+        "platform": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "scc_fast": scc_fast.__version__,
+    }
+    write_json(RESULTS / f"{name}.json", {"title": title, "machine": machine, "rows": rows})
+    with atomic(RESULTS / f"{name}.md") as partial:
+        partial.write_text(f"# {title}\n\n{markdown(rows)}\n\nPercent correct, 95 % Wilson.\n")
+    Console(width=220).print(table(rows, title))
+
+
+def main() -> None:
+    """Parse and run."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=("sweep", "test"))
+    parser.add_argument("--n", type=int, help="pictures; 500 for the sweep, 1000 for the test")
+    parser.add_argument("--adaptive-n", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    model = scc_fast.load_model("tiny", device="cpu")
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    if options.what == "sweep":
+        n = options.n or 500
+        plan = [Attack(), Attack("pgd", 2 / 255), Attack("pgd", 4 / 255)]
+        rows = run("tiny-sweep", sweep_defenders(model), "validation", n, plan, options.seed)
+        save("tiny-sweep", rows, f"Bundled model, validation, n = {n}: choice of defaults")
+        return
+    n = options.n or 1000
+    plan = [Attack(), *(Attack("pgd", steps / 255) for steps in (1, 2, 4))]
+    rows = run("tiny-test", test_defenders(model), "test", n, plan, options.seed)
+    save("tiny-test", rows, f"Bundled model, test, n = {n}")
+    few = options.adaptive_n
+    aware = [
+        Attack("pgd", 4 / 255, limit=few),
+        Attack("view-aware", 4 / 255, steps=30, limit=few),
+        Attack("adaptive", 4 / 255, steps=30, eot=2, limit=few),
+    ]
+    names = ("none", "tte", "ttc as published", "scc")
+    some = {k: d for k, d in test_defenders(model).items() if k in names}
+    rows = run("tiny-adaptive", some, "test", few, aware, options.seed)
+    save("tiny-adaptive", rows, f"Bundled model, test, n = {few}: attacks that know the defense")
+
+
+if __name__ == "__main__":
+    main()
