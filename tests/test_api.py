@@ -1,0 +1,401 @@
+"""Defender and defend(): methods, results, inputs, prompts and seeds. What it refuses: the end."""
+
+from __future__ import annotations
+
+import functools
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from test_models import (
+    HFTokenizer,
+    hf_clip,
+    hf_image_processor,
+    hf_siglip,
+    small_open_clip,
+    small_tokenizer,
+)
+from torch import Tensor
+
+import scc_fast
+from scc_fast import Defender, DefenseResult, SCCConfig, TTCConfig, VisionLanguage, tiny
+from scc_fast.models import OpenCLIPModel
+from scc_fast.reference.views import make_views, preprocess
+
+KINDS = ("tiny", "open_clip", "hf_clip", "hf_siglip")
+METHODS = ("scc", "ttc", "tte", "rn", "none")
+FIVE = ("a photo of a cat", "a photo of a dog", "a drawing of a bee", "a red apple", "a tree")
+
+
+@functools.cache
+def model_of(kind: str) -> VisionLanguage:
+    """The bundled model, or a random one of 32 pixels behind each adapter."""
+    if kind == "tiny":
+        return scc_fast.load_model("tiny", device="cpu")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        if kind == "open_clip":
+            return scc_fast.load_model(small_open_clip(), tokenizer=small_tokenizer)
+        make, name = (hf_clip, "CLIP") if kind == "hf_clip" else (hf_siglip, "Siglip")
+        return scc_fast.load_model(make(), processor=(hf_image_processor(name), HFTokenizer(300)))
+
+
+def defender_of(kind: str = "tiny", **options: Any) -> Defender:
+    return Defender(model_of(kind), tiny.prompts() if kind == "tiny" else FIVE, **options)
+
+
+@functools.cache
+def _drawn(n: int) -> tuple[Tensor, Tensor]:
+    return tiny.generate("test", range(n))
+
+
+def pictures(kind: str = "tiny", n: int = 4) -> Tensor:
+    """(n, 3, H, W) in [0, 1] with some pixels at 0 and at 1, so that the box matters."""
+    if kind == "tiny":
+        return _drawn(n)[0].clone()
+    x = torch.rand(n, 3, 32, 32, generator=torch.Generator().manual_seed(n))
+    return (1.2 * x - 0.1).clamp(0, 1)
+
+
+def assert_same(a: DefenseResult, b: DefenseResult, rows: Sequence[int] | slice = slice(None)):
+    """b's rows are a. Two orders of one float sum may turn the sign of a gradient near zero."""
+    torch.testing.assert_close(a.logits, b.logits[rows], atol=2e-3, rtol=1e-4)
+    torch.testing.assert_close(a.drift, b.drift[rows], atol=1e-5, rtol=1e-4, equal_nan=True)
+    assert torch.equal(a.flagged, b.flagged[rows])
+    torch.testing.assert_close(a.inputs, b.inputs[rows], atol=1e-6, rtol=0)
+    assert ((a.delta - b.delta[rows]).abs() > 1e-6).float().mean() < 2e-3
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_method_on_every_model(kind: str, method: str) -> None:
+    defender, x = defender_of(kind, method=method), pictures(kind, 3)
+    before = x.clone()
+    result = defender(x, 5)
+    classes = len(defender.text_features)
+    assert torch.equal(x, before)
+    assert result.logits.shape == (len(result), classes) == (3, classes)
+    assert result.logits.isfinite().all()
+    assert {result.logits.dtype, result.delta.dtype, result.drift.dtype} == {torch.float32}
+    assert result.delta.shape == result.images.shape == x.shape
+    assert not any(t.requires_grad for t in (result.logits, result.delta, result.images))
+    epsilon = getattr(defender.config, "epsilon", 0.0)
+    assert result.delta.abs().max() <= epsilon + 1e-7
+    assert (x + result.delta).min() >= -1e-6
+    assert (x + result.delta).max() <= 1 + 1e-6
+    assert 0 <= result.images.min() <= result.images.max() <= 1
+    assert (result.delta.abs().amax(dim=(1, 2, 3)) > 0).all() == (method in ("scc", "ttc", "rn"))
+    assert result.flagged.dtype == torch.bool
+    measured = method in ("scc", "ttc")
+    assert result.drift.isfinite().all() == measured
+    assert torch.equal(result.flagged, result.drift < 0.2)
+    assert (result.method, result.backend, result.engine) == (method, "reference", "eager")
+    assert result.timings["total"] >= result.timings["defense"] > 0
+    again = defender(x, result.seeds)
+    assert torch.equal(again.logits, result.logits)
+    assert torch.equal(again.delta, result.delta)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_gate_decides_who_is_repaired(kind: str) -> None:
+    x = pictures(kind, 3)
+    noise = defender_of(kind, method="rn")(x, 5)
+    kept = defender_of(kind, method="ttc", config={"tau": 0.0})(x, 5)
+    assert not kept.flagged.any()
+    assert torch.equal(kept.delta, noise.delta)
+    torch.testing.assert_close(kept.logits, noise.logits)
+    for method in ("ttc", "scc"):
+        repaired = defender_of(kind, method=method, config={"tau": 100.0})(x, 5)
+        assert repaired.flagged.all()
+        assert not torch.equal(repaired.delta, noise.delta)
+    middle = float(kept.drift.median())
+    split = defender_of(kind, config={"tau": middle})(x, 5)
+    assert torch.equal(split.flagged, split.drift < middle)
+    assert split.flagged.sum() in (1, 2)
+    same = (split.delta == noise.delta).flatten(1).all(dim=1)
+    assert torch.equal(same, ~split.flagged)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_are_scaled_cosines_of_the_defended_pixels_plus_the_bias(kind: str) -> None:
+    model, x = model_of(kind), pictures(kind, 2)
+    mean, std = torch.tensor(model.mean), torch.tensor(model.std)
+    for method, options in (("none", {}), ("ttc", {"tau": 100.0}), ("scc", {"tau": 100.0})):
+        defender = defender_of(kind, method=method, config=options)
+        result = defender(x, 1)
+        views = make_views(x + result.delta, result.seeds, defender.views(x.shape[-1]), mean)
+        assert len(views) == (4 if method == "scc" else 1)
+        expected = torch.zeros_like(result.logits)
+        for view in views:
+            features = model.encode_image(preprocess(view, model.image_size, mean, std))
+            cosine = F.cosine_similarity(features[:, None], defender.text_features[None], dim=-1)
+            expected += (model.logit_scale * cosine + model.logit_bias) / len(views)
+        torch.testing.assert_close(result.logits, expected, atol=1e-3, rtol=1e-4)
+    assert (model.logit_bias != 0) == (kind == "hf_siglip")
+
+
+def test_lazy_results() -> None:
+    result = defender_of("open_clip", method="none")(pictures("open_clip", 3), 0)
+    torch.testing.assert_close(result.probs.sum(dim=-1), torch.ones(3))
+    assert torch.equal(result.labels, result.logits.argmax(dim=-1))
+    values, labels = result.topk(3)
+    assert values.shape == labels.shape == (3, 3)
+    assert torch.equal(labels[:, 0], result.labels)
+    assert (values[:, :-1] >= values[:, 1:]).all()
+    assert torch.equal(values, result.probs.gather(1, labels))
+    assert result.topk(99)[1].sort(dim=-1).values.tolist() == [[0, 1, 2, 3, 4]] * 3
+
+
+# Inputs
+
+
+def test_kinds_of_input_agree(tmp_path: Path) -> None:
+    defender = defender_of("tiny")
+    files = tiny.samples()[:2]
+    pil = [Image.open(file) for file in files]
+    whole = torch.stack([torch.from_numpy(np.array(p.convert("RGB"))) for p in pil])
+    bytes_ = whole.permute(0, 3, 1, 2)
+    assert bytes_.shape[-2:] == defender.model.image_size
+    expected = defender(bytes_.float() / 255, 9)
+    for same in (bytes_, files, [str(f) for f in files], pil, [files[0], pil[1]], list(bytes_)):
+        result = defender(same, 9)
+        assert torch.equal(result.logits, expected.logits)
+        assert torch.equal(result.inputs, expected.inputs)
+    assert_same(defender(bytes_[0], 9), expected, [0])
+    assert_same(defender(pil[0], 9), expected, [0])
+    mean = torch.tensor(defender.model.mean).view(3, 1, 1)
+    std = torch.tensor(defender.model.std).view(3, 1, 1)
+    normalised = (bytes_.float() / 255 - mean) / std
+    assert_same(defender(normalised, 9, is_normalized=True), expected)
+    once = scc_fast.defend(files, defender.model, tiny.prompts(), seeds=9)
+    assert torch.equal(once.logits, expected.logits)
+    named = scc_fast.defend(files, "tiny", tiny.prompts(), seeds=9, method="none")
+    torch.testing.assert_close(named.logits, defender_of(method="none")(files).logits)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 5), (200, 90)])
+@pytest.mark.parametrize("as_pil", [True, False])
+def test_any_size(size: tuple[int, int], as_pil: bool) -> None:
+    x = torch.rand(3, *size, generator=torch.Generator().manual_seed(1))
+    result = defender_of("tiny")(scc_fast.images.to_pil(x) if as_pil else x, 0)
+    assert result.images.shape[-2:] == ((64, 64) if as_pil else size)
+    assert result.logits.isfinite().all()
+
+
+def test_a_photograph_of_12_megapixels() -> None:
+    photo = Image.effect_noise((4000, 3000), 60).convert("RGB")
+    assert defender_of("tiny")(photo, 0).images.shape == (1, 3, 64, 64)
+    # As a tensor it keeps its size; the whole defense of it takes half a minute here
+    x = torch.from_numpy(np.array(photo)).permute(2, 0, 1)
+    result = defender_of("tiny", method="none")(x, 0)
+    assert result.images.shape == (1, 3, 3000, 4000)
+    assert result.logits.isfinite().all()
+
+
+def test_grey_alpha_rotated_and_truncated_files(tmp_path: Path) -> None:
+    defender = defender_of("tiny", method="none")
+    rgb = Image.open(tiny.samples()[3]).convert("RGB").crop((0, 0, 64, 48))
+    expected = defender(rgb)
+
+    grey, alpha = rgb.convert("L"), rgb.copy()
+    alpha.putalpha(128)
+    torch.testing.assert_close(defender(alpha).logits, expected.logits)
+    torch.testing.assert_close(defender(grey).logits, defender(grey.convert("RGB")).logits)
+
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: show it rotated by 90 degrees clockwise
+    turned = tmp_path / "turned.png"
+    rgb.transpose(Image.Transpose.ROTATE_90).save(turned, exif=exif)
+    torch.testing.assert_close(defender(turned).logits, expected.logits)
+
+    cut = tmp_path / "cut.png"
+    cut.write_bytes(turned.read_bytes()[:600])
+    with pytest.raises(ValueError, match=r"images: .*cut\.png' cannot be read"):
+        defender(cut)
+    with pytest.raises(ValueError, match=r"images\[1\]: .*nothing\.png' does not exist"):
+        defender([turned, tmp_path / "nothing.png"])
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("empty", [[], torch.zeros(0, 3, 40, 48)])
+def test_an_empty_batch(method: str, empty: Any) -> None:
+    result = defender_of("open_clip", method=method)(empty)
+    size = (32, 32) if isinstance(empty, list) else (40, 48)
+    assert len(result) == 0
+    assert result.logits.shape == result.probs.shape == (0, 5)
+    assert result.images.shape == result.delta.shape == (0, 3, *size)
+    assert result.labels.shape == result.drift.shape == result.seeds.shape == (0,)
+    assert result.flagged.dtype == torch.bool
+    assert result.topk(2)[1].shape == (0, 2)
+
+
+def test_the_result_owns_its_tensors() -> None:
+    x, seeds = pictures("open_clip", 2), torch.tensor([3, 4])
+    defender = defender_of("open_clip")
+    for given in (x, x[0]):
+        result = defender(given, seeds[: 2 if given.ndim == 4 else 1])
+        inputs, images = result.inputs.clone(), result.inputs + result.delta
+        given.zero_()  # a caller's buffer, used again
+        assert torch.equal(result.inputs, inputs)
+        torch.testing.assert_close(result.images, images.clamp(0, 1))
+    result = defender(x, seeds)
+    seeds += 1
+    assert result.seeds.tolist() == [3, 4]
+
+
+# Seeds and batches
+
+
+def test_what_seeds_mean() -> None:
+    x, defender = pictures("open_clip", 4), defender_of("open_clip", method="rn")
+    one, two = defender(x), defender(x)
+    assert len({*one.seeds.tolist(), *two.seeds.tolist()}) == 8
+    assert not torch.equal(one.delta, two.delta)
+    seven = defender(x, 7)
+    assert torch.equal(seven.seeds, scc_fast.image_seeds(7, 4))
+    assert torch.equal(seven.seeds[:2], defender(x[:2], 7).seeds)
+    assert not set(seven.seeds.tolist()) & set(defender(x, 8).seeds.tolist())
+    assert torch.equal(defender(x, 7).delta, seven.delta)
+    given = torch.tensor([5, -(2**63), 2**63 - 1, 5])
+    result = defender(x[:1].expand(4, -1, -1, -1), given)
+    assert torch.equal(result.seeds, given)
+    assert torch.equal(result.delta[0], result.delta[3])
+    assert not torch.equal(result.delta[0], result.delta[1])
+    assert torch.equal(defender(x, one.seeds).delta, one.delta)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_image_does_not_see_its_batch(kind: str) -> None:
+    x = pictures(kind, 4)
+    whole = defender_of(kind)(x, 2)
+    for i in (0, 3):
+        assert_same(defender_of(kind)(x[i : i + 1], whole.seeds[i : i + 1]), whole, [i])
+    order = [2, 0, 3, 1]
+    assert_same(defender_of(kind)(x[order], whole.seeds[order]), whole, order)
+
+
+@pytest.mark.parametrize("max_batch", [1, 3, 4])
+def test_split_batches(max_batch: int) -> None:
+    x, whole = pictures(n=4), defender_of("tiny")
+    sizes: list[int] = []
+    split = defender_of("tiny", max_batch=max_batch)
+    run = split.run
+    split.run = lambda x, s: (sizes.append(len(x)), run(x, s))[1]  # type: ignore[method-assign]
+    result = split(x, 2)
+    assert_same(result, whole(x, 2))
+    assert torch.equal(result.seeds, whole(x, 2).seeds)
+    assert sizes == {1: [1, 1, 1, 1], 3: [3, 1], 4: [4]}[max_batch]
+    assert set(result.timings) == {"input", "defense", "total"}
+
+
+# Prompts
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_duplicate_prompts(kind: str) -> None:
+    model, x = model_of(kind), pictures(kind, 3)
+    with pytest.warns(UserWarning, match=r"classes has duplicates \('a red apple'") as caught:
+        defender = Defender(model, [*FIVE, "a red apple"], config={"tau": 100.0})
+    assert [w.filename for w in caught] == [__file__]  # where the caller can see it
+    with pytest.warns(UserWarning, match="classes has duplicates") as caught:
+        scc_fast.defend(x, model, ["a cat", "a dog", "a cat"], method="none")
+    assert [w.filename for w in caught] == [__file__]
+    result = defender(x, 1)
+    assert torch.equal(result.logits[:, 3], result.logits[:, 5])
+    # The twin is never the negative: all classes but one equal, the only other one is
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pair = Defender(model, ["a cat", "a dog"], config={"tau": 100.0, "temperature": 0.001})
+        many = Defender(model, ["a cat", "a dog", "a dog", "a cat"], config=pair.config)
+    torch.testing.assert_close(many(x, 1).logits[:, :2], pair(x, 1).logits, atol=2e-3, rtol=1e-3)
+
+
+def test_prompts_are_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, ...]] = []
+    encode = OpenCLIPModel.encode_text
+
+    def counted(self: OpenCLIPModel, prompts: Sequence[str], batch_size: int = 256) -> Tensor:
+        calls.append(tuple(prompts))
+        return encode(self, prompts, batch_size)
+
+    monkeypatch.setattr(OpenCLIPModel, "encode_text", counted)
+    original = small_open_clip(text_cfg={"context_length": 77, "width": 32, "heads": 2})
+    model, x = scc_fast.load_model(original), pictures("open_clip", 1)
+    for method in METHODS:
+        scc_fast.defend(x, model, FIVE, method=method)
+        Defender(model, list(FIVE), method=method)(x)
+    assert calls.count(FIVE) == 1
+    scc_fast.defend(x, model, FIVE[:3])
+    assert calls.count(FIVE[:3]) == 1
+    other = scc_fast.load_model(small_open_clip(), tokenizer=small_tokenizer)
+    assert not torch.equal(Defender(other, FIVE).text_features, Defender(model, FIVE).text_features)
+    calls.clear()
+    for _ in range(3):
+        scc_fast.defend(x, original, FIVE)  # the object itself is a model, too
+    assert calls.count(FIVE) == 1
+
+
+def test_text_features_instead_of_prompts() -> None:
+    model, x = model_of("hf_clip"), pictures("hf_clip", 2)
+    by_name = defender_of("hf_clip")
+    given = 7.5 * model.encode_text(FIVE).double()
+    by_features = Defender(model, text_features=given.requires_grad_())
+    torch.testing.assert_close(by_features.text_features, by_name.text_features)
+    assert not by_features.text_features.requires_grad
+    assert_same(by_features(x, 3), by_name(x, 3))
+    assert by_features.classes is None
+
+
+def test_twenty_thousand_classes() -> None:
+    model, x = model_of("tiny"), pictures(n=2)
+    generator = torch.Generator().manual_seed(0)
+    text = torch.randn(20_000, model.embed_dim, generator=generator)
+    result = Defender(model, text_features=text)(x, 0)
+    assert result.logits.shape == (2, 20_000)
+    prompts = [f"a photo of a thing, number {i}" for i in range(19_999)]
+    with pytest.warns(UserWarning, match="classes has duplicates"):
+        defender = Defender(model, [*prompts, prompts[-1]])
+    result = defender(x, 0)
+    assert torch.equal(result.logits[:, -1], result.logits[:, -2])
+    assert result.logits.isfinite().all()
+
+
+def test_looking_for_duplicates_takes_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of("hf_siglip")
+    monkeypatch.setattr(model, "encode_text", lambda prompts: torch.eye(5)[:2].repeat(1, 8)[:, :32])
+    prompts = [f"number {i}" for i in range(20_000)]
+    began = time.perf_counter()
+    with pytest.warns(UserWarning, match="classes has duplicates"):
+        Defender(model, [*prompts, prompts[-1]])
+    assert time.perf_counter() - began < 1
+
+
+def test_configs() -> None:
+    model = model_of("open_clip")
+    assert Defender(model, FIVE).config == SCCConfig()
+    config = TTCConfig(epsilon="8/255", steps=1)  # type: ignore[arg-type]
+    assert Defender(model, FIVE, method="ttc", config=config).config is config
+    assert Defender(model, FIVE, config={"epsilon": "2/255"}).config.epsilon == 2 / 255
+    own = scc_fast.load_model(small_open_clip(), tokenizer=small_tokenizer)
+    own.defaults = {"scc": {"epsilon": 3 / 255, "tau": 0.5}}
+    assert Defender(own, FIVE).config == SCCConfig(epsilon=3 / 255, tau=0.5)
+    assert Defender(own, FIVE, config={"tau": 0.1}).config == SCCConfig(epsilon=3 / 255, tau=0.1)
+    assert Defender(own, FIVE, config=SCCConfig()).config == SCCConfig()
+    own.flip = False
+    assert not any(view.flip for view in Defender(own, FIVE).views(32))
+    assert any(view.flip for view in Defender(own, FIVE, config={"flip": True}).views(32))
+    alone = Defender(own, FIVE, config={"spatial": False})
+    assert len(alone.views(32)) == 1
+
+
+def test_scc_without_its_parts_is_ttc() -> None:
+    x = pictures("tiny", 2)
+    bare = defender_of("tiny", config={"semantic": False, "spatial": False})
+    assert_same(bare(x, 4), defender_of("tiny", method="ttc")(x, 4))

@@ -1,0 +1,429 @@
+"""What callers may rely on: any mode, any thread, nothing of theirs changed; DefendedCLIP; errors."""
+
+from __future__ import annotations
+
+import random
+import re
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from test_api import FIVE, KINDS, METHODS, assert_same, defender_of, model_of, pictures
+from test_models import (
+    CONFIG,
+    HFTokenizer,
+    hf_clip,
+    hf_image_processor,
+    hf_siglip,
+    small_open_clip,
+    small_tokenizer,
+)
+from torch import Tensor, nn
+
+import scc_fast
+from scc_fast import DefendedCLIP, Defender, RNConfig, TTCConfig, attacks
+
+MODES: dict[str, Callable[[], Any]] = {
+    "inference_mode": torch.inference_mode,
+    "no_grad": torch.no_grad,
+    "enable_grad": torch.enable_grad,
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+}
+GRADIENTS = ("through", "bpda", "identity")
+
+
+def all_repaired(kind: str, **options: Any) -> Defender:
+    """SCC with every image repaired, whatever the random weights make of it."""
+    return defender_of(kind, config={"gate": False}, **options)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_mode_gives_the_same(kind: str, mode: str) -> None:
+    x = pictures(kind, 2)
+    expected = defender_of(kind)(x, 1)
+    clean = DefendedCLIP(defender_of(kind), seed=1)(x)
+    with MODES[mode]():
+        made_inside = defender_of(kind)
+        inside = pictures(kind, 2)
+        assert inside.is_inference() == (mode == "inference_mode")
+        for defender in (made_inside, defender_of(kind)):
+            for given in (x, inside):
+                assert_same(defender(given, 1), expected)
+        seeded = defender(inside, expected.seeds.clone())
+        robust = DefendedCLIP(made_inside, seed=1)(inside)
+    assert_same(seeded, expected)
+    assert not seeded.logits.is_inference()
+    assert not seeded.inputs.is_inference()
+    torch.testing.assert_close(robust, clean, atol=2e-3, rtol=1e-4)
+    assert robust.dtype == torch.float32
+    # Tensors made in inference mode, used outside it
+    assert_same(defender_of(kind)(inside, 1), expected)
+    text = Defender(model_of(kind), text_features=made_inside.text_features)
+    assert_same(text(inside, 1), expected)
+    if mode == "inference_mode":
+        with torch.inference_mode():
+            features = made_inside.text_features.clone()
+            assert features.is_inference()
+        attacker = DefendedCLIP(Defender(model_of(kind), text_features=features), seed=1)
+        leaf = x.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(attacker(leaf).sum(), leaf)
+        assert gradient.abs().sum() > 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_four_threads_at_once(kind: str) -> None:
+    defender, x = defender_of(kind), pictures(kind, 2)
+    expected = [defender(x, seed) for seed in range(4)]
+    found: dict[int, list[Any]] = {seed: [] for seed in range(4)}
+    start = threading.Barrier(4)
+
+    def work(seed: int, mode: Callable[[], Any]) -> None:
+        start.wait()
+        with mode():
+            found[seed] += [defender(x, seed), defender_of(kind)(x, seed)]
+
+    threads = [
+        threading.Thread(target=work, args=(seed, mode)) for seed, mode in enumerate(MODES.values())
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for seed, results in found.items():
+        assert len(results) == 2
+        for result in results:
+            assert_same(result, expected[seed])
+
+
+def with_dropout(kind: str) -> tuple[nn.Module, dict[str, Any]]:
+    """A model object in train mode whose outputs are random there, and load_model's options."""
+    if kind == "open_clip":
+        vision = {**CONFIG["vision_cfg"], "patch_dropout": 0.5}
+        return small_open_clip(vision_cfg=vision).train(), {"tokenizer": small_tokenizer}
+    original = hf_clip() if kind == "hf_clip" else hf_siglip()
+    for module in original.modules():
+        if isinstance(getattr(module, "dropout", None), float):
+            module.dropout = 0.5  # type: ignore[assignment]
+    name = "CLIP" if kind == "hf_clip" else "Siglip"
+    return original.train(), {"processor": (hf_image_processor(name), HFTokenizer(300))}
+
+
+@pytest.mark.parametrize("kind", ["open_clip", "hf_clip", "hf_siglip"])
+def test_the_users_model_is_left_as_found(kind: str) -> None:
+    original, options = with_dropout(kind)
+    encode = getattr(original, "encode_image", None) or original.get_image_features  # type: ignore
+    x = pictures(kind, 2)
+    a, b = (getattr(f, "pooler_output", f) for f in (encode(x), encode(x)))
+    assert not torch.equal(a, b), "without dropout this test shows nothing"
+    modules = list(original.modules())
+    modules[3].eval()
+    next(original.parameters()).requires_grad_(False)
+
+    def state() -> list[Any]:
+        parameters = list(original.parameters())
+        return [
+            [m.training for m in modules],
+            [p.requires_grad for p in parameters],
+            [p.grad is None for p in parameters],
+            [p.data_ptr() for p in parameters],
+        ]
+
+    before, weights = state(), {k: v.clone() for k, v in original.state_dict().items()}
+    model = scc_fast.load_model(original, **options)
+    defender = Defender(model, FIVE, config={"gate": False})
+    first = defender(x, 1)
+    assert_same(defender(x, 1), first)
+    assert torch.equal(defender(x, 1).logits, first.logits)  # no dropout in it
+    robust = DefendedCLIP(defender, seed=1).train()
+    robust.half()
+    leaf = x.clone().requires_grad_()
+    robust(leaf).sum().backward()
+    labels = first.labels
+    attacks.adaptive(defender, x, labels, first.seeds, epsilon=4 / 255, steps=1, eot=1)
+    nn.Sequential(robust).train().double()
+    assert state() == before
+    assert all(before[2])
+    assert all(torch.equal(weights[k], v) for k, v in original.state_dict().items())
+    module = model.module  # type: ignore[attr-defined]
+    assert not any(m.training for m in module.modules())
+    assert all(p.grad is None and not p.requires_grad for p in module.parameters())
+    assert torch.equal(defender(x, 1).logits, first.logits)
+
+
+def test_global_random_state_is_untouched() -> None:
+    def state() -> list[Any]:
+        return [torch.get_rng_state().tolist(), random.getstate(), repr(np.random.get_state())]
+
+    before = state()
+    flags = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads()
+    x = pictures("open_clip", 2)
+    for method in METHODS:
+        defender = defender_of("open_clip", method=method)
+        defender(x)
+        DefendedCLIP(defender)(x)
+    noisy = defender_of("open_clip", config={"views": "paper"})
+    noisy(x)
+    labels = torch.tensor([0, 1])
+    seeds = scc_fast.image_seeds(None, 2)
+    attacks.adaptive(noisy, x, labels, seeds, epsilon="4/255", steps=1)  # type: ignore[arg-type]
+    scc_fast.load_model("tiny")
+    assert state() == before
+    assert flags == (torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads())
+
+
+# DefendedCLIP
+
+
+def gradient_of(robust: nn.Module, x: Tensor, weights: Tensor) -> Tensor:
+    leaf = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad((robust(leaf) * weights).sum(), leaf)
+    return gradient
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_forward_is_the_defenders(kind: str) -> None:
+    defender, x = defender_of(kind), pictures(kind, 3)
+    seeds = scc_fast.image_seeds(6, 1).expand(3)
+    expected = defender(x, seeds.clone()).logits
+    for gradient in GRADIENTS:
+        robust = DefendedCLIP(defender, gradient, seed=6)  # type: ignore[arg-type]
+        assert torch.equal(robust(x), expected)
+        leaf = x.clone().requires_grad_()
+        live = robust(leaf)
+        assert live.requires_grad
+        torch.testing.assert_close(live, expected, atol=2e-3, rtol=1e-4)
+        order = [2, 0, 1]
+        torch.testing.assert_close(robust(x[order]), expected[order], atol=2e-3, rtol=1e-4)
+        torch.testing.assert_close(robust(x[1:2]), expected[1:2], atol=2e-3, rtol=1e-4)
+        with torch.no_grad():
+            assert not robust(leaf).requires_grad
+        with torch.inference_mode():
+            assert not robust(leaf).requires_grad
+        assert robust(x[:0]).shape == (0, expected.shape[1])
+    split = DefendedCLIP(defender_of(kind, max_batch=2), seed=6)
+    torch.testing.assert_close(split(x), expected, atol=2e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", ["tiny", "open_clip", "hf_siglip"])
+def test_gradient_modes(kind: str, method: str) -> None:
+    defender = defender_of(kind, method=method)
+    x = 0.3 + 0.4 * pictures(kind, 2)  # the box never binds
+    classes = len(defender.text_features)
+    weights = torch.randn(2, classes, generator=torch.Generator().manual_seed(0))
+    through, bpda, identity = (
+        gradient_of(DefendedCLIP(defender, mode, seed=2), x, weights)  # type: ignore[arg-type]
+        for mode in GRADIENTS
+    )
+    bare = gradient_of(DefendedCLIP(defender_of(kind, method="none")), x, weights)
+    scale = float(through.abs().max())
+    assert scale > 0
+    torch.testing.assert_close(through, bpda, atol=1e-4 * scale, rtol=1e-3)
+    torch.testing.assert_close(identity, bare, atol=1e-4 * scale, rtol=1e-3)
+    cosine = F.cosine_similarity(bpda.flatten(1), bare.flatten(1))
+    assert (cosine > 0.9999).all() == (method == "none")
+
+
+def test_the_box_stops_the_true_gradient_alone() -> None:
+    defender = defender_of("open_clip", method="rn")
+    x, weights = torch.zeros(1, 3, 32, 32), torch.ones(1, 5)
+    through = gradient_of(DefendedCLIP(defender, "through", seed=2), x, weights)
+    bpda = gradient_of(DefendedCLIP(defender, "bpda", seed=2), x, weights)
+    seeds = scc_fast.image_seeds(2, 1)
+    stopped = defender(x, seeds).delta == 0  # the noise that pointed out of the box
+    assert 0.4 < stopped.float().mean() < 0.6
+    assert (through[stopped] == 0).all()
+    torch.testing.assert_close(through[~stopped], bpda[~stopped])
+    assert (bpda[stopped] != 0).float().mean() > 0.9
+
+
+def test_what_defended_clip_declares() -> None:
+    x = pictures("open_clip", 2)
+    robust = DefendedCLIP(defender_of("open_clip"))
+    assert robust.is_dynamic
+    assert robust.is_randomized
+    assert not torch.equal(robust(x), robust(x))
+    fixed = DefendedCLIP(defender_of("open_clip"), seed=0)
+    assert fixed.is_dynamic
+    assert not fixed.is_randomized
+    assert torch.equal(fixed(x), fixed(x))
+    none = DefendedCLIP(defender_of("open_clip", method="none"))
+    assert not none.is_randomized
+    assert next(robust.parameters()).device.type == "cpu"
+
+
+def test_modes_and_types_of_a_wrapper_stop_at_it() -> None:
+    x, defender = pictures("open_clip", 2), defender_of("open_clip")
+    robust = DefendedCLIP(defender, seed=1)
+    expected = robust(x)
+    wrapper = nn.Sequential(nn.Identity(), robust)
+    wrapper.train()
+    robust.train()
+    assert not any(module.training for module in robust.modules())
+    assert wrapper.training
+    wrapper.half().to("meta")
+    robust.to(torch.float64).bfloat16()
+    for parameter in defender.model.module.parameters():  # type: ignore[attr-defined]
+        assert (parameter.dtype, parameter.device.type) == (torch.float32, "cpu")
+    assert torch.equal(wrapper(x), expected)
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("context", [None, "autocast"])
+def test_in_the_loop_of_an_attack_library(gradient: Any, context: str | None) -> None:
+    robust = DefendedCLIP(all_repaired("open_clip"), gradient, seed=3)
+    x = pictures("open_clip", 3)
+    labels, epsilon = robust(x).argmax(dim=-1), 8 / 255
+    before = F.cross_entropy(robust(x), labels)
+    attacked = x.clone()
+    with ExitStack() as stack:
+        if context is not None:
+            stack.enter_context(MODES[context]())
+        for _ in range(6):
+            attacked.requires_grad = True
+            loss = F.cross_entropy(robust(attacked), labels)
+            grad = torch.autograd.grad(loss, attacked, retain_graph=False, create_graph=False)[0]
+            attacked = attacked.detach() + 2 / 255 * grad.sign()
+            delta = (attacked - x).clamp(-epsilon, epsilon)
+            attacked = (x + delta).clamp(0, 1).detach()
+    assert attacked.isfinite().all()
+    assert F.cross_entropy(robust(attacked), labels) > before
+    leaf = x.clone().requires_grad_()
+    F.cross_entropy(robust(leaf), labels).backward()
+    assert leaf.grad is not None
+    assert all(p.grad is None and not p.requires_grad for p in robust.parameters())
+
+
+# Errors: each names the argument and what came
+
+X = torch.full((2, 3, 32, 32), 0.5)
+
+
+def _changed(value: float) -> Tensor:
+    x = X.clone()
+    x[1, 2, 3, 4] = value
+    return x
+
+
+IMAGES: list[tuple[Any, type[Exception], str]] = [
+    (_changed(1.5), ValueError, r"images: values from 0.5 to 1.5, outside \[0, 1\]"),
+    (_changed(-0.5), ValueError, r"images: values from -0.5 to 0.5.*is_normalized=True"),
+    (X * 510, ValueError, r"images: values from 255 to 255.*divide by 255"),
+    (_changed(float("nan")), ValueError, "images: NaN or infinity in 1 of 6144"),
+    (_changed(float("inf")), ValueError, "images: NaN or infinity in 1 of 6144"),
+    (X[:, :1], ValueError, r"images: 3 channels.*\(2, 1, 32, 32\)"),
+    (torch.zeros(2, 4, 8, 8), ValueError, r"images: 3 channels.*\(2, 4, 8, 8\).*alpha"),
+    (X.permute(0, 2, 3, 1), ValueError, r"images: .*\(2, 32, 32, 3\).*permute\(0, 3, 1, 2\)"),
+    (X[0, 0], ValueError, r"images: .*2 dimensions"),
+    (X[None], ValueError, r"images: .*5 dimensions"),
+    (X[..., :0], ValueError, r"images: .*\(2, 3, 32, 0\)"),
+    (X.long(), TypeError, "images: .*int64"),
+    (X.numpy(), TypeError, "images: .*numpy.ndarray.*from_numpy"),
+    (None, TypeError, "images: .*NoneType"),
+    ([X[0], 3], TypeError, r"images\[1\]: .*int"),
+    ([X[0], X[0, :, :5]], ValueError, r"images\[1\]: 5x32 pixels"),
+]
+
+
+@pytest.mark.parametrize(("images", "kind", "message"), IMAGES)
+def test_refused_images(images: Any, kind: type[Exception], message: str) -> None:
+    defender = defender_of("open_clip")
+    with pytest.raises(kind, match=message):
+        defender(images)
+    with pytest.raises(kind, match=message):
+        DefendedCLIP(defender)(images)
+
+
+SEEDS: list[tuple[Any, type[Exception], str]] = [
+    (torch.tensor([1, 2, 3]), ValueError, r"seeds.*\(2,\).*\(3,\)"),
+    (torch.tensor(1), ValueError, r"seeds.*\(2,\).*\(\)"),
+    (torch.tensor([1, 2], dtype=torch.int32), ValueError, "seeds.*int64.*int32"),
+    (torch.tensor([1.0, 2.0]), ValueError, "seeds.*int64.*float32"),
+    ("7", TypeError, "seeds.*'7'"),
+    (1.5, TypeError, "seeds.*1.5"),
+    (True, TypeError, "seeds.*True"),
+    ([1, 2], TypeError, r"seeds.*\[1, 2\]"),
+]
+
+
+@pytest.mark.parametrize(("seeds", "kind", "message"), SEEDS)
+def test_refused_seeds(seeds: Any, kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        defender_of("open_clip")(X, seeds)
+
+
+WIDE = torch.eye(24)  # the small open_clip model's D
+ROW = torch.ones(3, 1)
+LATER = r"{0}='{1}'.*use {0}=\"{2}\" or \"auto\""
+OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"classes": "a dog"}, TypeError, "classes.*'a dog'"),
+    ({"classes": {"a", "b"}}, TypeError, "classes.*{'[ab]', '[ab]'}"),
+    ({"classes": []}, ValueError, r"classes.*two.*\[\]"),
+    ({"classes": ["a dog"]}, ValueError, r"classes.*two.*'a dog'"),
+    ({"classes": ["a dog"] * 3}, ValueError, "classes.*two different.*'a dog'"),
+    ({"classes": ["a dog", ""]}, ValueError, "classes.*non-empty.*''"),
+    ({"classes": ["a dog", " "]}, ValueError, "classes.*non-empty.*' '"),
+    ({"classes": ["a dog", 3]}, ValueError, "classes.*3"),
+    ({"classes": None}, ValueError, "exactly one of classes= and text_features="),
+    ({"text_features": WIDE}, ValueError, "exactly one of classes= and text_features="),
+    ({"classes": None, "text_features": WIDE[:, :9]}, ValueError, r"text_features.*24.*\(24, 9\)"),
+    ({"classes": None, "text_features": WIDE[0]}, ValueError, r"text_features.*24.*\(24,\)"),
+    ({"classes": None, "text_features": [1.0]}, ValueError, r"text_features.*\[1.0\]"),
+    ({"classes": None, "text_features": WIDE[:1]}, ValueError, "text_features.*two.*1"),
+    ({"classes": None, "text_features": WIDE * torch.nan}, ValueError, r"text_features.*row 0"),
+    ({"classes": None, "text_features": WIDE - ROW.new_ones(24, 1) * WIDE[1]}, ValueError,
+     r"text_features.*row 1"),
+    ({"method": "SCC"}, ValueError, "method.*scc, ttc, tte, rn, none.*'SCC'"),
+    ({"method": None}, ValueError, "method.*None"),
+    ({"config": "scc"}, TypeError, "config.*SCCConfig.*'scc'"),
+    ({"config": TTCConfig()}, TypeError, "config.*SCCConfig.*TTCConfig"),
+    ({"method": "none", "config": RNConfig()}, TypeError, "config.*NoneConfig.*RNConfig"),
+    ({"config": {"epsilom": 0.1}}, ValueError, "SCCConfig has no field 'epsilom'.*epsilon"),
+    ({"config": {"epsilon": 4}}, ValueError, "epsilon.*4/255, got 4"),
+    ({"config": {"epsilon": 1.0}}, ValueError, "epsilon.*4/255, got 1.0"),
+    ({"config": {"epsilon": -0.1}}, ValueError, "epsilon.*-0.1"),
+    ({"config": {"epsilon": float("nan")}}, ValueError, "epsilon.*nan"),
+    ({"config": {"epsilon": None}}, ValueError, "epsilon.*None"),
+    ({"config": {"alpha": 2}}, ValueError, "alpha.*got 2"),
+    ({"config": {"semantic_steps": 1.5}}, ValueError, "semantic_steps.*1.5"),
+    ({"config": {"temperature": 0}}, ValueError, "temperature.*0"),
+    ({"config": {"gate": 1}}, ValueError, "gate.*1"),
+    ({"config": {"views": []}}, ValueError, r"views.*\[\]"),
+    ({"precision": "int8"}, ValueError, "precision.*fp32.*'int8'"),
+    ({"backend": "cuda"}, ValueError, "backend.*reference.*'cuda'"),
+    ({"backend": ""}, ValueError, "backend.*reference.*''"),
+    ({"engine": "jit"}, ValueError, "engine.*eager.*'jit'"),
+    ({"engine": None}, ValueError, "engine.*eager.*None"),
+    ({"precision": "bf16"}, RuntimeError, LATER.format("precision", "bf16", "fp32")),
+    ({"backend": "cpp"}, RuntimeError, LATER.format("backend", "cpp", "reference")),
+    ({"backend": "triton"}, RuntimeError, LATER.format("backend", "triton", "reference")),
+    ({"engine": "graph"}, RuntimeError, LATER.format("engine", "graph", "eager")),
+    ({"max_batch": 0}, ValueError, "max_batch.*>= 1.*0"),
+    ({"max_batch": 2.5}, ValueError, "max_batch.*2.5"),
+    ({"max_batch": True}, ValueError, "max_batch.*True"),
+]
+
+
+@pytest.mark.parametrize(("options", "kind", "message"), OPTIONS)
+def test_refused_options(options: dict[str, Any], kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind) as caught:
+        Defender(model_of("open_clip"), **{"classes": FIVE, **options})
+    assert re.search(message, str(caught.value)), str(caught.value)
+
+
+def test_other_refusals() -> None:
+    with pytest.raises(TypeError, match=r"model: .*int"):
+        Defender(3, FIVE)
+    with pytest.raises(ValueError, match=r"gradient.*through, bpda, identity.*'true'"):
+        DefendedCLIP(defender_of("open_clip"), "true")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"is_normalized.*uint8"):
+        defender_of("open_clip")(X.to(torch.uint8), is_normalized=True)
+    with pytest.raises(ValueError, match=r"outside \[0, 1\] after un-normalising"):
+        defender_of("open_clip")(X * 9, is_normalized=True)
+    assert Defender(model_of("open_clip"), FIVE, backend=None).backend == "reference"
