@@ -24,19 +24,19 @@ from scc_fast.evaluate.report import atomic, markdown, table, write_json
 from scc_fast.evaluate.runner import Attack, Row, evaluate
 
 RESULTS = Path(__file__).parent / "results" / "cpu"
-CHUNK = 50
+CHUNK = 20
 
 
 def sweep_defenders(model: scc_fast.VisionLanguage) -> dict[str, Defender]:
-    """Undefended, TTC as published, and SCC over N_w, S, T and beta around METHOD.md's values."""
+    """Undefended, TTC as published, and SCC over N_w, S and T around METHOD.md's values."""
     prompts = tiny.prompts()
     found = {"none": Defender(model, prompts, method="none"), "ttc": published_ttc(model)}
-    for warmup, semantic in ((1, 0), (1, 2), (2, 0), (2, 1), (2, 2), (2, 3), (3, 2)):
+    for warmup, semantic in ((1, 0), (1, 2), (2, 0), (2, 2), (2, 3), (3, 2)):
         config = scc_fast.SCCConfig(warmup_steps=warmup, semantic_steps=semantic)
         found[f"scc N_w {warmup}, S {semantic}"] = Defender(model, prompts, config=config)
-    for temperature in (0.25, 1.0):
-        config = scc_fast.SCCConfig(temperature=temperature)
-        found[f"scc N_w 2, S 2, T {temperature}"] = Defender(model, prompts, config=config)
+    found["scc N_w 2, S 2, T 1"] = Defender(
+        model, prompts, config=scc_fast.SCCConfig(temperature=1.0)
+    )
     return found
 
 
@@ -111,12 +111,12 @@ def main() -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
     if options.what == "sweep":
         n = options.n or 500
-        plan = [Attack(), Attack("pgd", 2 / 255), Attack("pgd", 4 / 255)]
+        plan = [Attack(), Attack("pgd", 4 / 255)]
         rows = run("tiny-sweep", sweep_defenders(model), "validation", n, plan, options.seed)
         save("tiny-sweep", rows, f"Bundled model, validation, n = {n}: choice of defaults")
         return
     n = options.n or 1000
-    plan = [Attack(), *(Attack("pgd", steps / 255) for steps in (1, 2, 4))]
+    plan = [Attack(), *(Attack("pgd", steps / 255) for steps in (2, 4))]
     rows = run("tiny-test", test_defenders(model), "test", n, plan, options.seed)
     save("tiny-test", rows, f"Bundled model, test, n = {n}")
     few = options.adaptive_n

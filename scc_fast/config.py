@@ -37,7 +37,9 @@ class View:
 
     def __post_init__(self) -> None:
         shift = tuple(self.shift) if isinstance(self.shift, list | tuple) else ()
-        if len(shift) != 2 or not all(isinstance(s, int) for s in shift):
+        if not isinstance(self.flip, bool):
+            raise ValueError(f"flip must be True or False, got {self.flip!r}")
+        if len(shift) != 2 or not all(type(s) is int for s in shift):
             raise ValueError(f"shift must be two whole numbers of pixels, got {self.shift!r}")
         object.__setattr__(self, "shift", shift)
         _check_number("noise", self.noise, 0.0, 1.0)
@@ -50,7 +52,7 @@ def parse_epsilon(value: str | float) -> float:
     """A budget in pixel units from "4/255", "0.0157" or a number; ValueError outside [0, 1)."""
     try:
         number = float(Fraction(value.replace(" ", ""))) if isinstance(value, str) else float(value)
-    except (ValueError, TypeError, ZeroDivisionError):
+    except (ValueError, TypeError, ZeroDivisionError, OverflowError):
         raise ValueError(f'epsilon must be a number such as "4/255", got {value!r}') from None
     if not 0 <= number < 1:
         raise ValueError(
@@ -117,6 +119,8 @@ class MethodConfig:
     @classmethod
     def from_dict(cls: type[C], values: dict[str, Any]) -> C:
         """A config from a plain dict; unknown names are refused."""
+        if not isinstance(values, dict):
+            raise ValueError(f"{cls.__name__} is made from a JSON object, got {values!r}")
         known = [field.name for field in dataclasses.fields(cls)]
         for name in values:
             if name not in known:
@@ -144,7 +148,10 @@ def _check_views(value: Any) -> ViewPreset | tuple[View, ...]:
         return value
     if not isinstance(value, list | tuple) or not value:
         raise ValueError(f'views must be "geometric", "paper" or a list of View, got {value!r}')
-    views = tuple(View(**view) if isinstance(view, dict) else view for view in value)
+    try:
+        views = tuple(View(**view) if isinstance(view, dict) else view for view in value)
+    except TypeError as error:
+        raise ValueError(f"views: a View has flip, shift and noise; {error}") from None
     if not all(isinstance(view, View) for view in views):
         raise ValueError(f"views must hold View objects, got {value!r}")
     if views[0] != IDENTITY:

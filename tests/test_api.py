@@ -1,10 +1,8 @@
-"""Defender and defend(): methods, results, inputs, prompts and seeds. What it refuses: the end."""
+"""Defender and defend(): methods, results, inputs, seeds, batches and configurations."""
 
 from __future__ import annotations
 
 import functools
-import time
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,6 @@ from torch import Tensor
 
 import scc_fast
 from scc_fast import Defender, DefenseResult, SCCConfig, TTCConfig, VisionLanguage, tiny
-from scc_fast.models import OpenCLIPModel
 from scc_fast.reference.views import make_views, preprocess
 
 KINDS = ("tiny", "open_clip", "hf_clip", "hf_siglip")
@@ -157,7 +154,7 @@ def test_lazy_results() -> None:
 
 
 def test_kinds_of_input_agree(tmp_path: Path) -> None:
-    defender = defender_of("tiny")
+    defender = defender_of("tiny", method="ttc")
     files = tiny.samples()[:2]
     pil = [Image.open(file) for file in files]
     whole = torch.stack([torch.from_numpy(np.array(p.convert("RGB"))) for p in pil])
@@ -174,7 +171,7 @@ def test_kinds_of_input_agree(tmp_path: Path) -> None:
     std = torch.tensor(defender.model.std).view(3, 1, 1)
     normalised = (bytes_.float() / 255 - mean) / std
     assert_same(defender(normalised, 9, is_normalized=True), expected)
-    once = scc_fast.defend(files, defender.model, tiny.prompts(), seeds=9)
+    once = scc_fast.defend(files, defender.model, tiny.prompts(), seeds=9, method="ttc")
     assert torch.equal(once.logits, expected.logits)
     named = scc_fast.defend(files, "tiny", tiny.prompts(), seeds=9, method="none")
     torch.testing.assert_close(named.logits, defender_of(method="none")(files).logits)
@@ -283,9 +280,9 @@ def test_an_image_does_not_see_its_batch(kind: str) -> None:
 
 @pytest.mark.parametrize("max_batch", [1, 3, 4])
 def test_split_batches(max_batch: int) -> None:
-    x, whole = pictures(n=4), defender_of("tiny")
+    x, whole = pictures("hf_clip", 4), defender_of("hf_clip")
     sizes: list[int] = []
-    split = defender_of("tiny", max_batch=max_batch)
+    split = defender_of("hf_clip", max_batch=max_batch)
     run = split.run
     split.run = lambda x, s: (sizes.append(len(x)), run(x, s))[1]  # type: ignore[method-assign]
     result = split(x, 2)
@@ -295,86 +292,7 @@ def test_split_batches(max_batch: int) -> None:
     assert set(result.timings) == {"input", "defense", "total"}
 
 
-# Prompts
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_duplicate_prompts(kind: str) -> None:
-    model, x = model_of(kind), pictures(kind, 3)
-    with pytest.warns(UserWarning, match=r"classes has duplicates \('a red apple'") as caught:
-        defender = Defender(model, [*FIVE, "a red apple"], config={"tau": 100.0})
-    assert [w.filename for w in caught] == [__file__]  # where the caller can see it
-    with pytest.warns(UserWarning, match="classes has duplicates") as caught:
-        scc_fast.defend(x, model, ["a cat", "a dog", "a cat"], method="none")
-    assert [w.filename for w in caught] == [__file__]
-    result = defender(x, 1)
-    assert torch.equal(result.logits[:, 3], result.logits[:, 5])
-    # The twin is never the negative: all classes but one equal, the only other one is
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        pair = Defender(model, ["a cat", "a dog"], config={"tau": 100.0, "temperature": 0.001})
-        many = Defender(model, ["a cat", "a dog", "a dog", "a cat"], config=pair.config)
-    torch.testing.assert_close(many(x, 1).logits[:, :2], pair(x, 1).logits, atol=2e-3, rtol=1e-3)
-
-
-def test_prompts_are_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[tuple[str, ...]] = []
-    encode = OpenCLIPModel.encode_text
-
-    def counted(self: OpenCLIPModel, prompts: Sequence[str], batch_size: int = 256) -> Tensor:
-        calls.append(tuple(prompts))
-        return encode(self, prompts, batch_size)
-
-    monkeypatch.setattr(OpenCLIPModel, "encode_text", counted)
-    original = small_open_clip(text_cfg={"context_length": 77, "width": 32, "heads": 2})
-    model, x = scc_fast.load_model(original), pictures("open_clip", 1)
-    for method in METHODS:
-        scc_fast.defend(x, model, FIVE, method=method)
-        Defender(model, list(FIVE), method=method)(x)
-    assert calls.count(FIVE) == 1
-    scc_fast.defend(x, model, FIVE[:3])
-    assert calls.count(FIVE[:3]) == 1
-    other = scc_fast.load_model(small_open_clip(), tokenizer=small_tokenizer)
-    assert not torch.equal(Defender(other, FIVE).text_features, Defender(model, FIVE).text_features)
-    calls.clear()
-    for _ in range(3):
-        scc_fast.defend(x, original, FIVE)  # the object itself is a model, too
-    assert calls.count(FIVE) == 1
-
-
-def test_text_features_instead_of_prompts() -> None:
-    model, x = model_of("hf_clip"), pictures("hf_clip", 2)
-    by_name = defender_of("hf_clip")
-    given = 7.5 * model.encode_text(FIVE).double()
-    by_features = Defender(model, text_features=given.requires_grad_())
-    torch.testing.assert_close(by_features.text_features, by_name.text_features)
-    assert not by_features.text_features.requires_grad
-    assert_same(by_features(x, 3), by_name(x, 3))
-    assert by_features.classes is None
-
-
-def test_twenty_thousand_classes() -> None:
-    model, x = model_of("tiny"), pictures(n=2)
-    generator = torch.Generator().manual_seed(0)
-    text = torch.randn(20_000, model.embed_dim, generator=generator)
-    result = Defender(model, text_features=text)(x, 0)
-    assert result.logits.shape == (2, 20_000)
-    prompts = [f"a photo of a thing, number {i}" for i in range(19_999)]
-    with pytest.warns(UserWarning, match="classes has duplicates"):
-        defender = Defender(model, [*prompts, prompts[-1]])
-    result = defender(x, 0)
-    assert torch.equal(result.logits[:, -1], result.logits[:, -2])
-    assert result.logits.isfinite().all()
-
-
-def test_looking_for_duplicates_takes_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = model_of("hf_siglip")
-    monkeypatch.setattr(model, "encode_text", lambda prompts: torch.eye(5)[:2].repeat(1, 8)[:, :32])
-    prompts = [f"number {i}" for i in range(20_000)]
-    began = time.perf_counter()
-    with pytest.warns(UserWarning, match="classes has duplicates"):
-        Defender(model, [*prompts, prompts[-1]])
-    assert time.perf_counter() - began < 1
+# Configurations
 
 
 def test_configs() -> None:

@@ -158,8 +158,16 @@ def test_wrong_views(values: dict[str, Any], words: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("4/255", 4 / 255), (" 4 / 255 ", 4 / 255), ("0.0157", 0.0157), (0, 0.0), ("0", 0.0)]
-    + [(0.5, 0.5), ("1e-3", 1e-3), (254 / 255, 254 / 255)],
+    [
+        ("4/255", 4 / 255),
+        (" 4 / 255 ", 4 / 255),
+        ("0.0157", 0.0157),
+        ("1e-3", 0.001),
+        ("0", 0.0),
+        (0, 0.0),
+        (0.5, 0.5),
+        (254 / 255, 254 / 255),
+    ],
 )
 def test_parse_epsilon(text: str | float, value: float) -> None:
     assert parse_epsilon(text) == value
@@ -179,3 +187,18 @@ def test_format_epsilon() -> None:
         assert parse_epsilon(format_epsilon(steps / 255)) == steps / 255
     assert format_epsilon(0.01) == "0.01"
     assert format_epsilon(0.5 / 255) == "0.00196078"
+
+
+@pytest.mark.parametrize("value", ["1e400", 10**400])
+def test_a_budget_beyond_floats_is_refused_like_any_other(value):
+    with pytest.raises(ValueError, match="epsilon"):
+        parse_epsilon(value)
+
+
+def test_views_refuse_what_is_no_view():
+    with pytest.raises(ValueError, match="flip"):
+        View(flip="no")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="views"):
+        SCCConfig.from_dict({"views": [{"fip": True}]})
+    with pytest.raises(ValueError, match="JSON object"):
+        SCCConfig.from_json("[]")

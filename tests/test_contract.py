@@ -1,9 +1,8 @@
-"""What callers may rely on: any mode, any thread, nothing of theirs changed; DefendedCLIP; errors."""
+"""What callers may rely on: any mode, any thread, nothing of theirs changed; DefendedCLIP."""
 
 from __future__ import annotations
 
 import random
-import re
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -26,7 +25,7 @@ from test_models import (
 from torch import Tensor, nn
 
 import scc_fast
-from scc_fast import DefendedCLIP, Defender, RNConfig, TTCConfig, attacks
+from scc_fast import DefendedCLIP, Defender, attacks
 
 MODES: dict[str, Callable[[], Any]] = {
     "inference_mode": torch.inference_mode,
@@ -45,12 +44,13 @@ def all_repaired(kind: str, **options: Any) -> Defender:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_mode_gives_the_same(kind: str, mode: str) -> None:
-    x = pictures(kind, 2)
+    n = 1 if kind == "tiny" else 2
+    x = pictures(kind, n)
     expected = defender_of(kind)(x, 1)
     clean = DefendedCLIP(defender_of(kind), seed=1)(x)
     with MODES[mode]():
         made_inside = defender_of(kind)
-        inside = pictures(kind, 2)
+        inside = pictures(kind, n)
         assert inside.is_inference() == (mode == "inference_mode")
         for defender in (made_inside, defender_of(kind)):
             for given in (x, inside):
@@ -78,7 +78,7 @@ def test_any_mode_gives_the_same(kind: str, mode: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_four_threads_at_once(kind: str) -> None:
-    defender, x = defender_of(kind), pictures(kind, 2)
+    defender, x = defender_of(kind), pictures(kind, 1 if kind == "tiny" else 2)
     expected = [defender(x, seed) for seed in range(4)]
     found: dict[int, list[Any]] = {seed: [] for seed in range(4)}
     start = threading.Barrier(4)
@@ -158,7 +158,7 @@ def test_the_users_model_is_left_as_found(kind: str) -> None:
 
 def test_global_random_state_is_untouched() -> None:
     def state() -> list[Any]:
-        return [torch.get_rng_state().tolist(), random.getstate(), repr(np.random.get_state())]
+        return [torch.get_rng_state().tolist(), random.getstate(), repr(np.random.get_state())]  # noqa: NPY002
 
     before = state()
     flags = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads()
@@ -188,7 +188,8 @@ def gradient_of(robust: nn.Module, x: Tensor, weights: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_forward_is_the_defenders(kind: str) -> None:
-    defender, x = defender_of(kind), pictures(kind, 3)
+    options = {"method": "ttc" if kind == "tiny" else "scc"}  # for time
+    defender, x = defender_of(kind, **options), pictures(kind, 3)
     seeds = scc_fast.image_seeds(6, 1).expand(3)
     expected = defender(x, seeds.clone()).logits
     for gradient in GRADIENTS:
@@ -201,13 +202,17 @@ def test_forward_is_the_defenders(kind: str) -> None:
         order = [2, 0, 1]
         torch.testing.assert_close(robust(x[order]), expected[order], atol=2e-3, rtol=1e-4)
         torch.testing.assert_close(robust(x[1:2]), expected[1:2], atol=2e-3, rtol=1e-4)
-        with torch.no_grad():
-            assert not robust(leaf).requires_grad
-        with torch.inference_mode():
-            assert not robust(leaf).requires_grad
         assert robust(x[:0]).shape == (0, expected.shape[1])
-    split = DefendedCLIP(defender_of(kind, max_batch=2), seed=6)
+    split = DefendedCLIP(defender_of(kind, max_batch=2, **options), seed=6)
     torch.testing.assert_close(split(x), expected, atol=2e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("mode", ["no_grad", "inference_mode"])
+def test_no_graph_where_the_caller_wants_none(gradient: Any, mode: str) -> None:
+    leaf = pictures("open_clip", 2).requires_grad_()
+    with MODES[mode]():
+        assert not DefendedCLIP(defender_of("open_clip"), gradient)(leaf).requires_grad
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -298,132 +303,3 @@ def test_in_the_loop_of_an_attack_library(gradient: Any, context: str | None) ->
     F.cross_entropy(robust(leaf), labels).backward()
     assert leaf.grad is not None
     assert all(p.grad is None and not p.requires_grad for p in robust.parameters())
-
-
-# Errors: each names the argument and what came
-
-X = torch.full((2, 3, 32, 32), 0.5)
-
-
-def _changed(value: float) -> Tensor:
-    x = X.clone()
-    x[1, 2, 3, 4] = value
-    return x
-
-
-IMAGES: list[tuple[Any, type[Exception], str]] = [
-    (_changed(1.5), ValueError, r"images: values from 0.5 to 1.5, outside \[0, 1\]"),
-    (_changed(-0.5), ValueError, r"images: values from -0.5 to 0.5.*is_normalized=True"),
-    (X * 510, ValueError, r"images: values from 255 to 255.*divide by 255"),
-    (_changed(float("nan")), ValueError, "images: NaN or infinity in 1 of 6144"),
-    (_changed(float("inf")), ValueError, "images: NaN or infinity in 1 of 6144"),
-    (X[:, :1], ValueError, r"images: 3 channels.*\(2, 1, 32, 32\)"),
-    (torch.zeros(2, 4, 8, 8), ValueError, r"images: 3 channels.*\(2, 4, 8, 8\).*alpha"),
-    (X.permute(0, 2, 3, 1), ValueError, r"images: .*\(2, 32, 32, 3\).*permute\(0, 3, 1, 2\)"),
-    (X[0, 0], ValueError, r"images: .*2 dimensions"),
-    (X[None], ValueError, r"images: .*5 dimensions"),
-    (X[..., :0], ValueError, r"images: .*\(2, 3, 32, 0\)"),
-    (X.long(), TypeError, "images: .*int64"),
-    (X.numpy(), TypeError, "images: .*numpy.ndarray.*from_numpy"),
-    (None, TypeError, "images: .*NoneType"),
-    ([X[0], 3], TypeError, r"images\[1\]: .*int"),
-    ([X[0], X[0, :, :5]], ValueError, r"images\[1\]: 5x32 pixels"),
-]
-
-
-@pytest.mark.parametrize(("images", "kind", "message"), IMAGES)
-def test_refused_images(images: Any, kind: type[Exception], message: str) -> None:
-    defender = defender_of("open_clip")
-    with pytest.raises(kind, match=message):
-        defender(images)
-    with pytest.raises(kind, match=message):
-        DefendedCLIP(defender)(images)
-
-
-SEEDS: list[tuple[Any, type[Exception], str]] = [
-    (torch.tensor([1, 2, 3]), ValueError, r"seeds.*\(2,\).*\(3,\)"),
-    (torch.tensor(1), ValueError, r"seeds.*\(2,\).*\(\)"),
-    (torch.tensor([1, 2], dtype=torch.int32), ValueError, "seeds.*int64.*int32"),
-    (torch.tensor([1.0, 2.0]), ValueError, "seeds.*int64.*float32"),
-    ("7", TypeError, "seeds.*'7'"),
-    (1.5, TypeError, "seeds.*1.5"),
-    (True, TypeError, "seeds.*True"),
-    ([1, 2], TypeError, r"seeds.*\[1, 2\]"),
-]
-
-
-@pytest.mark.parametrize(("seeds", "kind", "message"), SEEDS)
-def test_refused_seeds(seeds: Any, kind: type[Exception], message: str) -> None:
-    with pytest.raises(kind, match=message):
-        defender_of("open_clip")(X, seeds)
-
-
-WIDE = torch.eye(24)  # the small open_clip model's D
-ROW = torch.ones(3, 1)
-LATER = r"{0}='{1}'.*use {0}=\"{2}\" or \"auto\""
-OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"classes": "a dog"}, TypeError, "classes.*'a dog'"),
-    ({"classes": {"a", "b"}}, TypeError, "classes.*{'[ab]', '[ab]'}"),
-    ({"classes": []}, ValueError, r"classes.*two.*\[\]"),
-    ({"classes": ["a dog"]}, ValueError, r"classes.*two.*'a dog'"),
-    ({"classes": ["a dog"] * 3}, ValueError, "classes.*two different.*'a dog'"),
-    ({"classes": ["a dog", ""]}, ValueError, "classes.*non-empty.*''"),
-    ({"classes": ["a dog", " "]}, ValueError, "classes.*non-empty.*' '"),
-    ({"classes": ["a dog", 3]}, ValueError, "classes.*3"),
-    ({"classes": None}, ValueError, "exactly one of classes= and text_features="),
-    ({"text_features": WIDE}, ValueError, "exactly one of classes= and text_features="),
-    ({"classes": None, "text_features": WIDE[:, :9]}, ValueError, r"text_features.*24.*\(24, 9\)"),
-    ({"classes": None, "text_features": WIDE[0]}, ValueError, r"text_features.*24.*\(24,\)"),
-    ({"classes": None, "text_features": [1.0]}, ValueError, r"text_features.*\[1.0\]"),
-    ({"classes": None, "text_features": WIDE[:1]}, ValueError, "text_features.*two.*1"),
-    ({"classes": None, "text_features": WIDE * torch.nan}, ValueError, r"text_features.*row 0"),
-    ({"classes": None, "text_features": WIDE - ROW.new_ones(24, 1) * WIDE[1]}, ValueError,
-     r"text_features.*row 1"),
-    ({"method": "SCC"}, ValueError, "method.*scc, ttc, tte, rn, none.*'SCC'"),
-    ({"method": None}, ValueError, "method.*None"),
-    ({"config": "scc"}, TypeError, "config.*SCCConfig.*'scc'"),
-    ({"config": TTCConfig()}, TypeError, "config.*SCCConfig.*TTCConfig"),
-    ({"method": "none", "config": RNConfig()}, TypeError, "config.*NoneConfig.*RNConfig"),
-    ({"config": {"epsilom": 0.1}}, ValueError, "SCCConfig has no field 'epsilom'.*epsilon"),
-    ({"config": {"epsilon": 4}}, ValueError, "epsilon.*4/255, got 4"),
-    ({"config": {"epsilon": 1.0}}, ValueError, "epsilon.*4/255, got 1.0"),
-    ({"config": {"epsilon": -0.1}}, ValueError, "epsilon.*-0.1"),
-    ({"config": {"epsilon": float("nan")}}, ValueError, "epsilon.*nan"),
-    ({"config": {"epsilon": None}}, ValueError, "epsilon.*None"),
-    ({"config": {"alpha": 2}}, ValueError, "alpha.*got 2"),
-    ({"config": {"semantic_steps": 1.5}}, ValueError, "semantic_steps.*1.5"),
-    ({"config": {"temperature": 0}}, ValueError, "temperature.*0"),
-    ({"config": {"gate": 1}}, ValueError, "gate.*1"),
-    ({"config": {"views": []}}, ValueError, r"views.*\[\]"),
-    ({"precision": "int8"}, ValueError, "precision.*fp32.*'int8'"),
-    ({"backend": "cuda"}, ValueError, "backend.*reference.*'cuda'"),
-    ({"backend": ""}, ValueError, "backend.*reference.*''"),
-    ({"engine": "jit"}, ValueError, "engine.*eager.*'jit'"),
-    ({"engine": None}, ValueError, "engine.*eager.*None"),
-    ({"precision": "bf16"}, RuntimeError, LATER.format("precision", "bf16", "fp32")),
-    ({"backend": "cpp"}, RuntimeError, LATER.format("backend", "cpp", "reference")),
-    ({"backend": "triton"}, RuntimeError, LATER.format("backend", "triton", "reference")),
-    ({"engine": "graph"}, RuntimeError, LATER.format("engine", "graph", "eager")),
-    ({"max_batch": 0}, ValueError, "max_batch.*>= 1.*0"),
-    ({"max_batch": 2.5}, ValueError, "max_batch.*2.5"),
-    ({"max_batch": True}, ValueError, "max_batch.*True"),
-]
-
-
-@pytest.mark.parametrize(("options", "kind", "message"), OPTIONS)
-def test_refused_options(options: dict[str, Any], kind: type[Exception], message: str) -> None:
-    with pytest.raises(kind) as caught:
-        Defender(model_of("open_clip"), **{"classes": FIVE, **options})
-    assert re.search(message, str(caught.value)), str(caught.value)
-
-
-def test_other_refusals() -> None:
-    with pytest.raises(TypeError, match=r"model: .*int"):
-        Defender(3, FIVE)
-    with pytest.raises(ValueError, match=r"gradient.*through, bpda, identity.*'true'"):
-        DefendedCLIP(defender_of("open_clip"), "true")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"is_normalized.*uint8"):
-        defender_of("open_clip")(X.to(torch.uint8), is_normalized=True)
-    with pytest.raises(ValueError, match=r"outside \[0, 1\] after un-normalising"):
-        defender_of("open_clip")(X * 9, is_normalized=True)
-    assert Defender(model_of("open_clip"), FIVE, backend=None).backend == "reference"

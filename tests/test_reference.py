@@ -43,18 +43,17 @@ class Toy:
 
 def images(batch: int, seed: int = 1, low: float = -0.2, high: float = 1.2) -> Tensor:
     """Random images (B, 3, H, W); beyond [0, 1] they are cut, so that the box is met."""
-    uniform = torch.rand(batch, 3, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(seed))
-    return (low + (high - low) * uniform).clamp(0, 1)
+    uniform = torch.rand(20, 3, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(seed))
+    return (low + (high - low) * uniform[:batch]).clamp(0, 1)
 
 
 def setting(bias: float = 0.0) -> Setting:
     """Seven classes, of which 2 and 5 have one embedding, near that of the first image."""
-    toy = Toy()
-    text = torch.randn(7, FEATURES, generator=torch.Generator().manual_seed(2))
-    text[2] = text[5] = toy(images(1))[0] + 0.2 * text[0]
+    toy, fill = Toy(), torch.tensor([0.48, 0.46, 0.41])
+    text = F.normalize(torch.randn(7, FEATURES, generator=torch.Generator().manual_seed(2)), dim=-1)
+    text[2] = text[5] = F.normalize(F.normalize(toy(images(1))[0], dim=0) + text[0], dim=0)
     toy.batches.clear()
-    fill = torch.tensor([0.48, 0.46, 0.41])
-    return Setting(toy, Classes(F.normalize(text, dim=-1), 8.0, bias), fill)
+    return Setting(toy, Classes(text, 8.0, bias), fill)
 
 
 def middle(drift: Tensor) -> float:
@@ -238,10 +237,17 @@ def test_scc_is_method_md(views: tuple[View, ...], changes: dict[str, float]) ->
 
 
 def test_duplicate_prompts_are_no_negatives_of_each_other() -> None:
-    """The case METHOD.md singles out is one that test_scc_is_method_md meets."""
-    toy, x = setting(), images(6)
+    """An image whose ŷ has a twin; were the twin a negative, δ would be another."""
+    toy, x, seeds = setting(), images(1), philox.image_seeds(4, 1)
+    config = SCCConfig(gate=False, spatial=False)
+    nearly = toy.classes.text.clone()
+    nearly[5] = F.normalize(nearly[5] + 1e-4 * nearly[0], dim=0)
+    rivals = Setting(toy.encode, Classes(nearly, 8.0), toy.fill)
     with torch.no_grad():
-        outcome = scc(toy, x, philox.image_seeds(4, 6), GEOMETRIC, SCCConfig(gate=False))
-    labels = outcome.logits.argmax(dim=1)
-    assert torch.isin(labels, torch.tensor([2, 5])).any()
+        outcome = scc(toy, x, seeds, GEOMETRIC, config)
+        other = scc(rivals, x, seeds, GEOMETRIC, config)
+    naive = Naive(toy, x[0], seeds, config.epsilon, config.alpha)
+    check(outcome, [naive], [naive.scc(GEOMETRIC, config)], lambda _: True)
     torch.testing.assert_close(outcome.logits[:, 2], outcome.logits[:, 5])
+    assert outcome.logits.argmax() in (2, 5)
+    assert (outcome.delta - other.delta).abs().gt(ROUNDING).float().mean() > 0.1

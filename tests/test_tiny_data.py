@@ -81,14 +81,17 @@ def test_pictures_of_a_class_differ(many) -> None:
     assert (same[1:] - same[0]).abs().mean() > 0.02
 
 
-def test_no_pictures() -> None:
-    x, labels = data.generate("validation", range(0))
-    assert x.shape == (0, 3, 64, 64)
-    assert labels.shape == (0,)
-
-
 @pytest.mark.parametrize("split", ["valid", "Test", ""])
 def test_an_unknown_split_is_refused(split: str) -> None:
     with pytest.raises(ValueError, match=f"got '{split}'") as error:
         data.generate(split, range(1))
     assert all(name in str(error.value) for name in data.SPLITS)
+
+
+def test_no_pictures_and_no_index_outside_the_split():
+    images, labels = data.generate("test", range(0))
+    assert images.shape == (0, 3, 64, 64)
+    assert labels.shape == (0,)
+    for index in (-1, 1 << 40):
+        with pytest.raises(ValueError, match="indices"):
+            data.generate("test", torch.tensor([index]))

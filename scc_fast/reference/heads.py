@@ -26,10 +26,12 @@ class Classes:
     text: Tensor
     scale: float
     bias: float = 0.0
-    group: Tensor = field(init=False)  # (K,) int64, equal where the embeddings are equal
+    distinct: Tensor = field(init=False)  # (U, D), the different embeddings among the K
+    group: Tensor = field(init=False)  # (K,) int64, the row of `distinct` each class has
 
     def __post_init__(self) -> None:
-        _, group = torch.unique(self.text, dim=0, return_inverse=True)
+        distinct, group = torch.unique(self.text, dim=0, return_inverse=True)
+        object.__setattr__(self, "distinct", distinct)
         object.__setattr__(self, "group", group)
 
     def negatives(self, label: Tensor) -> Tensor:
@@ -37,9 +39,15 @@ class Classes:
         return self.group != self.group[label, None]
 
 
-def cosines(features: Tensor, text: Tensor) -> Tensor:
-    """cos(f, t_k): (..., D), (K, D) → (..., K)."""
-    return F.normalize(features, dim=-1) @ text.T
+def cosines(features: Tensor, classes: Classes) -> Tensor:
+    """cos(f, t_k): (..., D) → (..., K), equal to the bit where embeddings are equal.
+
+    A matrix product may round equal columns differently, so each is computed once.
+    """
+    unit = F.normalize(features, dim=-1)
+    if len(classes.distinct) == len(classes.text):
+        return unit @ classes.text.T
+    return (unit @ classes.distinct.T)[..., classes.group]
 
 
 def drift_head(features: Tensor, anchor: Tensor) -> Tensor:
@@ -54,7 +62,7 @@ def relative_drift(features: Tensor, anchor: Tensor) -> Tensor:
 
 def mean_logits(features: Tensor, classes: Classes) -> Tensor:
     """Mean over the views of s·cos(f_l, t_k) + b: (L, B, D) → (B, K)."""
-    return (classes.scale * cosines(features, classes.text) + classes.bias).mean(dim=0)
+    return (classes.scale * cosines(features, classes) + classes.bias).mean(dim=0)
 
 
 def pseudo_label(
@@ -67,7 +75,7 @@ def pseudo_label(
         ŷ: (B,) int64, the first maximiser of q.
         t_soft: (B, D), Σ_k q_k t_k scaled to unit length.
     """
-    logits = classes.scale * cosines(features, classes.text) + classes.bias
+    logits = classes.scale * cosines(features, classes) + classes.bias
     mean = logits.softmax(dim=-1).mean(dim=0)
     q = torch.softmax(mean.log() / temperature, dim=-1)  # q̄^(1/T)/Σ, without underflow
     return q, q.argmax(dim=-1), F.normalize(q @ classes.text, dim=-1)
@@ -92,7 +100,7 @@ def margin_head(
     """
     norm = features.norm(dim=-1, keepdim=True)
     unit = features / norm
-    hardest = (unit @ classes.text.T).masked_fill(~negatives, -2.0).argmax(dim=-1)
+    hardest = cosines(features, classes).masked_fill(~negatives, -2.0).argmax(dim=-1)
     exists = negatives.any(dim=-1)[:, None]
     difference = soft - classes.text[hardest] * exists  # (L, B, D)
     along = (unit * difference).sum(dim=-1, keepdim=True)

@@ -48,6 +48,8 @@ def seeds(split: str, indices: Tensor) -> Tensor:
     """The Philox keys of the given pictures of a split; no key serves two splits."""
     if split not in SPLITS:
         raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
+    if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < 1 << 40:
+        raise ValueError(f"indices must be in [0, 2^40), got {indices.min()} to {indices.max()}")
     return indices.to(torch.int64) + (SPLITS.index(split) << 40)
 
 
@@ -56,6 +58,8 @@ def generate(split: str, indices: range | Tensor) -> tuple[Tensor, Tensor]:
     keys = seeds(split, torch.as_tensor(indices))
     u = philox.uniform(keys, philox.DATA, 0, 32)
     labels = (u[:, 0] * len(class_names())).long()
+    if len(labels) == 0:
+        return torch.zeros(0, 3, SIZE, SIZE), labels
     foreground = _place(artworks()[labels], u[:, 1:6])
     picture = foreground[:, :3] + (1 - foreground[:, 3:]) * _background(keys, u[:, 6:20])
     return (_jitter(picture, u[:, 20:23]) * 255).round() / 255, labels

@@ -239,6 +239,7 @@ def main(argv: list[str] | None = None) -> None:
     half = {name: value.half().contiguous() for name, value in model.state_dict().items()}
     partial = data.ASSETS / "open_clip_model.partial"
     save_file(half, partial)
+    partial.chmod(0o644)  # safetensors writes for the owner alone
     os.replace(partial, data.ASSETS / "open_clip_model.safetensors")
     write_samples()
     options.checkpoint.unlink(missing_ok=True)

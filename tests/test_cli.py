@@ -1,0 +1,347 @@
+"""The command line: what it prints and writes, its exit codes, and that errors are one line."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import scc_fast
+from scc_fast import cli, tiny
+from scc_fast.evaluate import pictures as pictures_module
+from scc_fast.evaluate.demo import Demo
+from scc_fast.evaluate.runner import Attack
+from scc_fast.images import to_pil
+
+ROW_KEYS = [
+    "defense", "attack", "eps", "accuracy", "n", "ci_low", "ci_high", "ms_per_image", "seed",
+    "settings",
+]  # fmt: skip
+LABELS = "a photo of a lemon,a photo of a cactus,a photo of a fly"
+
+
+class Run:
+    """One call of main(): its exit code and both streams."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self.capsys = capsys
+
+    def __call__(self, *arguments: str | Path) -> tuple[int, str, str]:
+        self.capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            cli.main([str(argument) for argument in arguments])
+        captured = self.capsys.readouterr()
+        assert "Traceback" not in captured.err
+        return int(caught.value.code or 0), captured.out, captured.err
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    monkeypatch.chdir(tmp_path)  # where repaired pictures and figures go by default
+    monkeypatch.setenv("COLUMNS", "160")
+    return Run(capsys)
+
+
+def strict(path: Path) -> Any:
+    """JSON as the standard has it: no NaN."""
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{path} holds {name}, which is not JSON")
+
+    return json.loads(path.read_text(), parse_constant=refuse)
+
+
+def sample(name: str) -> Path:
+    return next(file for file in tiny.samples() if file.stem == name)
+
+
+@pytest.fixture
+def truncated(tmp_path: Path) -> Path:
+    path = tmp_path / "a rather long name, so that eighty columns are not enough for it.png"
+    path.write_bytes(sample("lemon").read_bytes()[:500])
+    return path
+
+
+# demo
+
+
+def test_demo(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = Demo.plan
+
+    def short(self: Demo) -> list[Attack]:
+        steps = {"pgd": 4, "view-aware": 1, "adaptive": 1}
+        return [
+            Attack(a.kind, a.epsilon, steps=steps.get(a.kind, 0), limit=a.limit) for a in plan(self)
+        ]
+
+    monkeypatch.setattr(Demo, "plan", short)
+    figure, file = tmp_path / "f.png", tmp_path / "rows.json"
+    sizes = ("--n", "4", "--adaptive-n", "1", "--seed", "5")
+    code, out, err = run("demo", *sizes, "--json", file, "--figure", figure)
+    assert (code, err.strip()) == (0, "")
+    for word in ("none", "rn", "tte", "ttc", "scc", "clean", "oblivious", "f.png"):
+        assert word in out
+    with Image.open(figure) as picture:
+        picture.load()
+    found = strict(file)
+    assert list(found) == ["rows"]
+    assert len(found["rows"]) == 5 * 7  # clean, PGD at three budgets, two who know, the worst
+    for row in found["rows"]:
+        assert list(row) == ROW_KEYS
+        assert row["defense"] in ("none", "rn", "tte", "ttc", "scc")
+        assert re.fullmatch(r"\d+/255", row["eps"])
+        assert 0 <= row["ci_low"] <= row["accuracy"] <= row["ci_high"] <= 1
+        assert row["n"] == (1 if row["attack"].startswith(("adaptive", "worst")) else 4)
+        assert row["seed"] == 5
+        assert row["ms_per_image"] >= 0
+        assert isinstance(row["settings"], dict)
+    assert {row["eps"] for row in found["rows"]} == {"0/255", "1/255", "2/255", "4/255"}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["f.png", "rows.json"]
+
+
+def test_the_real_demos_plan() -> None:
+    show = Demo(n=48, adaptive_n=16)
+    assert [a.kind for a in show.plan()] == ["clean", "pgd", "pgd", "pgd", "view-aware", "adaptive"]
+    assert show.plan()[-1].limit == 16
+    assert show.chunks() == 5 * 3 + 1
+    assert Demo(n=17, adaptive_n=1).chunks() == 5 * 2 + 1
+
+
+# defend
+
+
+def test_defend_the_sample_pictures(run: Run, tmp_path: Path) -> None:
+    files, output, file = tiny.samples()[:2], tmp_path / "out", tmp_path / "r.json"
+    code, out, err = run("defend", *files, "--output", output, "--json", file, "--top", "2")
+    assert (code, err) == (0, "")
+    found = strict(file)
+    assert list(found) == ["pictures", "failed"]
+    assert found["failed"] == []
+    defender = scc_fast.Defender(scc_fast.load_model("tiny"), tiny.prompts())
+    for path, row in zip(files, found["pictures"], strict=True):
+        expected = defender(path, 0)
+        assert row["picture"] == str(path)
+        assert row["picture"].rsplit("/", 1)[1][:5] in out
+        assert row["flagged"] == bool(expected.flagged)
+        assert row["drift"] == pytest.approx(float(expected.drift), rel=1e-3)
+        assert row["after"][0]["label"] == tiny.prompts()[int(expected.labels)]
+        assert row["after"][0]["label"] in out
+        assert [len(row["before"]), len(row["after"])] == [2, 2]
+        assert 0 <= row["after"][1]["probability"] <= row["after"][0]["probability"] <= 1
+        repaired = output / f"{path.stem}.repaired.png"
+        assert row["repaired"] == str(repaired)
+        pixels = torch.from_numpy(np.array(Image.open(repaired))).permute(2, 0, 1)
+        exact = expected.images[0] * 255
+        assert torch.equal(pixels.float(), exact.round())
+        assert not torch.equal(pixels.float(), exact.floor())  # truncation would undo the repair
+        assert not torch.equal(pixels.float(), (expected.inputs[0] * 255).round())
+    assert len(list(output.iterdir())) == 2
+
+
+@pytest.mark.parametrize("epsilon", ["4/255", "0.0157", "8/255"])
+@pytest.mark.parametrize("method", ["scc", "ttc", "rn"])
+def test_epsilon_and_labels_reach_the_defense(run: Run, epsilon: str, method: str) -> None:
+    file = Path("r.json")
+    options = ("--labels", LABELS, "--epsilon", epsilon, "--method", method, "--seed", "3")
+    code, out, _ = run("defend", sample("lemon"), *options, "--json", file)
+    assert code == 0
+    row = strict(file)["pictures"][0]
+    assert {item["label"] for item in row["after"]} == set(LABELS.split(","))
+    assert sum(item["probability"] for item in row["after"]) == pytest.approx(1)
+    assert (row["seed"], row["method"]) == (3, method)
+    assert "a photo of a cactus" in out
+    before = np.array(Image.open(sample("lemon")).convert("RGB")).astype(int)
+    moved = np.abs(np.array(Image.open("lemon.repaired.png")).astype(int) - before).max()
+    assert 2 <= moved <= (8 if epsilon == "8/255" else 4)
+    assert (moved > 4) == (epsilon == "8/255" and method == "rn") or method != "rn"
+    if method == "rn":
+        assert row["drift"] is None
+
+
+def test_labels_from_a_file(run: Run) -> None:
+    Path("labels.txt").write_text("a photo of a lemon\n\n  a photo of Žluť  \na dog\n", "utf-8")
+    figure = Path("new/f.svg")
+    code, _, _ = run(
+        "defend", sample("lemon"), "--labels", "@labels.txt", "--json", "r.json", "--figure", figure
+    )
+    assert code == 0
+    labels = {item["label"] for item in strict(Path("r.json"))["pictures"][0]["before"]}
+    assert labels == {"a photo of a lemon", "a photo of Žluť", "a dog"}
+    assert "<svg" in figure.read_text()
+
+
+def test_labels_and_names_are_printed_as_they_are(run: Run) -> None:
+    picture = Path("my [red] lemon.png")
+    picture.write_bytes(sample("lemon").read_bytes())
+    labels = "a lemon [young],a dog [/b],a fly"
+    code, out, _ = run(
+        "defend", picture, "--labels", labels, "--method", "none", "--figure", "f[red].png"
+    )
+    assert code == 0
+    for text in ("my [red] lemon.png", "a lemon [young]", "a dog [/b]", "f[red].png"):
+        assert text in out
+
+
+def test_the_good_files_are_done_beside_the_bad(run: Run, truncated: Path) -> None:
+    files = [sample("fly"), Path("nowhere.png"), truncated, sample("lemon")]
+    code, _, err = run("defend", *files, "--labels", LABELS, "--method", "ttc", "--json", "r.json")
+    assert code == 1
+    assert len(err.strip().splitlines()) == 2
+    assert "nowhere.png" in err
+    found = strict(Path("r.json"))
+    assert [Path(row["picture"]).stem for row in found["pictures"]] == ["fly", "lemon"]
+    assert found["failed"] == ["nowhere.png", str(truncated)]
+    assert Path("fly.repaired.png").exists()
+    assert Path("lemon.repaired.png").exists()
+
+
+def test_a_truncated_picture_is_one_line(
+    run: Run, truncated: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, err = run("defend", truncated, "--labels", LABELS)
+    assert (code, out) == (1, "")
+    assert len(err.strip().splitlines()) == 1
+    assert "enough for it.png" in err
+    assert "cannot be read" in err
+    assert list(Path().iterdir()) == [Path(truncated.name)]
+
+
+def test_two_pictures_of_one_name_do_not_overwrite_each_other(run: Run) -> None:
+    for folder in ("a", "b"):
+        Path(folder).mkdir()
+        source = sample("lemon" if folder == "a" else "fly")
+        (Path(folder) / "x.png").write_bytes(source.read_bytes())
+    options = ("--labels", LABELS, "--method", "none", "--json", "r.json")
+    code, _, _ = run("defend", "a/x.png", "b/x.png", *options)
+    assert code == 0
+    repaired = [row["repaired"] for row in strict(Path("r.json"))["pictures"]]
+    assert len(set(repaired)) == 2
+    for path, source in zip(repaired, ("lemon", "fly"), strict=True):
+        given = np.array(Image.open(sample(source)).convert("RGB"))
+        assert np.array_equal(np.array(Image.open(path)), given)
+
+
+class HalfWritten:
+    """A picture whose writing is broken off by Ctrl-C."""
+
+    def save(self, path: Path) -> None:
+        path.write_bytes(b"half a picture")
+        raise KeyboardInterrupt
+
+
+def test_ctrl_c_leaves_nothing_half_written(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(image: Any) -> Any:
+        return to_pil(image) if not Path("out/lemon.repaired.png").exists() else HalfWritten()
+
+    monkeypatch.setattr(pictures_module, "to_pil", interrupted)
+    files = (sample("lemon"), sample("fly"))
+    options = ("--labels", LABELS, "--method", "rn", "--output", "out", "--json", "out/r.json")
+    code, _, err = run("defend", *files, *options)
+    assert code in (1, 130)
+    assert len(err.strip().splitlines()) <= 1
+    assert [path.name for path in Path("out").iterdir()] == ["lemon.repaired.png"]
+
+    def at_once(self: Demo, tick: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Demo, "run", at_once)
+    assert run("demo", "--n", "1", "--json", "d.json")[0] in (1, 130)
+    assert not Path("d.json").exists()
+
+
+# Wrong usage is 2, failure is 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("--labels", LABELS, "--epsilon", "4"), "4/255"),
+        (("--labels", LABELS, "--epsilon", "four"), "four"),
+        (("--labels", LABELS, "--epsilon", "-1/255"), "-1/255"),
+        (("--labels", LABELS, "--epsilon", "1/0"), "1/0"),
+        (("--labels", LABELS, "--epsilon", "4/255", "--method", "none"), "--epsilon"),
+        (("--labels", "a photo of a lemon"), "--labels"),
+        (("--labels", "a dog, a dog"), "--labels"),
+        (("--labels", ""), "--labels"),
+        (("--labels", "@nowhere.txt"), "nowhere.txt"),
+        (("--model", "ViT-B-32"), "--labels"),
+        (("--method", "sscc"), "sscc"),
+        (("--top", "0"), "--top"),
+        (("--seed", "x"), "--seed"),
+        (("--figure", "f.gif"), "f.gif"),
+        (("--nonsense",), "--nonsense"),
+    ],
+)
+def test_wrong_usage(run: Run, arguments: tuple[str, ...], named: str) -> None:
+    code, out, err = run("defend", sample("lemon"), *arguments)
+    assert (code, out) == (2, "")
+    assert named in err
+    assert list(Path().iterdir()) == []
+
+
+def test_wrong_usage_of_the_commands(run: Run) -> None:
+    assert run("defend")[0] == 2
+    assert run("deffend")[0] == 2
+    assert run("demo", "--n", "0")[0] == 2
+    assert run("--nonsense")[0] == 2
+    code, out, _ = run("--help")
+    assert code == 0
+    for command in ("demo", "defend", "doctor"):
+        assert command in out
+
+
+def test_a_failure_is_one_line_and_debug_shows_more(run: Run) -> None:
+    failing = ("defend", sample("lemon"), "--labels", LABELS, "--model", "no-such-model")
+    code, out, err = run(*failing)
+    assert (code, out) == (1, "")
+    assert len(err.strip().splitlines()) == 1
+    assert err.startswith("scc-fast: ")
+    assert "no-such-model" in err
+    with pytest.raises((ValueError, RuntimeError), match="no-such-model") as caught:
+        cli.main([str(argument) for argument in (*failing, "--debug")])
+    assert "load_model" in {entry.name for entry in caught.traceback}
+
+
+# doctor, and the installed command
+
+
+def test_doctor(run: Run) -> None:
+    code, out, err = run("doctor", "--model", "tiny", "--json", "d.json")
+    assert (code, err) == (0, "")
+    found = strict(Path("d.json"))
+    assert found["versions"]["scc_fast"] == scc_fast.__version__
+    version = torch.__version__.split("+")[0]
+    assert found["versions"]["torch"].startswith(version)
+    assert found["model"]["image_size"] == [64, 64]
+    ops = {row["op"] for row in found["ops"]}
+    assert {"philox_uniform", "philox_normal", "make_views", "margin_head"} <= ops
+    for row in found["ops"]:
+        assert row["why not"][row["served by"]] is None
+        assert row["op"] in out
+    assert version in out
+    code, _, err = run("doctor", "--model", "no-such-model")
+    assert code == 1
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_the_installed_command(tmp_path: Path) -> None:
+    command = Path(sys.executable).parent / "scc-fast"
+    if not command.exists():
+        pytest.skip(f"{command} is not there: the package is not installed in this environment")
+    arguments = ["defend", "missing.png", "--labels", "a dog,a cat", "--json", "r.json", "--debug"]
+    done = subprocess.run(
+        [command, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "missing.png" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert strict(tmp_path / "r.json") == {"pictures": [], "failed": ["missing.png"]}
