@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import threading
 import time
-import warnings
-import weakref
 from collections.abc import Sequence
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
+from scc_fast import _classes
 from scc_fast.config import (
     MethodConfig,
     NoneConfig,
@@ -23,7 +21,7 @@ from scc_fast.config import (
     resolve_views,
 )
 from scc_fast.images import to_batch
-from scc_fast.models import VisionLanguage, load_model
+from scc_fast.models import VisionLanguage
 from scc_fast.reference import baselines, philox
 from scc_fast.reference.heads import Classes
 from scc_fast.reference.scc import scc
@@ -77,22 +75,31 @@ class Defender:
         engine: str = "auto",
         max_batch: int = 64,
     ) -> None:
-        self.model = _as_model(model)
+        self.model = _classes.as_model(model)
         self.method = _one_of("method", method, tuple(METHODS))
         self.config = method_config(self.model, method, config)
         self.precision = _served("precision", precision, "fp32", ("bf16", "fp16"))
-        self.backend = _served("backend", backend or "auto", "reference", ("cpp", "triton"))
+        self.backend = _served(
+            "backend", "auto" if backend is None else backend, "reference", ("cpp", "triton")
+        )
         self.engine = _served("engine", engine, "eager", ("compile", "graph"))
-        if not isinstance(max_batch, int) or max_batch < 1:
+        if type(max_batch) is not int or max_batch < 1:
             raise ValueError(f"max_batch must be a whole number of images >= 1, got {max_batch!r}")
         self.max_batch = max_batch
-        self.classes = None if classes is None else _checked_classes(classes)
+        self.classes = _classes.checked(classes)
         with torch.inference_mode(False), torch.no_grad():
-            text = _text_features(self.model, self.classes, text_features)
+            text = _classes.embedded(self.model, self.classes, text_features)
             self._classes = Classes(text, self.model.logit_scale, self.model.logit_bias)
             self._mean = torch.tensor(self.model.mean, device=self.model.device)
             self._std = torch.tensor(self.model.std, device=self.model.device)
         self._setting = Setting(self.encode, self._classes, self._mean)
+
+    @property
+    def is_randomized(self) -> bool:
+        """Whether the method draws noise, so that seeds matter."""
+        if self.method in ("none", "tte"):
+            return any(view.noise > 0 for view in self.views(32))
+        return True
 
     @property
     def text_features(self) -> Tensor:
@@ -134,6 +141,8 @@ class Defender:
             if isinstance(images, Tensor) and x.data_ptr() == images.data_ptr():
                 x = x.clone()  # the result keeps its inputs; the caller may reuse the buffer
             keys = image_seeds(seeds, len(x), x.device)
+            if keys is seeds:
+                keys = keys.clone()
             loaded = time.perf_counter()
             parts = [
                 _result(self, self.run(piece, key), piece, key)
@@ -233,17 +242,6 @@ def method_config(
     return kind.from_dict({**model.defaults.get(method, {}), **(config or {})})
 
 
-def _as_model(model: Any) -> VisionLanguage:
-    if isinstance(model, VisionLanguage):
-        return model
-    with _LOCK:
-        if isinstance(model, str):
-            if model not in _NAMED:
-                _NAMED[model] = load_model(model)
-            return _NAMED[model]
-    return load_model(model)
-
-
 def _one_of(name: str, value: Any, choices: tuple[str, ...]) -> str:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
@@ -258,48 +256,6 @@ def _served(name: str, value: str, only: str, later: tuple[str, ...]) -> str:
             f'use {name}="{only}" or "auto" (scc-fast doctor shows what each op can use)'
         )
     return only
-
-
-def _checked_classes(classes: Sequence[str]) -> tuple[str, ...]:
-    if isinstance(classes, str) or not isinstance(classes, Sequence):
-        raise TypeError(f"classes must be a list of prompts, got {classes!r}")
-    for prompt in classes:
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise ValueError(f"classes must hold non-empty strings, got {prompt!r}")
-    if len(set(classes)) < 2:
-        raise ValueError(f"classes must hold at least two different prompts, got {list(classes)}")
-    if len(set(classes)) < len(classes):
-        twice = next(prompt for prompt in classes if classes.count(prompt) > 1)
-        warnings.warn(
-            f"classes has duplicates ({twice!r} is there more than once): they get equal logits "
-            "and never count as each other's negative",
-            stacklevel=4,
-        )
-    return tuple(classes)
-
-
-def _text_features(
-    model: VisionLanguage, classes: tuple[str, ...] | None, given: Tensor | None
-) -> Tensor:
-    if (classes is None) == (given is None):
-        raise ValueError("give exactly one of classes= and text_features=")
-    if classes is not None:
-        with _LOCK:
-            known = _TEXT.setdefault(model, {})
-            if classes not in known:
-                known.clear()  # one class list per model bounds the memory
-                known[classes] = model.encode_text(classes).to(model.device)
-            return known[classes]
-    text = cast(Tensor, given)
-    if not isinstance(text, Tensor) or text.ndim != 2 or text.shape[1] != model.embed_dim:
-        shape = tuple(text.shape) if isinstance(text, Tensor) else text
-        raise ValueError(f"text_features must be (K, {model.embed_dim}), got {shape!r}")
-    if len(text) < 2:
-        raise ValueError(f"text_features must hold at least two classes, got {len(text)}")
-    text = text.detach().to(model.device, torch.float32)
-    if not torch.isfinite(text).all() or (text.norm(dim=-1) == 0).any():
-        raise ValueError("text_features must be finite and no row zero")
-    return nn.functional.normalize(text, dim=-1)
 
 
 def _result(defender: Defender, outcome: Outcome, x: Tensor, seeds: Tensor) -> DefenseResult:
@@ -318,11 +274,6 @@ def _result(defender: Defender, outcome: Outcome, x: Tensor, seeds: Tensor) -> D
 
 def _no_autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, enabled=False)
-
-
-_LOCK = threading.RLock()
-_NAMED: dict[str, VisionLanguage] = {}
-_TEXT: weakref.WeakKeyDictionary[Any, dict[tuple[str, ...], Tensor]] = weakref.WeakKeyDictionary()
 
 
 class DefendedCLIP(nn.Module):
@@ -363,7 +314,7 @@ class DefendedCLIP(nn.Module):
     @property
     def is_randomized(self) -> bool:
         """Whether two calls on the same image can differ."""
-        return self.seed is None and self.defender.method != "none"
+        return self.seed is None and self.defender.is_randomized
 
     def train(self, mode: bool = True) -> DefendedCLIP:
         """Stays in eval mode: attack libraries flip modes, and the encoder must not follow."""
@@ -380,8 +331,10 @@ class DefendedCLIP(nn.Module):
             seeds = image_seeds(None, len(x), x.device)
         else:
             seeds = image_seeds(self.seed, 1, x.device).expand(len(x))
-        with torch.inference_mode(False), _no_autocast(x.device):
-            if not (torch.is_grad_enabled() and x.requires_grad):
+        live = torch.is_grad_enabled() and x.requires_grad
+        # inference_mode(False) turns gradients on by itself.
+        with torch.inference_mode(False), torch.set_grad_enabled(live), _no_autocast(x.device):
+            if not live:
                 return self._pieces(x, seeds)
             if self.gradient == "through":
                 return self.defender.run(x, seeds).logits

@@ -66,7 +66,7 @@ def demo(
         "An oblivious attacker (PGD) does not know the defense. View-aware and adaptive ones do: "
         "read those columns before you rely on it."
     )
-    out.print(f"figure: {figure}")
+    out.print(f"figure: {figure}", markup=False)
     if json is not None:
         write_json(json, {"rows": rows})
 
@@ -105,7 +105,7 @@ def defend(
         figure=figure,
         seed=seed,
         report=out.print,
-        warn=lambda text: err.print(text, style="red", markup=False),
+        warn=lambda text: err.print(text, style="red", markup=False, soft_wrap=True),
         json=json,
     )
     if defended.failed:

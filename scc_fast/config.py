@@ -95,7 +95,7 @@ class MethodConfig:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name in ("epsilon", "alpha"):
-                object.__setattr__(self, field.name, _parse_budget(field.name, value))
+                object.__setattr__(self, field.name, parse_budget(field.name, value))
             elif field.name.endswith("steps"):
                 _check_count(field.name, value)
             elif field.name == "views":
@@ -136,7 +136,8 @@ _RANGES: dict[str, tuple[float, float]] = {
 }
 
 
-def _parse_budget(name: str, value: Any) -> float:
+def parse_budget(name: str, value: Any) -> float:
+    """parse_epsilon() for an argument of another name."""
     try:
         return parse_epsilon(value)
     except ValueError as error:

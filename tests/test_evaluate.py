@@ -14,7 +14,7 @@ from PIL import Image
 from test_api import defender_of, model_of
 from torch import Tensor
 
-from scc_fast import Defender, tiny
+from scc_fast import Defender, image_seeds, tiny
 from scc_fast.evaluate.report import (
     cell,
     columns,
@@ -108,6 +108,34 @@ def test_an_evaluation() -> None:
     assert facts(finish(Pictures(), None)) == facts(rows)
     assert facts(finish(Pictures(), None, seed=4)) != facts(rows)
     assert facts(finish(Pictures(), None, chunk=5))[0] == facts(rows)[0]
+
+
+def test_the_seeds_are_fixed_and_the_judges_are_not_the_attackers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    judged: list[list[int]] = []
+    attacked: list[list[int]] = []
+    call, run = Defender.__call__, Attack.run
+
+    def judge(self: Defender, images: Any, seeds: Any = None) -> Any:
+        if seeds is not None:
+            judged.append(seeds.tolist())
+        return call(self, images, seeds)
+
+    def attack(self: Attack, defender: Defender, x: Tensor, y: Tensor, seeds: Tensor) -> Tensor:
+        attacked.append(seeds.tolist())
+        return run(self, defender, x, y, seeds)
+
+    monkeypatch.setattr(Defender, "__call__", judge)
+    monkeypatch.setattr(Attack, "run", attack)
+    given = {"rn": defender_of("tiny", method="rn")}
+    for chunk in (2, 3):
+        finish(Pictures(), None, n=3, plan=[Attack()], chunk=chunk, defenders=given)
+    expected = image_seeds(3, 3).tolist()
+    assert judged == [expected[:2], expected[2:], expected]
+    assert [len(seeds) for seeds in attacked] == [2, 1, 3]
+    assert attacked[2] == attacked[0] + attacked[1]
+    assert not set(attacked[2]) & set(expected)
 
 
 @pytest.mark.parametrize(("stop_at", "cut"), [(1, None), (4, 1), (4, 20), (7, 20)])
@@ -262,7 +290,7 @@ def test_tables() -> None:
     assert lines[1] == "| --- | --: | --: | --: | --: | --: | --: |"
     assert lines[3].startswith("| scc | 90.0 [")
     drawn = table(ROWS, "a title")
-    assert [column.header for column in drawn.columns] == header
+    assert [str(column.header).replace("\n", "") for column in drawn.columns] == header
     assert drawn.row_count == 2
 
 

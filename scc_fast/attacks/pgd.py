@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from scc_fast.api import Defender
-from scc_fast.config import IDENTITY, parse_epsilon
+from scc_fast.config import IDENTITY, parse_budget
 from scc_fast.reference import philox, step
 
 # (x, step) -> gradient of the loss to ascend, the shape of x.
@@ -46,13 +46,11 @@ def pgd(
         Attacked images (B, 3, H, W) in [0, 1], within epsilon of x.
     """
     bare = partial(defender.logits, seeds=seeds, views=(IDENTITY,))
-    return _ascend(
-        lambda point, _: _loss_gradient(bare, point, labels),
-        *_checked(x, labels, seeds),
-        epsilon=epsilon,
-        steps=steps,
-        alpha=alpha,
-    )
+
+    def gradient(point: Tensor, _: int) -> Tensor:
+        return _loss_gradient(bare, point, labels)
+
+    return _ascend(gradient, defender, x, labels, seeds, epsilon, steps, alpha)
 
 
 def view_aware(
@@ -75,7 +73,7 @@ def view_aware(
             total += _loss_gradient(seen, point, labels)
         return total / len(views)
 
-    return _ascend(gradient, *_checked(x, labels, seeds), epsilon=epsilon, steps=steps, alpha=alpha)
+    return _ascend(gradient, defender, x, labels, seeds, epsilon, steps, alpha)
 
 
 def adaptive(
@@ -109,7 +107,7 @@ def adaptive(
             total += _loss_gradient(partial(defender.logits, seeds=keys), point + delta, labels)
         return total
 
-    return _ascend(gradient, *_checked(x, labels, seeds), epsilon=epsilon, steps=steps, alpha=alpha)
+    return _ascend(gradient, defender, x, labels, seeds, epsilon, steps, alpha)
 
 
 def _loss_gradient(logits: Callable[[Tensor], Tensor], point: Tensor, labels: Tensor) -> Tensor:
@@ -121,29 +119,32 @@ def _loss_gradient(logits: Callable[[Tensor], Tensor], point: Tensor, labels: Te
 
 def _ascend(
     gradient: Gradient,
+    defender: Defender,
     x: Tensor,
+    labels: Tensor,
     seeds: Tensor,
-    *,
     epsilon: float,
     steps: int,
     alpha: float,
 ) -> Tensor:
-    epsilon, alpha = parse_epsilon(epsilon), parse_epsilon(alpha)
+    epsilon, alpha = parse_budget("epsilon", epsilon), parse_budget("alpha", alpha)
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
+    for name, value in (("labels", labels), ("seeds", seeds)):
+        if value.shape != (len(x),) or value.dtype != torch.int64:
+            raise ValueError(
+                f"{name} must be int64 of shape ({len(x)},), got {value.dtype} {tuple(value.shape)}"
+            )
+    if len(x) == 0:
+        return x.clone()
+    if labels.min() < 0 or labels.max() >= len(defender.text_features):
+        raise ValueError(
+            f"labels must be in [0, {len(defender.text_features)}), got {labels.tolist()}"
+        )
+    x = x.detach()
     with torch.inference_mode(False), torch.no_grad():
         start = 2 * philox.uniform_like(x, seeds, philox.ATTACK_START) - 1
         delta = step.project(start * epsilon, x, epsilon)
         for at in range(steps):
             delta = step.pgd_step(delta, gradient(x + delta, at), x, alpha, epsilon)
         return (x + delta).clamp(0, 1)
-
-
-def _checked(x: Tensor, labels: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor]:
-    if labels.shape != (len(x),) or labels.dtype != torch.int64:
-        raise ValueError(
-            f"labels must be int64 of shape ({len(x)},), got {labels.dtype} {tuple(labels.shape)}"
-        )
-    if seeds.shape != (len(x),):
-        raise ValueError(f"seeds must be of shape ({len(x)},), got {tuple(seeds.shape)}")
-    return x.detach(), seeds

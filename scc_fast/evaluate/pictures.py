@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.markup import escape
 from rich.table import Table
 
 from scc_fast.api import Defender
@@ -52,7 +53,7 @@ def defend_files(
         try:
             x = to_batch(file, loaded)
             before, after = bare(x, seed), defender(x, seed)
-            target = output / f"{file.stem}.repaired.png"
+            target = _free_name(output, file.stem, [row["repaired"] for row in rows])
             with atomic(target) as partial:
                 to_pil(after.images[0]).save(partial)
         except (ValueError, OSError) as error:
@@ -75,10 +76,19 @@ def defend_files(
         report(_table(row))
     if figure is not None and kept:
         _figure(figure, kept, classes)
-        report(f"figure: {figure}")
+        report(escape(f"figure: {figure}"))
     if json is not None:
         write_json(json, {"pictures": rows, "failed": [str(file) for file in failed]})
     return Defended(rows, failed)
+
+
+def _free_name(folder: Path, stem: str, taken: Sequence[str]) -> Path:
+    """NAME.repaired.png, numbered where an earlier picture of this call has that name."""
+    names = [
+        f"{stem}.repaired.png",
+        *(f"{stem}-{i}.repaired.png" for i in range(2, 2 + len(taken))),
+    ]
+    return next(folder / name for name in names if str(folder / name) not in taken)
 
 
 def _top(result: DefenseResult, classes: Sequence[str], k: int) -> list[dict[str, Any]]:
@@ -93,7 +103,7 @@ def _table(row: dict[str, Any]) -> Table:
     drift = "" if row["drift"] is None else f", drift {row['drift']:.3f}"
     verdict = "flagged as attacked" if row["flagged"] else "not flagged"
     table = Table(
-        title=f"{row['picture']}: {verdict}{drift}; repaired: {row['repaired']}",
+        title=escape(f"{row['picture']}: {verdict}{drift}; repaired: {row['repaired']}"),
         title_justify="left",
     )
     table.add_column("before")
@@ -102,9 +112,9 @@ def _table(row: dict[str, Any]) -> Table:
     table.add_column("", justify="right")
     for old, new in zip(row["before"], row["after"], strict=True):
         cells = [
-            old["label"],
+            escape(old["label"]),
             f"{old['probability']:.1%}",
-            new["label"],
+            escape(new["label"]),
             f"{new['probability']:.1%}",
         ]
         table.add_row(*cells)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -54,6 +55,11 @@ def columns(rows: Sequence[Row]) -> list[tuple[str, str]]:
     return sorted(seen, key=lambda column: column[0] == "worst per image")
 
 
+# The interval in whole percent, as a terminal's column has room for.
+_INTERVAL = re.compile(r" \[([\d.]+), ([\d.]+)\]")
+_BROKEN = {"view-aware": "view-\naware", "adaptive": "adap-\ntive", "ms/image": "ms/\nimage"}
+
+
 def cell(row: Row | None) -> str:
     """Accuracy in percent with its 95 % interval, as "94.8 [93.2, 96.0]"."""
     if row is None:
@@ -79,16 +85,28 @@ def grid(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
 
 
 def table(rows: Sequence[Row], title: str) -> Table:
-    """The accuracy table for a terminal."""
+    """The accuracy table for a terminal, narrow enough for 80 columns."""
+    from rich import box
     from rich.table import Table
 
     header, body = grid(rows)
-    drawn = Table(title=title, caption="percent correct [95 % Wilson interval]")
+    drawn = Table(
+        title=title,
+        caption="percent correct [95 % Wilson interval]",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
     for index, name in enumerate(header):
+        for long, short in _BROKEN.items():
+            name = name.replace(long, short)
         drawn.add_column(name, justify="left" if index == 0 else "right")
     for line in body:
-        drawn.add_row(*line)
+        drawn.add_row(*(_INTERVAL.sub(_whole_percent, text) for text in line))
     return drawn
+
+
+def _whole_percent(interval: re.Match[str]) -> str:
+    return f"\n{float(interval[1]):.0f}–{float(interval[2]):.0f}"
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -119,9 +137,6 @@ def comparison_figure(
         truth: n true classes, to colour the bars.
         clean: undefended result on the pictures before the attack.
     """
-    import matplotlib
-
-    matplotlib.use("Agg", force=False)
     from matplotlib.figure import Figure
 
     seen = pictures if attacked is None else attacked
@@ -168,6 +183,6 @@ def _draw_bars(
         colour = "#8a8a8a" if truth is None else "#3a923a" if label == truth else "#c03d3e"
         axis.barh(-place, value, color=colour, height=0.42)
         text = f"{names[label]}  {value:.0%}"
-        axis.text(0.0, -place + 0.27, text, fontsize=7.5, va="bottom", ha="left")
+        axis.text(0.0, -place + 0.27, text, fontsize=7.5, va="bottom", ha="left", parse_math=False)
     axis.set(xlim=(0, 1), ylim=(-2.5, 0.75))
     axis.set_axis_off()

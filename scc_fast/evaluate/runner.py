@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import time
@@ -89,7 +90,7 @@ def wilson(hits: int, n: int, z: float = 1.959964) -> tuple[float, float]:
     p, zz = hits / n, z * z
     centre = (p + zz / (2 * n)) / (1 + zz / n)
     half = z / (1 + zz / n) * math.sqrt(p * (1 - p) / n + zz / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return min(p, max(0.0, centre - half)), max(p, min(1.0, centre + half))
 
 
 def evaluate(
@@ -176,7 +177,14 @@ class _Book:
         if path is None:
             return
         if path.exists():
-            first, *lines = path.read_text().splitlines() or [""]
+            text = path.read_text()
+            if "\n" not in text and fingerprint.startswith(text):  # cut in its first line
+                path.write_text(fingerprint + "\n")
+                return
+            if not text.endswith("\n"):  # the next line must not be glued to a cut one
+                with path.open("a") as file:
+                    file.write("\n")
+            first, *lines = text.splitlines()
             if first != fingerprint:
                 raise ValueError(
                     f"state file {path} belongs to another evaluation: give another name, or "
@@ -221,7 +229,11 @@ class _Book:
 
     def _upto(self, name: str, attack: Attack, last: int) -> tuple[str, float]:
         chunks = self.hits.get((name, _key(attack)), {})
-        inside = [chunks[span] for span in sorted(chunks) if span[1] <= last]
+        inside, at = [], 0
+        # A smaller n may have left a shorter chunk with the same start: the longest one counts.
+        while spans := [span for span in chunks if span[0] == at and span[1] <= last]:
+            at = max(stop for _, stop in spans)
+            inside.append(chunks[min(spans)[0], at])
         return "".join(bits for bits, _ in inside), sum(seconds for _, seconds in inside)
 
     def _worst(self, name: str, plan: Sequence[Attack], n: int, seed: int) -> list[Row]:
@@ -286,6 +298,8 @@ def _fingerprint(
 ) -> str:
     """What results depend on, apart from how many images and which attacks are asked for."""
     first = next(iter(defenders.values()))
-    model = [first.model.name, round(first.model.logit_scale, 4), list(first.text_features.shape)]
+    model = [first.model.name, round(first.model.logit_scale, 4), first.classes]
+    if first.classes is None:
+        model.append(hashlib.sha256(first.text_features.cpu().numpy().tobytes()).hexdigest())
     configs = {name: d.config.to_json() for name, d in defenders.items()}
     return json.dumps([configs, views_of, seed, chunk, model], sort_keys=True)
