@@ -93,21 +93,24 @@ def defend(
         _figure_format(figure)
     classes = _classes(labels, model)
     config = _config(method.value, epsilon)
-    defended = defend_files(
-        pictures,
-        model=model,
-        pretrained=pretrained,
-        classes=classes,
-        method=method.value,
-        config=config,
-        top=top,
-        output=output,
-        figure=figure,
-        seed=seed,
-        report=out.print,
-        warn=lambda text: err.print(text, style="red", markup=False, soft_wrap=True),
-        json=json,
-    )
+    with _progress() as bar:
+        task = bar.add_task("defending", total=len(pictures))
+        defended = defend_files(
+            pictures,
+            model=model,
+            pretrained=pretrained,
+            classes=classes,
+            method=method.value,
+            config=config,
+            top=top,
+            output=output,
+            figure=figure,
+            seed=seed,
+            json=json,
+            report=out.print,
+            warn=lambda text: err.print(text, style="red", markup=False, soft_wrap=True),
+            tick=lambda: bar.advance(task),
+        )
     if defended.failed:
         raise typer.Exit(1)
 
@@ -183,6 +186,7 @@ def _progress() -> Iterator[Progress]:
         TimeRemainingColumn(),
         console=err,
         transient=True,
+        disable=not err.is_terminal,
     )
     with bar:
         yield bar

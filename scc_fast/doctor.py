@@ -90,6 +90,10 @@ def show(console: Any, found: dict[str, Any]) -> None:
     for name in ("op", "device", "served by", "why not the others"):
         table.add_column(name)
     for row in found["ops"]:
-        reasons = [f"{name}: {why}" for name, why in row["why not"].items() if why]
+        because: dict[str, list[str]] = {}
+        for name, why in row["why not"].items():
+            if why:
+                because.setdefault(why, []).append(name)
+        reasons = [f"{', '.join(names)}: {why}" for why, names in because.items()]
         table.add_row(row["op"], row["device"], row["served by"], "\n".join(reasons))
     console.print(table)

@@ -41,8 +41,12 @@ def defend_files(
     json: Path | None,
     report: Callable[[Any], None],
     warn: Callable[[str], None],
+    tick: Callable[[], None],
 ) -> Defended:
-    """Defend every file that can be read; a bad one is named and the others go on."""
+    """Defend every file that can be read; a bad one is named and the others go on.
+
+    `report` gets what is to be printed, `warn` one line a failed file, `tick` a call a file.
+    """
     loaded = load_model(model, pretrained)
     defender = Defender(loaded, classes, method=method, config=config)
     bare = Defender(loaded, text_features=defender.text_features, method="none")
@@ -59,6 +63,7 @@ def defend_files(
         except (ValueError, OSError) as error:
             failed.append(file)
             warn(f"scc-fast: {file}: {error}")
+            tick()
             continue
         row = {
             "picture": str(file),
@@ -74,6 +79,7 @@ def defend_files(
         rows.append(row)
         kept.append((x, before, after))
         report(_table(row))
+        tick()
     if figure is not None and kept:
         _figure(figure, kept, classes)
         report(escape(f"figure: {figure}"))

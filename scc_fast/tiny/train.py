@@ -129,8 +129,13 @@ def _save(path: Path, state: dict) -> None:
     os.replace(partial, path)
 
 
-def train(steps: int, batch: int, peak: float, checkpoint: Path) -> nn.Module:
-    """Train from the last checkpoint, or from the start; returns the model in eval mode."""
+def train(
+    steps: int, batch: int, peak: float, checkpoint: Path, save_every: float = 60.0
+) -> nn.Module:
+    """Train from the last checkpoint, or from the start; returns the model in eval mode.
+
+    The checkpoint is written every `save_every` seconds, whole or not at all.
+    """
     import open_clip
     from open_clip.tokenizer import SimpleTokenizer
 
@@ -143,13 +148,17 @@ def train(steps: int, batch: int, peak: float, checkpoint: Path) -> nn.Module:
         [{"params": decay, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}],
         betas=(0.9, 0.98),
     )
-    first = 0
+    first, settings = 0, {"steps": steps, "batch": batch, "peak": peak}
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
-        if state["steps"] == steps and state["batch"] == batch:
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            first = state["step"]
+        if state["settings"] != settings:
+            raise ValueError(
+                f"{checkpoint} was made with {state['settings']}, not {settings}: remove it, or "
+                "give another --checkpoint"
+            )
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        first = state["step"]
     visual = model.visual
     saved = time.monotonic()
     for step in _progress(range(first, steps), steps):
@@ -176,9 +185,9 @@ def train(steps: int, batch: int, peak: float, checkpoint: Path) -> nn.Module:
         if step % 50 == 0:
             hits = (logits.argmax(1) == labels).float().mean()
             print(f"step {step} loss {loss.item():.3f} accuracy {hits:.3f}", flush=True)
-        if time.monotonic() - saved > 60:
+        if time.monotonic() - saved > save_every:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            _save(checkpoint, {**state, "step": step + 1, "steps": steps, "batch": batch})
+            _save(checkpoint, {**state, "step": step + 1, "settings": settings})
             saved = time.monotonic()
     visual.patch_dropout = nn.Identity()
     return model.eval()
