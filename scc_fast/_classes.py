@@ -13,27 +13,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scc_fast.models import VisionLanguage, load_model
+from scc_fast.models import VisionLanguage, load_model, missing_members
 
 LOCK = threading.RLock()
 _NAMED: dict[str, VisionLanguage] = {}
-_WRAPPED: weakref.WeakKeyDictionary[nn.Module, VisionLanguage] = weakref.WeakKeyDictionary()
+_Wrapped = tuple[tuple[tuple[int, int], ...], VisionLanguage]
+_WRAPPED: weakref.WeakKeyDictionary[nn.Module, _Wrapped] = weakref.WeakKeyDictionary()
 _TEXT: weakref.WeakKeyDictionary[Any, dict[tuple[str, ...], Tensor]] = weakref.WeakKeyDictionary()
 
 
 def as_model(model: Any) -> VisionLanguage:
     """`model` itself, or what load_model makes of a name or an object, made once."""
-    if isinstance(model, VisionLanguage):
-        return model
     with LOCK:
         if isinstance(model, str):
             if model not in _NAMED:
                 _NAMED[model] = load_model(model)
             return _NAMED[model]
-        if isinstance(model, nn.Module):
-            if model not in _WRAPPED:
-                _WRAPPED[model] = load_model(model)
-            return _WRAPPED[model]
+        if isinstance(model, nn.Module) and missing_members(model):
+            weights = tuple((p.data_ptr(), p._version) for p in model.parameters())
+            known = _WRAPPED.get(model)
+            if known is None or known[0] != weights:  # trained or moved since: embed anew
+                known = _WRAPPED[model] = weights, load_model(model)
+            return known[1]
     return load_model(model)
 
 
@@ -73,7 +74,10 @@ def embedded(
         raise ValueError("give exactly one of classes= and text_features=")
     if classes is not None:
         with LOCK:
-            known = _TEXT.setdefault(model, {})
+            try:
+                known = _TEXT.setdefault(model, {})
+            except TypeError:  # a model that cannot be a key is embedded every time
+                known = {}
             if classes not in known:
                 known.clear()  # one class list per model bounds the memory
                 known[classes] = model.encode_text(classes).to(model.device)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from typing import Any, Literal, cast
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +22,14 @@ from scc_fast.config import (
 )
 from scc_fast.images import to_batch
 from scc_fast.models import VisionLanguage
-from scc_fast.reference import baselines, philox
+from scc_fast.reference import baselines, heads, philox
 from scc_fast.reference.heads import Classes
 from scc_fast.reference.scc import scc
-from scc_fast.reference.ttc import Outcome, Setting, ttc
+from scc_fast.reference.ttc import Outcome, Setting, look, ttc
 from scc_fast.reference.views import preprocess
 from scc_fast.result import DefenseResult
 
+_PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 METHODS: dict[str, type[MethodConfig]] = {
     "scc": SCCConfig,
     "ttc": TTCConfig,
@@ -42,7 +43,8 @@ Seeds = int | Tensor | None
 class Defender:
     """A defense prepared once for a model and its classes, and called often.
 
-    Thread-safe: a call shares nothing with another but frozen weights and text embeddings.
+    Thread-safe: a call shares nothing with another but frozen weights and text embeddings. The
+    weights are taken as they are now: make another Defender after training or moving the model.
 
     Args:
         model: what load_model() returns, or anything it accepts.
@@ -52,10 +54,11 @@ class Defender:
         method: "scc", "ttc", "tte", "rn" or "none".
         config: the method's config object or a dict of some of its fields. None takes the
             model's own defaults where it carries some (the bundled one does), else METHOD.md's.
-        precision: "fp32"; "auto" is fp32 in this version.
+        precision: that of the model's weights ("fp32", unless it was loaded otherwise), or "auto".
         backend: "reference"; "auto" is the reference in this version.
         engine: "eager"; "auto" is eager in this version.
-        max_batch: larger batches are split.
+        max_batch: the encoder sees at most this many pictures at once, an image's views counted
+            one by one; larger batches are split.
 
     Raises:
         ValueError, TypeError: naming the argument, what came and what would be right.
@@ -78,7 +81,9 @@ class Defender:
         self.model = _classes.as_model(model)
         self.method = _one_of("method", method, tuple(METHODS))
         self.config = method_config(self.model, method, config)
-        self.precision = _served("precision", precision, "fp32", ("bf16", "fp16"))
+        held = _PRECISIONS[getattr(self.model, "dtype", torch.float32)]
+        others = tuple(name for name in _PRECISIONS.values() if name != held)
+        self.precision = _served("precision", precision, held, others)
         self.backend = _served(
             "backend", "auto" if backend is None else backend, "reference", ("cpp", "triton")
         )
@@ -146,9 +151,7 @@ class Defender:
             loaded = time.perf_counter()
             parts = [
                 _result(self, self.run(piece, key), piece, key)
-                for piece, key in zip(
-                    x.split(self.max_batch), keys.split(self.max_batch), strict=True
-                )
+                for piece, key in self.pieces(x, keys)
             ]
         result = DefenseResult.concatenate(parts)
         if x.is_cuda:
@@ -156,6 +159,12 @@ class Defender:
         done = time.perf_counter()
         result.timings.update(input=loaded - started, defense=done - loaded, total=done - started)
         return result
+
+    def pieces(self, x: Tensor, seeds: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """x and seeds in pieces of which the encoder sees at most max_batch views at once."""
+        views = self.views(min(x.shape[-2:]))
+        size = max(1, self.max_batch // len(views))
+        return zip(x.split(size), seeds.split(size), strict=True)
 
     def run(self, x: Tensor, seeds: Tensor) -> Outcome:
         """The method itself on x (B, 3, H, W) in [0, 1], seeds (B,): unchecked, not split.
@@ -168,26 +177,27 @@ class Defender:
             rows = x.new_zeros(0)
             return Outcome(x.new_zeros(0, len(self._classes.text)), x, rows, rows.bool())
         views = self.views(min(x.shape[-2:]))
-        match config:
-            case SCCConfig():
-                return scc(setting, x, seeds, views, config)
-            case TTCConfig():
-                return ttc(setting, x, seeds, config)
-            case TTEConfig():
-                return baselines.tte(setting, x, seeds, views, config)
-            case RNConfig():
-                return baselines.rn(setting, x, seeds, config)
-        return baselines.none(setting, x, seeds, cast(NoneConfig, config))
+        with _no_autocast(x.device):
+            match config:
+                case SCCConfig():
+                    return scc(setting, x, seeds, views, config)
+                case TTCConfig():
+                    return ttc(setting, x, seeds, config)
+                case TTEConfig():
+                    return baselines.tte(setting, x, seeds, views)
+                case RNConfig():
+                    return baselines.rn(setting, x, seeds, config)
+            return baselines.none(setting, x, seeds)
 
-    def logits(self, x: Tensor, seeds: Tensor, views: Sequence[View] | None = None) -> Tensor:
-        """Mean logits over the views of x itself, no perturbation (B, K); differentiable.
+    def view_logits(self, x: Tensor, seeds: Tensor, views: Sequence[View] | None = None) -> Tensor:
+        """Logits of each view of x itself, no perturbation (L, B, K); differentiable.
 
         This is what an attacker of the undefended model (views = identity) or one who knows the
-        views (None: this method's) works on.
+        views (None: this method's) works on. A method's own prediction is their mean.
         """
         views = self.views(min(x.shape[-2:])) if views is None else views
-        config = TTEConfig()
-        return baselines.tte(self._setting, x, seeds, views, config).logits
+        with _no_autocast(x.device):
+            return heads.logits(look(self._setting, x, seeds, views), self._classes)
 
 
 def defend(
@@ -220,8 +230,10 @@ def image_seeds(seeds: Seeds, batch: int, device: torch.device | str = "cpu") ->
                 f"seeds must be an int64 tensor of shape ({batch},), one per image; got "
                 f"{seeds.dtype} of shape {tuple(seeds.shape)}"
             )
-    elif seeds is not None and (not isinstance(seeds, int) or isinstance(seeds, bool)):
+    elif seeds is not None and type(seeds) is not int:
         raise TypeError(f"seeds must be None, an int or an int64 tensor, got {seeds!r}")
+    elif seeds is not None and not -(1 << 63) <= seeds < 1 << 64:
+        raise ValueError(f"seeds must fit into 64 bits, got {seeds}")
     return philox.image_seeds(seeds, batch, device)
 
 
@@ -306,6 +318,7 @@ class DefendedCLIP(nn.Module):
         super().__init__()
         self.defender = defender
         self.gradient = _one_of("gradient", gradient, ("through", "bpda", "identity"))
+        image_seeds(seed, 0)  # refuses what is no seed
         self.seed = seed
         # Registered so that tools which ask for parameters, modes or the device find the encoder.
         self.encoder = getattr(defender.model, "module", None)
@@ -333,23 +346,16 @@ class DefendedCLIP(nn.Module):
             seeds = image_seeds(self.seed, 1, x.device).expand(len(x))
         live = torch.is_grad_enabled() and x.requires_grad
         # inference_mode(False) turns gradients on by itself.
-        with torch.inference_mode(False), torch.set_grad_enabled(live), _no_autocast(x.device):
-            if not live:
-                return self._pieces(x, seeds)
-            if self.gradient == "through":
-                return self.defender.run(x, seeds).logits
-            with torch.no_grad():
-                outcome = self.defender.run(x.detach(), seeds)
-            if self.gradient == "bpda":
-                return self.defender.logits(x + outcome.delta, seeds)
-            bare = self.defender.logits(x, seeds, (View(),))
-            return outcome.logits + (bare - bare.detach())
+        with torch.inference_mode(False), torch.set_grad_enabled(live):
+            pieces = self.defender.pieces(x, seeds)
+            return torch.cat([self._logits(piece, key, live) for piece, key in pieces])
 
-    def _pieces(self, x: Tensor, seeds: Tensor) -> Tensor:
-        size = self.defender.max_batch
+    def _logits(self, x: Tensor, seeds: Tensor, live: bool) -> Tensor:
+        if not live or self.gradient == "through":
+            return self.defender.run(x, seeds).logits
         with torch.no_grad():
-            parts = [
-                self.defender.run(piece, key).logits
-                for piece, key in zip(x.split(size), seeds.split(size), strict=True)
-            ]
-        return torch.cat(parts)
+            outcome = self.defender.run(x.detach(), seeds)
+        if self.gradient == "bpda":
+            return self.defender.view_logits(x + outcome.delta, seeds).mean(dim=0)
+        bare = self.defender.view_logits(x, seeds, (View(),))[0]
+        return outcome.logits + (bare - bare.detach())

@@ -44,7 +44,7 @@ def demo(
     n: Annotated[int, typer.Option(help="Test pictures.", min=1)] = 48,
     adaptive_n: Annotated[
         int, typer.Option(help="Of these, under the adaptive attack.", min=1)
-    ] = 16,
+    ] = 12,
     figure: Annotated[Path, typer.Option(help="Figure to write.")] = Path("scc_fast_demo.png"),
     seed: Seed = 0,
     json: Json = None,

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,6 @@ from scc_fast._preprocess import Preprocess, Triple, triple
 Tokenizer = Callable[..., Any]
 
 
-@runtime_checkable
 class VisionLanguage(Protocol):
     """What the rest of scc_fast asks of a model.
 
@@ -88,6 +87,16 @@ def frozen_twin(model: nn.Module) -> nn.Module:
             if getattr(module, flag, False):  # recomputing saves memory only for weight gradients
                 setattr(module, flag, False)
     return twin
+
+
+def missing_members(model: object) -> list[str]:
+    """The members of :class:`VisionLanguage` that an object lacks.
+
+    isinstance() cannot tell: from Python 3.12 on it does not see what __getattr__ provides.
+    """
+    methods = ("encode_image", "encode_text", "info")
+    names = (*VisionLanguage.__annotations__, *methods)
+    return [name for name in names if not hasattr(model, name)]
 
 
 class FrozenModel:
@@ -301,9 +310,12 @@ def load_model(
     options = {"mean": mean, "std": std}
     overrides: dict[str, Any] = {k: triple(v, k) for k, v in options.items() if v is not None}
     if not isinstance(model, (str, Path, nn.Module)):
-        if isinstance(model, VisionLanguage):
+        if not (missing := missing_members(model)):
             return model
-        raise TypeError(f"model: a name, a folder or a model is needed, got {type(model).__name__}")
+        raise TypeError(
+            f"model: a name, a folder or a model is needed, got {type(model).__name__}; as a "
+            f"VisionLanguage it lacks {', '.join(missing)}"
+        )
     # Initialisation draws from torch's global generator, whose state is put back
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
         if isinstance(model, nn.Module):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DefenseResult:
     """The outcome for a batch of B images and K classes; everything is detached.
 

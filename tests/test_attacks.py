@@ -31,7 +31,7 @@ def setup(kind: str, n: int = 3) -> tuple[Defender, Tensor, Tensor, Tensor]:
 
 def bare_loss(defender: Defender, x: Tensor, labels: Tensor) -> float:
     with torch.no_grad():
-        logits = defender.logits(x, torch.zeros_like(labels), (View(),))
+        logits = defender.view_logits(x, torch.zeros_like(labels), (View(),))[0]
         return float(F.cross_entropy(logits, labels))
 
 
@@ -107,12 +107,15 @@ def test_pgd_and_view_aware_are_textbook_pgd_on_their_losses(kind: str) -> None:
 
     def view_loss(p: Tensor) -> Tensor:
         losses = [
-            F.cross_entropy(defender.logits(p, seeds, (v,)), labels, reduction="sum") for v in views
+            F.cross_entropy(defender.view_logits(p, seeds, (v,))[0], labels, reduction="sum")
+            for v in views
         ]
         return sum(losses, torch.zeros(())) / len(views)
 
     def loss(p: Tensor) -> Tensor:
-        return F.cross_entropy(defender.logits(p, seeds, (View(),)), labels, reduction="sum")
+        return F.cross_entropy(
+            defender.view_logits(p, seeds, (View(),))[0], labels, reduction="sum"
+        )
 
     for attack, target in ((attacks.pgd, loss), (attacks.view_aware, view_loss)):
         start = attack(defender, x, labels, seeds, epsilon=4 / 255, steps=1, alpha=0.0)
@@ -155,7 +158,7 @@ def test_who_knows_the_views_does_more_to_them() -> None:
 
     def loss(p: Tensor) -> float:
         with torch.no_grad():
-            each = [F.cross_entropy(defender.logits(p, seeds, (v,)), labels) for v in views]
+            each = [F.cross_entropy(defender.view_logits(p, seeds, (v,))[0], labels) for v in views]
         return float(sum(each, torch.zeros(()))) / len(views)
 
     options: dict[str, Any] = {"epsilon": 2 / 255, "steps": 6}
@@ -242,3 +245,28 @@ def test_an_empty_batch(attack: Any) -> None:
     none = torch.zeros(0, dtype=torch.int64)
     x = torch.zeros(0, 3, 32, 32)
     assert attack(defender_of("open_clip"), x, none, none, epsilon=0.1, steps=2).shape == x.shape
+
+
+def test_each_noisy_view_has_its_own_noise_under_the_view_aware_attack() -> None:
+    paper = defender_of("open_clip", config={"views": "paper", "sigma": 0.05})
+    x = pictures("open_clip", 2)
+    seeds = scc_fast.image_seeds(3, 2)
+    logits = paper.view_logits(x, seeds)
+    assert not torch.equal(logits[2], logits[3])
+
+
+def test_labels_made_inside_inference_mode() -> None:
+    defender, x, labels, seeds = setup("open_clip")
+    expected = attacks.pgd(defender, x, labels, seeds, epsilon=4 / 255, steps=2)
+    with torch.inference_mode():
+        inside = labels + 0
+        found = attacks.pgd(defender, x + 0, inside, seeds + 0, epsilon=4 / 255, steps=2)
+    torch.testing.assert_close(found, expected)
+
+
+def test_autocast_does_not_reach_an_attack() -> None:
+    defender, x, labels, seeds = setup("open_clip")
+    expected = attacks.adaptive(defender, x, labels, seeds, epsilon=4 / 255, steps=2, eot=1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = attacks.adaptive(defender, x, labels, seeds, epsilon=4 / 255, steps=2, eot=1)
+    torch.testing.assert_close(found, expected)

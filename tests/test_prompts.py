@@ -111,3 +111,16 @@ def test_looking_for_duplicates_takes_no_time(monkeypatch: pytest.MonkeyPatch) -
     with pytest.warns(UserWarning, match="classes has duplicates"):
         Defender(model, [*prompts, prompts[-1]])
     assert time.perf_counter() - began < 1
+
+
+def test_defend_follows_a_model_that_was_trained_in_between() -> None:
+    module = small_open_clip(text_cfg={"context_length": 77, "width": 32, "heads": 2})
+    x = pictures("open_clip", 2)
+    before = scc_fast.defend(x, module, FIVE, method="none")
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    after = scc_fast.defend(x, module, FIVE, method="none")
+    fresh = Defender(scc_fast.load_model(module), FIVE, method="none")(x)
+    torch.testing.assert_close(after.logits, fresh.logits)
+    assert not torch.allclose(before.logits, after.logits)

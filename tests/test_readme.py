@@ -33,3 +33,10 @@ def test_links_of_the_readme_lead_somewhere():
     for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / "README.md").read_text()):
         if "://" not in target:
             assert (ROOT / target).exists(), target
+
+
+def test_no_page_ships_a_placeholder():
+    pages = [*ROOT.glob("*.md"), *(ROOT / "scc_fast").rglob("*.md")]
+    assert len(pages) >= 4
+    for page in pages:
+        assert not re.search(r"@[A-Z]{3,}@", page.read_text()), page

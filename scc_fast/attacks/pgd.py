@@ -8,14 +8,13 @@ also the views a defense averages over, `adaptive` the whole defense.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from scc_fast.api import Defender
-from scc_fast.config import IDENTITY, parse_budget
+from scc_fast.config import IDENTITY, View, parse_budget
 from scc_fast.reference import philox, step
 
 # (x, step) -> gradient of the loss to ascend, the shape of x.
@@ -45,12 +44,12 @@ def pgd(
     Returns:
         Attacked images (B, 3, H, W) in [0, 1], within epsilon of x.
     """
-    bare = partial(defender.logits, seeds=seeds, views=(IDENTITY,))
+    x, labels, seeds = _checked(defender, x, labels, seeds)
 
     def gradient(point: Tensor, _: int) -> Tensor:
-        return _loss_gradient(bare, point, labels)
+        return _loss_gradient(defender, point, labels, seeds, (IDENTITY,))
 
-    return _ascend(gradient, defender, x, labels, seeds, epsilon, steps, alpha)
+    return _ascend(gradient, x, seeds, epsilon, steps, alpha)
 
 
 def view_aware(
@@ -63,17 +62,16 @@ def view_aware(
     steps: int = 30,
     alpha: float = 1 / 255,
 ) -> Tensor:
-    """PGD on the mean cross-entropy over the defense's views, without its perturbation."""
-    views = defender.views(min(x.shape[-2:]))
+    """PGD on the mean cross-entropy over the defense's views, without its perturbation.
+
+    Arguments and result as for pgd(); where views are noisy, the noise is the attacker's own.
+    """
+    x, labels, seeds = _checked(defender, x, labels, seeds)
 
     def gradient(point: Tensor, _: int) -> Tensor:
-        total = torch.zeros_like(point)
-        for view in views:
-            seen = partial(defender.logits, seeds=seeds, views=(view,))
-            total += _loss_gradient(seen, point, labels)
-        return total / len(views)
+        return _loss_gradient(defender, point, labels, seeds)
 
-    return _ascend(gradient, defender, x, labels, seeds, epsilon, steps, alpha)
+    return _ascend(gradient, x, seeds, epsilon, steps, alpha)
 
 
 def adaptive(
@@ -92,59 +90,74 @@ def adaptive(
     Each step runs the defense on the current point, takes the loss gradient of its prediction at
     the defended pixels, and applies it to the point (Athalye et al., arXiv 1802.00420); averaged
     over `eot` draws of the defense's noise. The draws are the attacker's own: they never include
-    the seed the defense is then judged with.
+    the seed the defense is then judged with. Other arguments and result as for pgd().
     """
     if eot < 1:
         raise ValueError(f"eot must be at least 1, got {eot}")
+    x, labels, seeds = _checked(defender, x, labels, seeds)
 
     def gradient(point: Tensor, at: int) -> Tensor:
         total = torch.zeros_like(point)
         for draw in range(eot):
             keys = philox.derive(seeds, philox.EOT, at * eot + draw)
-            with torch.no_grad():
-                delta = defender.run(point, keys).delta
+            delta = defender.run(point, keys).delta
             # The gradient at the defended pixels is passed on as it is: BPDA's identity.
-            total += _loss_gradient(partial(defender.logits, seeds=keys), point + delta, labels)
+            total += _loss_gradient(defender, point + delta, labels, keys, mean_first=True)
         return total
 
-    return _ascend(gradient, defender, x, labels, seeds, epsilon, steps, alpha)
+    return _ascend(gradient, x, seeds, epsilon, steps, alpha)
 
 
-def _loss_gradient(logits: Callable[[Tensor], Tensor], point: Tensor, labels: Tensor) -> Tensor:
+def _loss_gradient(
+    defender: Defender,
+    point: Tensor,
+    labels: Tensor,
+    seeds: Tensor,
+    views: tuple[View, ...] | None = None,
+    *,
+    mean_first: bool = False,
+) -> Tensor:
+    """Of the mean of the views' cross-entropies, or of that of their mean logits: like point."""
     with torch.enable_grad():
         leaf = point.detach().requires_grad_()
-        loss = F.cross_entropy(logits(leaf), labels, reduction="sum")
+        logits = defender.view_logits(leaf, seeds, views)
+        if mean_first:
+            logits = logits.mean(dim=0, keepdim=True)
+        every = labels.repeat(len(logits))
+        loss = F.cross_entropy(logits.flatten(0, 1), every, reduction="sum") / len(logits)
     return torch.autograd.grad(loss, leaf)[0]
 
 
 def _ascend(
-    gradient: Gradient,
-    defender: Defender,
-    x: Tensor,
-    labels: Tensor,
-    seeds: Tensor,
-    epsilon: float,
-    steps: int,
-    alpha: float,
+    gradient: Gradient, x: Tensor, seeds: Tensor, epsilon: float, steps: int, alpha: float
 ) -> Tensor:
     epsilon, alpha = parse_budget("epsilon", epsilon), parse_budget("alpha", alpha)
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
-    for name, value in (("labels", labels), ("seeds", seeds)):
-        if value.shape != (len(x),) or value.dtype != torch.int64:
-            raise ValueError(
-                f"{name} must be int64 of shape ({len(x)},), got {value.dtype} {tuple(value.shape)}"
-            )
     if len(x) == 0:
         return x.clone()
-    if labels.min() < 0 or labels.max() >= len(defender.text_features):
-        raise ValueError(
-            f"labels must be in [0, {len(defender.text_features)}), got {labels.tolist()}"
-        )
-    x = x.detach()
-    with torch.inference_mode(False), torch.no_grad():
+    # A backward pass too would follow the caller's autocast.
+    plain = torch.autocast(x.device.type, enabled=False)
+    with torch.inference_mode(False), torch.no_grad(), plain:
         start = 2 * philox.uniform_like(x, seeds, philox.ATTACK_START) - 1
         delta = step.project(start * epsilon, x, epsilon)
         for at in range(steps):
             delta = step.pgd_step(delta, gradient(x + delta, at), x, alpha, epsilon)
         return (x + delta).clamp(0, 1)
+
+
+def _checked(
+    defender: Defender, x: Tensor, labels: Tensor, seeds: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The three on the model's device, as ordinary tensors."""
+    for name, value in (("labels", labels), ("seeds", seeds)):
+        if value.shape != (len(x),) or value.dtype != torch.int64:
+            raise ValueError(
+                f"{name} must be int64 of shape ({len(x)},), got {value.dtype} {tuple(value.shape)}"
+            )
+    classes = len(defender.text_features)
+    if len(x) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise ValueError(f"labels must be in [0, {classes}), got {labels.tolist()}")
+    with torch.inference_mode(False), torch.no_grad():
+        device = defender.model.device
+        return x.detach().to(device).clone(), labels.to(device).clone(), seeds.to(device).clone()

@@ -22,7 +22,7 @@ class Demo:
     """Sizes of the demonstration; the defaults finish in under 3 minutes on 2 cores."""
 
     n: int = 48
-    adaptive_n: int = 16
+    adaptive_n: int = 12
     adaptive_steps: int = 10
     seed: int = 0
 
@@ -30,7 +30,9 @@ class Demo:
         """The columns of the table."""
         oblivious = [Attack("pgd", steps / 255) for steps in (1, 2, 4)]
         aware = Attack("view-aware", 4 / 255, steps=20)
-        adaptive = Attack("adaptive", 4 / 255, steps=self.adaptive_steps, limit=self.adaptive_n)
+        adaptive = Attack(
+            "adaptive", 4 / 255, steps=self.adaptive_steps, eot=2, limit=self.adaptive_n
+        )
         return [Attack(), *oblivious, aware, adaptive]
 
     def chunks(self) -> int:

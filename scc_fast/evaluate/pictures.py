@@ -10,12 +10,15 @@ from typing import Any
 import torch
 from rich.markup import escape
 from rich.table import Table
+from torch import Tensor
 
 from scc_fast.api import Defender
 from scc_fast.evaluate.report import atomic, comparison_figure, write_json
 from scc_fast.images import to_batch, to_pil
 from scc_fast.models import load_model
 from scc_fast.result import DefenseResult
+
+_FIGURE_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ def defend_files(
     bare = Defender(loaded, text_features=defender.text_features, method="none")
     rows: list[dict[str, Any]] = []
     failed: list[Path] = []
-    kept = []
+    kept: list[tuple[Tensor, DefenseResult, DefenseResult]] = []
     for file in files:
         try:
             x = to_batch(file, loaded)
@@ -77,12 +80,14 @@ def defend_files(
             "seconds": after.timings["total"],
         }
         rows.append(row)
-        kept.append((x, before, after))
+        if figure is not None and len(kept) < _FIGURE_ROWS:
+            kept.append((x, before, after))
         report(_table(row))
         tick()
     if figure is not None and kept:
         _figure(figure, kept, classes)
-        report(escape(f"figure: {figure}"))
+        shown = f" (the first {len(kept)} pictures)" if len(kept) < len(rows) else ""
+        report(escape(f"figure: {figure}{shown}"))
     if json is not None:
         write_json(json, {"pictures": rows, "failed": [str(file) for file in failed]})
     return Defended(rows, failed)

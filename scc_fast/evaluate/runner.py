@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from scc_fast import attacks
 from scc_fast.api import Defender, image_seeds
@@ -127,9 +127,10 @@ def evaluate(
             stop = min(start + chunk, last)
             todo = [name for name in defenders if not book.has(name, attack, start, stop)]
             if todo:
-                x, labels = pictures(start, stop)
-                attacker = image_seeds(seed + 1, n)[start:stop]
-                judge = image_seeds(seed, n)[start:stop]
+                device = defenders[views_of].model.device
+                x, labels = (tensor.to(device) for tensor in pictures(start, stop))
+                attacker = image_seeds(seed + 1, n, device)[start:stop]
+                judge = image_seeds(seed, n, device)[start:stop]
                 shared = None
                 for name in todo:
                     if attack.kind == "adaptive":
@@ -157,9 +158,9 @@ def check_attack(rows: Sequence[Row], plan: Sequence[Attack]) -> None:
         if row.defense == "none"
         and (row.attack == "clean" or row.eps == format_epsilon(strongest.epsilon))
     }
-    if strongest.name not in found or "clean" not in found:
+    if strongest.name not in found:
         return
-    clean, robust = found["clean"], found[strongest.name]
+    clean, robust = found.get("clean", 1.0), found[strongest.name]
     if robust > 0.5 * clean:
         raise AttackFailed(
             f"the attack does not work: under {strongest.name} at "
@@ -298,8 +299,11 @@ def _fingerprint(
 ) -> str:
     """What results depend on, apart from how many images and which attacks are asked for."""
     first = next(iter(defenders.values()))
-    model = [first.model.name, round(first.model.logit_scale, 4), first.classes]
+    weights = hashlib.sha256()
+    for value in getattr(first.model, "module", nn.Module()).state_dict().values():
+        weights.update(value.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     if first.classes is None:
-        model.append(hashlib.sha256(first.text_features.cpu().numpy().tobytes()).hexdigest())
+        weights.update(first.text_features.cpu().numpy().tobytes())
+    model = [first.model.name, first.classes, weights.hexdigest()]
     configs = {name: d.config.to_json() for name, d in defenders.items()}
     return json.dumps([configs, views_of, seed, chunk, model], sort_keys=True)

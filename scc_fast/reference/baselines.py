@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from scc_fast.config import IDENTITY, NoneConfig, RNConfig, TTEConfig, View
+from scc_fast.config import IDENTITY, RNConfig, View
 from scc_fast.reference import heads, step
 from scc_fast.reference.ttc import Outcome, Setting, look
 
 
-def none(setting: Setting, x: Tensor, seeds: Tensor, config: NoneConfig) -> Outcome:
+def none(setting: Setting, x: Tensor, seeds: Tensor) -> Outcome:
     """The model's own prediction."""
     return _outcome(setting, x, seeds, (IDENTITY,), torch.zeros_like(x))
 
@@ -23,9 +23,7 @@ def rn(setting: Setting, x: Tensor, seeds: Tensor, config: RNConfig) -> Outcome:
     return _outcome(setting, x, seeds, (IDENTITY,), delta)
 
 
-def tte(
-    setting: Setting, x: Tensor, seeds: Tensor, views: Sequence[View], config: TTEConfig
-) -> Outcome:
+def tte(setting: Setting, x: Tensor, seeds: Tensor, views: Sequence[View]) -> Outcome:
     """Mean logits over views (Pérez et al., ICCVW 2021, arXiv 2107.14110)."""
     return _outcome(setting, x, seeds, views, torch.zeros_like(x))
 

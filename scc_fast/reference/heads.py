@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Classes:
     """The text side of a zero-shot classifier.
 
@@ -60,9 +60,14 @@ def relative_drift(features: Tensor, anchor: Tensor) -> Tensor:
     return (features - anchor).norm(dim=-1) / anchor.norm(dim=-1)
 
 
+def logits(features: Tensor, classes: Classes) -> Tensor:
+    """s·cos(f, t_k) + b: (..., D) → (..., K)."""
+    return classes.scale * cosines(features, classes) + classes.bias
+
+
 def mean_logits(features: Tensor, classes: Classes) -> Tensor:
-    """Mean over the views of s·cos(f_l, t_k) + b: (L, B, D) → (B, K)."""
-    return (classes.scale * cosines(features, classes) + classes.bias).mean(dim=0)
+    """Mean of the logits over the views: (L, B, D) → (B, K)."""
+    return logits(features, classes).mean(dim=0)
 
 
 def pseudo_label(
@@ -75,8 +80,7 @@ def pseudo_label(
         ŷ: (B,) int64, the first maximiser of q.
         t_soft: (B, D), Σ_k q_k t_k scaled to unit length.
     """
-    logits = classes.scale * cosines(features, classes) + classes.bias
-    mean = logits.softmax(dim=-1).mean(dim=0)
+    mean = logits(features, classes).softmax(dim=-1).mean(dim=0)
     q = torch.softmax(mean.log() / temperature, dim=-1)  # q̄^(1/T)/Σ, without underflow
     return q, q.argmax(dim=-1), F.normalize(q @ classes.text, dim=-1)
 

@@ -51,7 +51,7 @@ def words(seeds: Tensor, purpose: int, view: int, blocks: int) -> Tensor:
 def uniform(seeds: Tensor, purpose: int, view: int, numel: int) -> Tensor:
     """`numel` uniforms in [0, 1) per seed, exact multiples of 2^-24: (B, numel) float32."""
     bits = words(seeds, purpose, view, -(-numel // 4)) >> 8
-    return (bits.flatten(1)[:, :numel].double() * 2.0**-24).float()
+    return bits.flatten(1)[:, :numel].float() * 2.0**-24
 
 
 def normal(seeds: Tensor, purpose: int, view: int, numel: int) -> Tensor:

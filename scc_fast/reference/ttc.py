@@ -20,7 +20,7 @@ from scc_fast.reference.views import make_views
 Encode = Callable[[Tensor], Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Setting:
     """What a method works with: the frozen encoder, the classes, the fill of a shifted view."""
 
@@ -29,7 +29,7 @@ class Setting:
     fill: Tensor  # (3,), the normalisation mean
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Outcome:
     """What a method returns, per image."""
 
@@ -59,7 +59,7 @@ def look_at(
     return features.detach(), pull_back
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Counterattack:
     """The warm-up's outcome; `features` are those of the views of x + δ⁰, (L, B, D)."""
 

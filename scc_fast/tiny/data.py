@@ -1,7 +1,8 @@
 """The bundled model's pictures: emoji artworks on procedural backgrounds, any split, any number.
 
 Every random choice of picture i of a split is a Philox number keyed by (split, i), so a split is a
-function of its name alone: no files, no global generator, and the same 64x64 pictures everywhere.
+function of its name alone: no files and no global generator. Labels and choices are the same on
+every machine; a pixel may differ by 1/255 where resampling rounds differently.
 Splits show the same artworks in new places, sizes and colours: real artwork, not photographs, and
 not unseen artwork.
 """
