@@ -14,11 +14,9 @@ from torch import Tensor
 
 from scc_fast.config import (
     IDENTITY,
-    NoneConfig,
     RNConfig,
     SCCConfig,
     TTCConfig,
-    TTEConfig,
     resolve_views,
 )
 from scc_fast.reference import baselines, heads, philox, step
@@ -50,9 +48,9 @@ def assert_identical(first: Outcome, second: Outcome, rows: Any = slice(None)) -
 
 
 METHODS: dict[str, Callable[[Tensor, Tensor], Outcome]] = {
-    "none": lambda x, seeds: baselines.none(setting(), x, seeds, NoneConfig()),
+    "none": lambda x, seeds: baselines.none(setting(), x, seeds),
     "rn": lambda x, seeds: baselines.rn(setting(), x, seeds, RNConfig()),
-    "tte": lambda x, seeds: baselines.tte(setting(), x, seeds, PAPER, TTEConfig()),
+    "tte": lambda x, seeds: baselines.tte(setting(), x, seeds, PAPER),
     "ttc": lambda x, seeds: ttc(setting(), x, seeds, TTCConfig(tau=0.03)),
     "scc": lambda x, seeds: scc(setting(), x, seeds, GEOMETRIC, SCCConfig(tau=0.03)),
     "scc paper": lambda x, seeds: scc(setting(), x, seeds, PAPER, SCCConfig(gate=False)),
@@ -98,8 +96,8 @@ def test_none_and_tte_add_nothing() -> None:
         ]
     )
     for outcome, logits in (
-        (baselines.none(toy, x, seeds, NoneConfig()), want[0]),
-        (baselines.tte(toy, x, seeds, PAPER, TTEConfig()), want.mean(dim=0)),
+        (baselines.none(toy, x, seeds), want[0]),
+        (baselines.tte(toy, x, seeds, PAPER), want.mean(dim=0)),
     ):
         assert not outcome.delta.any()
         torch.testing.assert_close(outcome.logits, logits)
