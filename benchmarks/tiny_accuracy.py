@@ -116,7 +116,7 @@ def main() -> None:
         save("tiny-sweep", rows, f"Bundled model, validation, n = {n}: choice of defaults")
         return
     n = options.n or 1000
-    plan = [Attack(), *(Attack("pgd", steps / 255) for steps in (2, 4))]
+    plan = [Attack(), *(Attack("pgd", steps / 255) for steps in (1, 2, 4))]
     rows = run("tiny-test", test_defenders(model), "test", n, plan, options.seed)
     save("tiny-test", rows, f"Bundled model, test, n = {n}")
     few = options.adaptive_n
