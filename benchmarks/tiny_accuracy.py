@@ -2,6 +2,7 @@
 
     python benchmarks/tiny_accuracy.py sweep     # validation split, chooses nothing by itself
     python benchmarks/tiny_accuracy.py test      # test split, everything the README quotes
+    python benchmarks/tiny_accuracy.py gate      # drift of validation pictures beside tau
 
 Either can be interrupted; the same command goes on. A JSON and a Markdown table land in
 benchmarks/results/cpu/.
@@ -18,8 +19,9 @@ from rich.console import Console
 from rich.progress import Progress
 
 import scc_fast
-from scc_fast import tiny
+from scc_fast import attacks, tiny
 from scc_fast.api import Defender
+from scc_fast.config import format_epsilon
 from scc_fast.evaluate.report import atomic, markdown, table, write_json
 from scc_fast.evaluate.runner import Attack, Row, evaluate
 
@@ -84,6 +86,25 @@ def run(
     return rows
 
 
+def gate(model: scc_fast.VisionLanguage, n: int, seed: int) -> None:
+    """How far the drift of clean and attacked pictures stays from the gate's threshold."""
+    x, labels = tiny.generate("validation", range(n))
+    scc = Defender(model, tiny.prompts())
+    keys = scc_fast.image_seeds(seed, n)
+    found = {}
+    for epsilon in (0.0, 2 / 255, 4 / 255):
+        seen = x if epsilon == 0 else attacks.pgd(scc, x, labels, keys, epsilon=epsilon)
+        # No step: the drift is read from the noise alone.
+        looked = Defender(model, tiny.prompts(), method="ttc", config={"steps": 0})(seen, keys + 1)
+        found[format_epsilon(epsilon)] = {
+            "n": n,
+            "flagged": int(looked.flagged.sum()),
+            "median_drift": float(looked.drift.median()),
+            "max_drift": float(looked.drift.max()),
+        }
+    write_json(RESULTS / "tiny-gate.json", {"tau": scc_fast.TTCConfig().tau, "pgd_10": found})
+
+
 def save(name: str, rows: list[Row], title: str) -> None:
     """JSON and Markdown side by side, and the table on the terminal."""
     machine = {
@@ -102,13 +123,16 @@ def save(name: str, rows: list[Row], title: str) -> None:
 def main() -> None:
     """Parse and run."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("sweep", "test"))
+    parser.add_argument("what", choices=("sweep", "test", "gate"))
     parser.add_argument("--n", type=int, help="pictures; 500 for the sweep, 1000 for the test")
     parser.add_argument("--adaptive-n", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     model = scc_fast.load_model("tiny", device="cpu")
     RESULTS.mkdir(parents=True, exist_ok=True)
+    if options.what == "gate":
+        gate(model, options.n or 500, options.seed)
+        return
     if options.what == "sweep":
         n = options.n or 500
         plan = [Attack(), Attack("pgd", 4 / 255)]

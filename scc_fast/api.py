@@ -296,7 +296,7 @@ class DefendedCLIP(nn.Module):
 
     - "through": the true gradient of the defended logits as they are computed. The sign steps
       have zero derivative almost everywhere, so what remains is the gradient at the defended
-      pixels through the projections. Strongest of the three in value, not always as an attack.
+      pixels through the projections.
     - "bpda": the gradient at the defended pixels, passed on as if the repair were the identity.
     - "identity": the undefended model's gradient at x, beside defended logits.
 

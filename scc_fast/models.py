@@ -309,9 +309,10 @@ def load_model(
         raise ValueError(f"device: {str(device)!r} asked for, but torch sees no CUDA device")
     options = {"mean": mean, "std": std}
     overrides: dict[str, Any] = {k: triple(v, k) for k, v in options.items() if v is not None}
+    missing = missing_members(model)
+    if not isinstance(model, (str, Path)) and not missing:
+        return cast(VisionLanguage, model)
     if not isinstance(model, (str, Path, nn.Module)):
-        if not (missing := missing_members(model)):
-            return model
         raise TypeError(
             f"model: a name, a folder or a model is needed, got {type(model).__name__}; as a "
             f"VisionLanguage it lacks {', '.join(missing)}"

@@ -335,8 +335,7 @@ def test_doctor(run: Run) -> None:
 
 def test_the_installed_command(tmp_path: Path) -> None:
     command = Path(sys.executable).parent / "scc-fast"
-    if not command.exists():
-        pytest.skip(f"{command} is not there: the package is not installed in this environment")
+    assert command.exists(), "the package is not installed in this environment"
     arguments = ["defend", "missing.png", "--labels", "a dog,a cat", "--json", "r.json", "--debug"]
     done = subprocess.run(
         [command, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=120

@@ -42,15 +42,21 @@ def test_the_warning_points_at_the_caller() -> None:
     assert [w.filename for w in caught] == [__file__]
 
 
-def test_prompts_are_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[tuple[str, ...]] = []
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
+    """The class lists that open_clip models were asked to encode."""
+    found: list[tuple[str, ...]] = []
     encode = OpenCLIPModel.encode_text
 
     def counted(self: OpenCLIPModel, prompts: Sequence[str], batch_size: int = 256) -> Tensor:
-        calls.append(tuple(prompts))
+        found.append(tuple(prompts))
         return encode(self, prompts, batch_size)
 
     monkeypatch.setattr(OpenCLIPModel, "encode_text", counted)
+    return found
+
+
+def test_prompts_are_encoded_once(calls: list[tuple[str, ...]]) -> None:
     original = small_open_clip(text_cfg={"context_length": 77, "width": 32, "heads": 2})
     model, x = scc_fast.load_model(original), pictures("open_clip", 1)
     for method in METHODS:
@@ -63,15 +69,7 @@ def test_prompts_are_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not torch.equal(Defender(other, FIVE).text_features, Defender(model, FIVE).text_features)
 
 
-def test_prompts_are_encoded_once_for_a_model_object(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[tuple[str, ...]] = []
-    encode = OpenCLIPModel.encode_text
-
-    def counted(self: OpenCLIPModel, prompts: Sequence[str], batch_size: int = 256) -> Tensor:
-        calls.append(tuple(prompts))
-        return encode(self, prompts, batch_size)
-
-    monkeypatch.setattr(OpenCLIPModel, "encode_text", counted)
+def test_prompts_are_encoded_once_for_a_model_object(calls: list[tuple[str, ...]]) -> None:
     original = small_open_clip(text_cfg={"context_length": 77, "width": 32, "heads": 2})
     for _ in range(3):
         scc_fast.defend(pictures("open_clip", 1), original, FIVE)
@@ -124,3 +122,15 @@ def test_defend_follows_a_model_that_was_trained_in_between() -> None:
     fresh = Defender(scc_fast.load_model(module), FIVE, method="none")(x)
     torch.testing.assert_close(after.logits, fresh.logits)
     assert not torch.allclose(before.logits, after.logits)
+
+
+def test_a_module_that_is_a_vision_language_is_used_as_it_is() -> None:
+    inner = model_of("open_clip")
+
+    class Module(torch.nn.Module):
+        def __getattr__(self, name: str) -> object:
+            return getattr(inner, name)
+
+    module, x = Module(), pictures("open_clip", 1)
+    assert scc_fast.load_model(module) is module
+    assert_same(scc_fast.defend(x, module, FIVE, seeds=1), Defender(inner, FIVE)(x, 1))
