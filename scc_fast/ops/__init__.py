@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -24,28 +25,71 @@ _PREFERENCE = {"cuda": ("triton", "cpp", "reference"), "cpu": ("cpp", "reference
 _LIBRARY = torch.library.Library("scc_fast", "DEF")
 _HAS_TRITON: dict[str, bool] = {}  # per op, filled by define
 
+Autograd = tuple[Callable[..., None], Callable[..., Any]]
+
 
 def define(
     schema: str,
     *,
     reference: Callable[..., Any],
     fake: Callable[..., Any],
-    triton: bool = False,
+    triton: Callable[[], ModuleType] | None = None,
+    autograd: Autograd | None = None,
 ) -> Callable[..., Any]:
-    """Define one op and return its overload.
+    """Define one op and return `run(device, backend, *arguments)`, which chooses its backend.
 
     Args:
         schema: "name(Tensor x, …) -> Tensor", without a namespace.
         reference: the op in plain PyTorch, on any device.
         fake: the shapes and dtypes of its result, from fake tensors.
-        triton: whether scc_fast.kernels holds a twin of it.
+        triton: imports the module of scc_fast.kernels that holds its twin.
+        autograd: (setup_context, backward) as torch.library.register_autograd takes them; an op
+            without them takes its arguments as constants.
     """
     name = schema.split("(")[0]
     _LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
     _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"scc_fast::{name}", fake, lib=_LIBRARY)
-    _HAS_TRITON[name] = triton
-    return getattr(torch.ops.scc_fast, name).default
+    _HAS_TRITON[name] = triton is not None
+    overload = getattr(torch.ops.scc_fast, name).default
+    if autograd:
+        setup_context, backward = autograd
+        torch.library.register_autograd(
+            f"scc_fast::{name}", backward, setup_context=setup_context, lib=_LIBRARY
+        )
+
+    def run(device: torch.device, backend: str | None, *arguments: Any) -> Any:
+        chosen = choose(name, device.type, backend)
+        if chosen == "triton":
+            assert triton is not None
+            twin = getattr(triton(), name)
+            if autograd and _differentiates(arguments):
+                return _with_gradient(twin, *autograd)(*arguments)
+            return twin(*arguments)
+        if chosen == "reference":  # past the dispatcher, which would take C++
+            return reference(*arguments)
+        return overload(*arguments)
+
+    return run
+
+
+def _differentiates(arguments: tuple[Any, ...]) -> bool:
+    return torch.is_grad_enabled() and any(
+        isinstance(value, torch.Tensor) and value.requires_grad for value in arguments
+    )
+
+
+def _with_gradient(
+    function: Callable[..., Any], setup: Callable[..., None], gradient: Callable[..., Any]
+) -> Callable[..., Any]:
+    """A twin outside the dispatcher, with the gradient registered for its op."""
+
+    class Twin(torch.autograd.Function):
+        forward = staticmethod(function)
+        setup_context = staticmethod(setup)
+        backward = staticmethod(gradient)
+
+    return Twin.apply
 
 
 def names() -> tuple[str, ...]:
@@ -114,14 +158,31 @@ def _triton_is_interpreted() -> bool:
     return not isinstance(triton.language.softmax, triton.JITFunction)
 
 
-from scc_fast.ops.philox import philox_normal, philox_uniform  # noqa: E402  (needs define)
+from scc_fast.ops.heads import (  # noqa: E402  (these need define)
+    ClassTable,
+    drift_head,
+    margin_head,
+    mean_logits,
+    pseudo_label,
+)
+from scc_fast.ops.philox import philox_normal, philox_uniform  # noqa: E402
+from scc_fast.ops.step import pgd_step_  # noqa: E402
+from scc_fast.ops.views import make_views, make_views_adjoint  # noqa: E402
 
 __all__ = [
     "BACKENDS",
+    "ClassTable",
     "backends_of",
     "choose",
     "define",
+    "drift_head",
+    "make_views",
+    "make_views_adjoint",
+    "margin_head",
+    "mean_logits",
     "names",
+    "pgd_step_",
     "philox_normal",
     "philox_uniform",
+    "pseudo_label",
 ]

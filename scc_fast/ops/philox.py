@@ -6,10 +6,12 @@ the same on every device and backend, in any batch, and inside a CUDA graph.
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
-from scc_fast.ops import choose, define
+from scc_fast.ops import define
 from scc_fast.reference import philox as reference
 
 
@@ -40,14 +42,7 @@ def philox_uniform(
         torch.Size([2, 3])
     """
     _check("philox_uniform", seeds, purpose, view, numel)
-    chosen = choose("philox_uniform", seeds.device.type, backend)
-    if chosen == "triton":
-        from scc_fast.kernels import philox as kernels
-
-        return kernels.philox_uniform(seeds, purpose, view, numel)
-    if backend == "reference":  # by name it goes past the dispatcher, which would take C++
-        return reference.uniform(seeds, purpose, view, numel)
-    return _uniform(seeds, purpose, view, numel)
+    return _uniform(seeds.device, backend, seeds, purpose, view, numel)
 
 
 def philox_normal(
@@ -66,14 +61,7 @@ def philox_normal(
         torch.float32
     """
     _check("philox_normal", seeds, purpose, view, numel)
-    chosen = choose("philox_normal", seeds.device.type, backend)
-    if chosen == "triton":
-        from scc_fast.kernels import philox as kernels
-
-        return kernels.philox_normal(seeds, purpose, view, numel)
-    if backend == "reference":
-        return reference.normal(seeds, purpose, view, numel)
-    return _normal(seeds, purpose, view, numel)
+    return _normal(seeds.device, backend, seeds, purpose, view, numel)
 
 
 def _check(op: str, seeds: Tensor, purpose: int, view: int, numel: int) -> None:
@@ -97,15 +85,21 @@ def _fake(seeds: Tensor, purpose: int, view: int, numel: int) -> Tensor:
     return seeds.new_empty((seeds.shape[0], numel), dtype=torch.float32)
 
 
+def _triton() -> ModuleType:
+    from scc_fast.kernels import philox
+
+    return philox
+
+
 _uniform = define(
     "philox_uniform(Tensor seeds, int purpose, int view, SymInt numel) -> Tensor",
     reference=reference.uniform,
     fake=_fake,
-    triton=True,
+    triton=_triton,
 )
 _normal = define(
     "philox_normal(Tensor seeds, int purpose, int view, SymInt numel) -> Tensor",
     reference=reference.normal,
     fake=_fake,
-    triton=True,
+    triton=_triton,
 )

@@ -47,6 +47,39 @@ def _shift(pixels: Tensor, shift: tuple[int, int], fill: Tensor) -> Tensor:
     return torch.where(from_inside, pixels.roll(shift, dims=(-2, -1)), fill.view(3, 1, 1))
 
 
+def make_views_adjoint(
+    gradient: Tensor, pixels: Tensor, seeds: Tensor, views: Sequence[View]
+) -> Tensor:
+    """∂/∂pixels from ∂/∂views (L, B, 3, H, W), summed over the views in order.
+
+    What a shift pushed out of the picture, and what a clamp cut off, has no gradient.
+    """
+    whole = torch.zeros_like(pixels)
+    zero = pixels.new_zeros(3)
+    for index, view in enumerate(views):
+        part = gradient[index]
+        if view.noise > 0 and len(pixels):
+            noise = philox.normal(seeds, philox.VIEW_NOISE, index, pixels[0].numel())
+            bare = _view(pixels, seeds, index, View(view.flip, view.shift), zero)
+            noisy = bare + view.noise * noise.view_as(pixels)
+            part = torch.where((noisy >= 0) & (noisy <= 1), part, 0.0)
+        if view.flip:
+            part = part.flip(-1)
+        down, right = view.shift
+        whole = whole + _shift(part, (-down, -right), zero)
+    return whole
+
+
+def to_patches(pixels: Tensor, size: int) -> Tensor:
+    """(B, 3, H, W) → (B, N, 3·size²): the rows a patch embedding multiplies, (c, i, j) each."""
+    return F.unfold(pixels, size, stride=size).transpose(1, 2).contiguous()
+
+
+def from_patches(patches: Tensor, size: int, picture: tuple[int, int]) -> Tensor:
+    """The adjoint of to_patches; what no patch covers is zero."""
+    return F.fold(patches.transpose(1, 2), picture, size, stride=size)
+
+
 def preprocess(pixels: Tensor, size: tuple[int, int], mean: Tensor, std: Tensor) -> Tensor:
     """φ: bicubic resize to the encoder's size where they differ, then (· − mean)/std.
 

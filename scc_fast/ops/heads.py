@@ -1,0 +1,317 @@
+"""The heads: from features to labels, and to the gradient of an objective, in closed form.
+
+Features are (L, B, D), float32, float16 or bfloat16, of L views of B images; arithmetic is float32.
+Gradients come in the dtype of the features. No head builds an autograd graph but mean_logits,
+which is differentiable: the others take their arguments as constants.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from scc_fast.ops import define
+from scc_fast.reference import heads as reference
+from scc_fast.reference.heads import Classes
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True, eq=False)
+class ClassTable:
+    """The U different text embeddings among K classes, in order of first appearance.
+
+    The heads work on them: duplicate prompts then have equal logits to the bit and are never each
+    other's negatives, at no cost. Make it with `ClassTable.of(classes)`.
+
+    Args:
+        text: (U, D) float32, unit length, contiguous.
+        count: (U,) int64, how many classes have each; None where all are different.
+        group: (K,) int64, the row of each class; None where all are different.
+        scale: s, the model's logit scale.
+        bias: b, 0 but for SigLIP.
+    """
+
+    text: Tensor
+    count: Tensor | None
+    group: Tensor | None
+    scale: float
+    bias: float = 0.0
+
+    @classmethod
+    def of(cls, classes: Classes) -> ClassTable:
+        """From the reference's classes; at least two, which may be equal."""
+        if len(classes.text) < 2:
+            raise ValueError(f"classes: K must be at least 2, got {len(classes.text)}")
+        if len(classes.distinct) == len(classes.text):
+            return cls(classes.text.contiguous(), None, None, classes.scale, classes.bias)
+        unsorted, count = classes.group, torch.bincount(classes.group)
+        place = torch.arange(len(unsorted), device=unsorted.device)
+        first = torch.full_like(count, len(unsorted)).scatter_reduce(0, unsorted, place, "amin")
+        order = first.argsort()
+        group = order.argsort()[unsorted]
+        text = classes.distinct[order].contiguous()
+        return cls(text, count[order], group, classes.scale, classes.bias)
+
+    def expand(self, rows: Tensor) -> Tensor:
+        """(…, U) → (…, K)."""
+        return rows if self.group is None else rows[..., self.group]
+
+
+def drift_head(
+    features: Tensor, anchor: Tensor, *, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Relative drift τ of the first view, and the gradient of the mean squared drift of all.
+
+    Args:
+        features: f of the views of x + δ, (L, B, D).
+        anchor: f₀, (B, D), in the dtype of the features.
+        backend: "reference", "cpp", "triton"; None takes the device's best.
+
+    Returns:
+        τ = ‖f_1 − f₀‖ / ‖f₀‖, (B,) float32, and ∂/∂f of (1/L) Σ_l ‖f_l − f₀‖², (L, B, D).
+
+    Raises:
+        TypeError, ValueError: naming the op, the argument and what came.
+        RuntimeError: the backend asked for is not available; says why.
+    """
+    _check_features("drift_head", features)
+    _check_like("drift_head", "anchor", anchor, features, features.shape[1:], features.dtype)
+    return _drift(features.device, backend, features, anchor)
+
+
+def pseudo_label(
+    features: Tensor, table: ClassTable, temperature: float, *, backend: str | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Soft pseudo-label of the views (METHOD.md, SCC step 2).
+
+    q̄ is the mean of the views' softmax, q = q̄^(1/T) / Σ q̄^(1/T), t_soft = Σ_k q_k t_k, made unit.
+
+    Args:
+        features: (L, B, D).
+        table: the classes.
+        temperature: T > 0.
+        backend: as drift_head.
+
+    Returns:
+        q: (B, U) float32, the probability of one class of each row of the table.
+        ŷ: (B,) int64, the first maximiser of q, a row of the table.
+        t_soft: (B, D) float32, unit length.
+
+    Raises:
+        as drift_head.
+    """
+    _check_classes("pseudo_label", features, table)
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"pseudo_label: temperature must be above 0, got {temperature!r}")
+    scalars = (float(table.scale), float(table.bias), float(temperature))
+    return _pseudo(features.device, backend, features, table.text, table.count, *scalars)
+
+
+def margin_head(
+    features: Tensor,
+    soft: Tensor,
+    label: Tensor,
+    table: ClassTable,
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The semantic margin times s, and its gradient (METHOD.md, SCC step 3).
+
+    J = (s/L) Σ_l [cos(f_l, t_soft) − max_{k ≠ ŷ} cos(f_l, t_k)], k over the rows of the table. The
+    maximum takes the gradient of its first maximiser, and counts as 0 where no row but ŷ is there.
+
+    Args:
+        features: (L, B, D).
+        soft: t_soft, (B, D) float32, unit length.
+        label: ŷ, (B,) int64, rows of the table, as pseudo_label gives them.
+        table: the classes.
+        backend: as drift_head.
+
+    Returns:
+        J (B,) float32 and ∂J/∂f (L, B, D).
+
+    Raises:
+        as drift_head.
+    """
+    _check_classes("margin_head", features, table)
+    _check_like("margin_head", "soft", soft, features, features.shape[1:], torch.float32)
+    _check_like("margin_head", "label", label, features, features.shape[1:2], torch.int64)
+    scale = float(table.scale)
+    return _margin(features.device, backend, features, soft, label, table.text, scale)
+
+
+def mean_logits(features: Tensor, table: ClassTable, *, backend: str | None = None) -> Tensor:
+    """Mean of s·cos(f, t_k) + b over the views. Differentiable once, with respect to features.
+
+    Args:
+        features: (L, B, D).
+        table: the classes.
+        backend: as drift_head.
+
+    Returns:
+        (B, K) float32.
+
+    Raises:
+        as drift_head.
+    """
+    _check_classes("mean_logits", features, table)
+    scalars = (float(table.scale), float(table.bias))
+    return table.expand(_logits(features.device, backend, features, table.text, *scalars))
+
+
+def _check_features(op: str, features: Tensor) -> None:
+    if not isinstance(features, Tensor) or features.dtype not in DTYPES:
+        got = features.dtype if isinstance(features, Tensor) else type(features).__name__
+        raise TypeError(f"{op}: features must be a tensor of {DTYPES}, got {got}")
+    if features.dim() != 3 or features.shape[0] < 1 or features.shape[2] < 1:
+        raise ValueError(
+            f"{op}: features must be (L, B, D) with L and D >= 1, got shape {tuple(features.shape)}"
+        )
+
+
+def _check_like(
+    op: str, name: str, tensor: Tensor, features: Tensor, shape: torch.Size, dtype: torch.dtype
+) -> None:
+    if not isinstance(tensor, Tensor) or tensor.dtype != dtype:
+        got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise TypeError(f"{op}: {name} must be a {dtype} tensor, got {got}")
+    if tensor.shape != shape:
+        raise ValueError(f"{op}: {name} must be {tuple(shape)}, got shape {tuple(tensor.shape)}")
+    if tensor.device != features.device:
+        raise ValueError(f"{op}: {name} must be on {features.device}, got {tensor.device}")
+
+
+def _check_classes(op: str, features: Tensor, table: ClassTable) -> None:
+    _check_features(op, features)
+    if not isinstance(table, ClassTable):
+        raise TypeError(f"{op}: table must be a ClassTable, got {type(table).__name__}")
+    shape = torch.Size((len(table.text), features.shape[2]))
+    _check_like(op, "table.text", table.text, features, shape, torch.float32)
+
+
+def _classes(text: Tensor, scale: float, bias: float, count: Tensor | None = None) -> Classes:
+    """The reference's classes of rows known to be different, each counted `count` times."""
+    group = torch.arange(len(text), device=text.device)
+    group = group if count is None else group.repeat_interleave(count)
+    classes = object.__new__(Classes)  # past its search for duplicates
+    fields = {"text": text[group], "scale": scale, "bias": bias, "distinct": text, "group": group}
+    for name, value in fields.items():
+        object.__setattr__(classes, name, value)
+    return classes
+
+
+def _reference_drift(features: Tensor, anchor: Tensor) -> tuple[Tensor, Tensor]:
+    wide, fixed = features.float(), anchor.float()
+    gradient = reference.drift_head(wide, fixed).to(features.dtype)
+    return reference.relative_drift(wide[0], fixed), gradient
+
+
+def _reference_pseudo(
+    features: Tensor,
+    text: Tensor,
+    count: Tensor | None,
+    scale: float,
+    bias: float,
+    temperature: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    classes = _classes(text, scale, bias, count)
+    q, label, soft = reference.pseudo_label(features.float(), classes, temperature)
+    if count is not None:
+        q, label = q[:, count.cumsum(0) - count], classes.group[label]
+    return q, label, soft
+
+
+def _reference_margin(
+    features: Tensor, soft: Tensor, label: Tensor, text: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    rows = torch.arange(len(text), device=text.device)
+    classes = _classes(text, scale, 0.0)
+    value, gradient = reference.margin_head(features.float(), soft, rows != label[:, None], classes)
+    return value, gradient.to(features.dtype)
+
+
+def _reference_logits(features: Tensor, text: Tensor, scale: float, bias: float) -> Tensor:
+    return reference.mean_logits(features.float(), _classes(text, scale, bias))
+
+
+def _fake_drift(features: Tensor, anchor: Tensor) -> tuple[Tensor, Tensor]:
+    tau = features.new_empty(features.shape[1], dtype=torch.float32)
+    return tau, features.new_empty(features.shape)
+
+
+def _fake_pseudo(features: Tensor, text: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    batch, width = features.shape[1:]
+    return (
+        text.new_empty(batch, text.shape[0]),
+        text.new_empty(batch, dtype=torch.int64),
+        text.new_empty(batch, width),
+    )
+
+
+def _fake_margin(features: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    value = features.new_empty(features.shape[1], dtype=torch.float32)
+    return value, features.new_empty(features.shape)
+
+
+def _fake_logits(features: Tensor, text: Tensor, scale: float, bias: float) -> Tensor:
+    return text.new_empty(features.shape[1], text.shape[0])
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    features, text, ctx.scale, _ = inputs
+    ctx.save_for_backward(features, text)
+
+
+@once_differentiable
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    features, text = ctx.saved_tensors
+    if ctx.needs_input_grad[1]:
+        raise NotImplementedError("mean_logits: no gradient with respect to text")
+    # ∂cos(f, a)/∂f = (a − (u·a) u)/‖f‖ with a = Σ_k g_k t_k, linear in a.
+    wide = features.float()
+    norm = wide.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+    unit = wide / norm
+    direction = (ctx.scale / len(features)) * (gradient @ text)
+    along = (unit * direction).sum(dim=-1, keepdim=True)
+    return ((direction - along * unit) / norm).to(features.dtype), None, None, None
+
+
+def _triton() -> ModuleType:
+    from scc_fast.kernels import heads
+
+    return heads
+
+
+_drift = define(
+    "drift_head(Tensor features, Tensor anchor) -> (Tensor, Tensor)",
+    reference=_reference_drift,
+    fake=_fake_drift,
+    triton=_triton,
+)
+_pseudo = define(
+    "pseudo_label(Tensor features, Tensor text, Tensor? count, float scale, float bias, "
+    "float temperature) -> (Tensor, Tensor, Tensor)",
+    reference=_reference_pseudo,
+    fake=_fake_pseudo,
+    triton=_triton,
+)
+_margin = define(
+    "margin_head(Tensor features, Tensor soft, Tensor label, Tensor text, float scale) "
+    "-> (Tensor, Tensor)",
+    reference=_reference_margin,
+    fake=_fake_margin,
+    triton=_triton,
+)
+_logits = define(
+    "mean_logits(Tensor features, Tensor text, float scale, float bias) -> Tensor",
+    reference=_reference_logits,
+    fake=_fake_logits,
+    triton=_triton,
+    autograd=(_setup, _backward),
+)
