@@ -43,8 +43,13 @@ def extension(mode: str) -> Any:
     sources = [source for pattern in patterns for source in sorted(csrc.glob(pattern))]
     macros = [("TORCH_TARGET_VERSION", "0x020b000000000000"), ("SCC_FAST_BUILT", f'"{mode}"')]
     # Without the prefix map, error messages would carry the builder's paths.
-    flags = [] if os.name == "nt" else ["-O3", "-g0", f"-ffile-prefix-map={ROOT}/="]
-    nvcc = ["-O3", *(word for flag in flags[2:] for word in ("-Xcompiler", flag))]
+    # No contraction to fused multiply-add: all backends round alike (csrc/pixel_math.h).
+    prefix = [] if os.name == "nt" else [f"-ffile-prefix-map={ROOT}/="]
+    # No errno and no traps: nobody reads them, and loops with sqrtf and selects then vectorise.
+    hidden = ["-fvisibility=hidden"]
+    maths = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+    flags = ["/O2"] if os.name == "nt" else ["-O3", "-g0", *hidden, *maths, *prefix]
+    nvcc = ["-O3", "-fmad=false", *(word for flag in prefix for word in ("-Xcompiler", flag))]
     return (CUDAExtension if mode == "cuda" else CppExtension)(
         "scc_fast._C",
         [str(source.relative_to(ROOT)) for source in sources],

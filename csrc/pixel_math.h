@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 
 #ifdef __CUDACC__
 #define SCC_HOST_DEVICE __host__ __device__ __forceinline__
@@ -12,9 +13,58 @@
 
 namespace scc_fast {
 
+// ---- exp and log without branches, so that a loop over them vectorises --------------------------
+
+SCC_HOST_DEVICE uint32_t bits_of(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+SCC_HOST_DEVICE float float_of(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+SCC_HOST_DEVICE float clamp(float value, float low, float high) {
+  return value < low ? low : value > high ? high : value;
+}
+
+// Natural logarithm of a normal positive number, within 1 ulp: with x = 2^k m, m in [√½, √2), and
+// s = (m - 1) / (m + 1), log m is a series in s.
+SCC_HOST_DEVICE float log_positive(float value) {
+  const uint32_t shifted = bits_of(value) + (0x3F800000 - 0x3F3504F3);
+  const float k = static_cast<float>(static_cast<int32_t>(shifted >> 23) - 127);
+  const float f = float_of((shifted & 0x7FFFFF) + 0x3F3504F3) - 1.0f;
+  const float s = f / (2.0f + f);
+  const float z = s * s;
+  const float series =
+      z * (0x1.555554p-1f + z * (0x1.999c26p-2f + z * (0x1.23d3dcp-2f + z * 0x1.f13c4cp-3f)));
+  const float half_square = 0.5f * f * f;
+  // ln 2 in two parts: k times the first is exact.
+  return s * (half_square + series) + k * 0x1.2fefa2p-17f - half_square + f + k * 0x1.62e3p-1f;
+}
+
+// e^x for x <= 0, within 1 ulp; below -87 it stays at about 1e-38.
+SCC_HOST_DEVICE float exp_nonpositive(float value) {
+  const float x = clamp(value, -87.0f, 0.0f);
+  const float rounder = 12582912.0f;  // added and taken off again, it rounds to a whole number
+  const float n = (x * 0x1.715476p+0f + rounder) - rounder;
+  const float r = (x - n * 0x1.63p-1f) + n * 0x1.bd0106p-13f;
+  const float p =
+      0x1.0p-1f + r * (0x1.555554p-3f +
+                       r * (0x1.555382p-5f +
+                            r * (0x1.11121p-7f + r * (0x1.6e879cp-10f + r * 0x1.a0d2cep-13f))));
+  const float small = 1.0f + (r + r * r * p);
+  return small * float_of(static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23);
+}
+
 // ---- Random numbers (METHOD.md) -----------------------------------------------------------------
 // key = the two halves of an image's seed, low first; counter = (block low, block high, view,
 // purpose). Element e of an image is lane e % 4 of block e / 4.
+
+constexpr uint32_t kViewNoise = 2;  // VIEW_NOISE of scc_fast/reference/philox.py
 
 struct Words {
   uint32_t w[4];
@@ -48,7 +98,9 @@ SCC_HOST_DEVICE Words random_words(int64_t seed, int64_t block, uint32_t view, u
 }
 
 // In [0, 1), a multiple of 2^-24, hence exact.
-SCC_HOST_DEVICE float uniform01(uint32_t word) { return (word >> 8) * 0x1p-24f; }
+SCC_HOST_DEVICE float uniform01(uint32_t word) {
+  return static_cast<int32_t>(word >> 8) * 0x1p-24f;  // signed: what AVX2 can convert
+}
 
 SCC_HOST_DEVICE Floats uniform4(Words words) {
   return {
@@ -62,7 +114,8 @@ SCC_HOST_DEVICE Floats uniform4(Words words) {
 // less than 0.3 ulp; unlike sinf and cosf they are the same on every backend, with no slow path.
 SCC_HOST_DEVICE void box_muller(uint32_t radius_word, uint32_t angle_word, float* cosine,
                                 float* sine) {
-  const float radius = sqrtf(-2.0f * logf(((radius_word >> 8) + 1) * 0x1p-24f));
+  const float radius =
+      sqrtf(-2.0f * log_positive(static_cast<int32_t>((radius_word >> 8) + 1) * 0x1p-24f));
   const uint32_t angle = angle_word >> 8;  // of a turn of 2^24
   const uint32_t quadrant = (angle + (1u << 21)) >> 22;
   const float t = static_cast<int32_t>(angle - (quadrant << 22)) * 0x1p-22f;
@@ -84,6 +137,49 @@ SCC_HOST_DEVICE Floats normal4(Words words) {
   box_muller(words.w[0], words.w[1], &out.f[0], &out.f[1]);
   box_muller(words.w[2], words.w[3], &out.f[2], &out.f[3]);
   return out;
+}
+
+// ---- Views and step (METHOD.md) -----------------------------------------------------------------
+// A view shifts by (down, right), then flips left to right, then adds noise and clamps to [0, 1].
+// The host and device compilers are told not to contract a * b + c: every backend and every
+// instruction set then rounds as the reference does.
+
+struct View {
+  int64_t down, right;
+  bool flip;
+  float noise;  // standard deviation
+};
+
+// The column of the picture that a view's column shows; outside [0, width) it shows the fill.
+SCC_HOST_DEVICE int64_t source_column(const View& view, int64_t column, int64_t width) {
+  return (view.flip ? width - 1 - column : column) - view.right;
+}
+
+// The column of a view that shows the picture's column; outside [0, width) none does.
+SCC_HOST_DEVICE int64_t view_column(const View& view, int64_t column, int64_t width) {
+  const int64_t shifted = column + view.right;
+  return view.flip ? width - 1 - shifted : shifted;
+}
+
+SCC_HOST_DEVICE float normalise(float pixel, float mean, float std) { return (pixel - mean) / std; }
+
+SCC_HOST_DEVICE float add_noise(float pixel, float sigma, float normal) {
+  return pixel + sigma * normal;
+}
+
+// Whether clamping to [0, 1] passes a gradient on; a limit itself does.
+SCC_HOST_DEVICE bool in_box(float pixel) { return pixel >= 0.0f && pixel <= 1.0f; }
+
+// The ascent step and its projection to the ball and the box; sign(0) = 0.
+SCC_HOST_DEVICE float projected_step(float delta, float gradient, float pixel, float alpha,
+                                     float epsilon) {
+  const float sign = static_cast<float>((gradient > 0.0f) - (gradient < 0.0f));
+  const float inside = clamp(delta + alpha * sign, -epsilon, epsilon);
+  return clamp(pixel + inside, 0.0f, 1.0f) - pixel;
+}
+
+SCC_HOST_DEVICE float accumulate(float sum, float weight, float value) {
+  return sum + weight * value;
 }
 
 }  // namespace scc_fast

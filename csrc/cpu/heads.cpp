@@ -1,0 +1,363 @@
+// drift_head, pseudo_label, margin_head and mean_logits on the CPU: the matrix products are a
+// library's, all that stands around them is one pass over each row.
+#include <optional>
+#include <tuple>
+
+#include "cpu/features.h"
+
+namespace scc_fast {
+namespace {
+
+// ---- Drift --------------------------------------------------------------------------------------
+
+struct DriftJob {
+  const Features& features;
+  const void* anchor;  // [B, D]
+  float* tau;          // [B]
+  void* gradient;      // [L, B, D]
+
+  template <class Number>
+  SCC_INLINE void rows(int64_t begin, int64_t end) const {
+    const int64_t width = features.width;
+    const float views = static_cast<float>(features.views);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t image = i % features.batch;
+      const auto* SCC_RESTRICT from = features.row<Number>(i / features.batch, image);
+      const auto* SCC_RESTRICT fixed =
+          static_cast<const typename Number::Stored*>(anchor) + image * width;
+      auto* SCC_RESTRICT to = static_cast<typename Number::Stored*>(gradient) + i * width;
+      for (int64_t k = 0; k < width; ++k) {
+        to[k] = Number::store(2.0f * (Number::load(from[k]) - Number::load(fixed[k])) / views);
+      }
+      if (i >= features.batch) continue;  // the drift is the first view's
+      const float moved = in_lanes(width, 0.0f, [&](float& sum, int64_t k) {
+                            const float by = Number::load(from[k]) - Number::load(fixed[k]);
+                            sum += by * by;
+                          }).sum();
+      tau[image] = sqrtf(moved) / length<Number>(fixed, width);
+    }
+  }
+};
+
+SCC_DEFINE_RUN(DriftJob)
+
+std::tuple<Tensor, Tensor> drift_head(const Tensor& f,       // [L, B, D]
+                                      const Tensor& anchor)  // [B, D]
+{
+  const Features features = read_features("drift_head", f);
+  check(anchor.is_cpu() && anchor.scalar_type() == f.scalar_type(), "drift_head",
+        "anchor must be a CPU tensor in the dtype of features");
+  check(anchor.dim() == 2 && anchor.size(0) == features.batch && anchor.size(1) == features.width,
+        "drift_head", "anchor must be (B, D)");
+  const Tensor fixed = torch::stable::contiguous(anchor);
+  Tensor tau = torch::stable::new_empty(f, {features.batch}, ScalarType::Float);
+  Tensor gradient = torch::stable::new_empty(f, {features.views, features.batch, features.width});
+  const DriftJob job{features, fixed.const_data_ptr(), floats(tau), gradient.mutable_data_ptr()};
+  run(job, features.type(), features.rows(), features.grain());
+  return {tau, gradient};
+}
+
+// ---- Cosines ------------------------------------------------------------------------------------
+
+// The unit rows of some images, view by view, and how long the rows were.
+struct UnitJob {
+  const Features& features;
+  int64_t first, images;
+  float* unit;     // [L * images, D]
+  float* lengths;  // [L * images]
+
+  template <class Number>
+  SCC_INLINE void rows(int64_t begin, int64_t end) const {
+    for (int64_t i = begin; i < end; ++i) {
+      const auto* SCC_RESTRICT from = features.row<Number>(i / images, first + i % images);
+      lengths[i] = std::max(length<Number>(from, features.width), kTiny);
+      float* SCC_RESTRICT to = unit + i * features.width;
+      for (int64_t k = 0; k < features.width; ++k) to[k] = Number::load(from[k]) / lengths[i];
+    }
+  }
+};
+
+SCC_DEFINE_RUN(UnitJob)
+
+// A chunk of images: unit rows and their cosines with every text.
+struct Cosines {
+  int64_t first, images;
+  Tensor unit;                 // [L * images, D]
+  std::vector<float> lengths;  // [L * images]
+  Tensor values;               // [L * images, U]
+};
+
+Cosines cosines(const Features& features, const Tensor& text, int64_t first, int64_t images) {
+  const int64_t rows = features.views * images;
+  Tensor unit = torch::stable::new_empty(text, {rows, features.width});
+  std::vector<float> lengths(rows);
+  run(UnitJob{features, first, images, floats(unit), lengths.data()}, features.type(), rows,
+      features.grain());
+  Tensor values = product_transposed(unit, text);
+  return {first, images, std::move(unit), std::move(lengths), std::move(values)};
+}
+
+// ---- Margin -------------------------------------------------------------------------------------
+
+struct MarginJob {
+  const Features& features;
+  const Cosines& chunk;
+  const float *unit, *text, *soft;  // [L * images, D], [U, D], [B, D]
+  float* values;                    // [L * images, U]
+  const int64_t* label;             // [B]
+  int64_t classes;
+  float factor;    // s / L
+  float* along;    // [L * images]
+  void* gradient;  // [L, B, D]
+
+  template <class Number>
+  SCC_INLINE void rows(int64_t begin, int64_t end) const {
+    const int64_t width = features.width;
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t view = i / chunk.images, image = chunk.first + i % chunk.images;
+      float* SCC_RESTRICT cosine = values + i * classes;
+      cosine[label[image]] = -2.0f;  // below every cosine
+      const float most = largest(cosine, classes);
+      // With no class but the label the maximum counts as 0.
+      const float rival = classes > 1 ? 1.0f : 0.0f;
+      const float* SCC_RESTRICT hardest = text + first_equal(cosine, classes, most) * width;
+      const float* SCC_RESTRICT u = unit + i * width;
+      const float* SCC_RESTRICT target = soft + image * width;
+      const float dot = in_lanes(width, 0.0f, [&](float& sum, int64_t k) {
+                          sum += u[k] * (target[k] - rival * hardest[k]);
+                        }).sum();
+      const float scale = factor / chunk.lengths[i];
+      auto* SCC_RESTRICT to =
+          static_cast<typename Number::Stored*>(gradient) + (view * features.batch + image) * width;
+      for (int64_t k = 0; k < width; ++k) {
+        to[k] = Number::store(scale * (target[k] - rival * hardest[k] - dot * u[k]));
+      }
+      along[i] = dot;
+    }
+  }
+};
+
+SCC_DEFINE_RUN(MarginJob)
+
+std::tuple<Tensor, Tensor> margin_head(const Tensor& f,      // [L, B, D]
+                                       const Tensor& soft,   // [B, D]
+                                       const Tensor& label,  // [B]
+                                       const Tensor& text,   // [U, D]
+                                       double scale) {
+  const char* op = "margin_head";
+  const Features features = read_features(op, f);
+  const Tensor table = read_text(op, text, features);
+  check(soft.is_cpu() && soft.scalar_type() == ScalarType::Float, op,
+        "soft must be a float32 CPU tensor");
+  check(soft.dim() == 2 && soft.size(0) == features.batch && soft.size(1) == features.width, op,
+        "soft must be (B, D)");
+  check(label.is_cpu() && label.scalar_type() == ScalarType::Long, op,
+        "label must be an int64 CPU tensor");
+  check(label.dim() == 1 && label.size(0) == features.batch, op, "label must be (B,)");
+  const Tensor targets = torch::stable::contiguous(soft);
+  const Tensor labels = torch::stable::contiguous(label);
+  const auto* chosen = static_cast<const int64_t*>(labels.const_data_ptr());
+  const int64_t classes = table.size(0);
+  for (int64_t b = 0; b < features.batch; ++b) {
+    check(chosen[b] >= 0 && chosen[b] < classes, op, "label must be rows of text");
+  }
+  Tensor value = torch::stable::new_empty(f, {features.batch}, ScalarType::Float);
+  Tensor gradient = torch::stable::new_empty(f, {features.views, features.batch, features.width});
+  const float factor = static_cast<float>(scale) / static_cast<float>(features.views);
+  const int64_t step = features.chunk(classes);
+  for (int64_t first = 0; first < features.batch; first += step) {
+    const int64_t images = std::min(step, features.batch - first);
+    Cosines chunk = cosines(features, table, first, images);
+    std::vector<float> along(features.views * images);
+    const MarginJob job{features,
+                        chunk,
+                        floats(std::as_const(chunk.unit)),
+                        floats(table),
+                        floats(targets),
+                        floats(chunk.values),
+                        chosen,
+                        classes,
+                        factor,
+                        along.data(),
+                        gradient.mutable_data_ptr()};
+    run(job, features.type(), features.views * images, features.grain());
+    for (int64_t b = 0; b < images; ++b) {
+      float sum = 0.0f;
+      for (int64_t view = 0; view < features.views; ++view) sum += along[view * images + b];
+      floats(value)[first + b] = factor * sum;
+    }
+  }
+  return {value, gradient};
+}
+
+// ---- Pseudo-label -------------------------------------------------------------------------------
+
+// row = exp(scale * row - most), most being the largest exponent.
+SCC_INLINE void exponentials(float* SCC_RESTRICT row, int64_t count, float scale, float most) {
+  for (int64_t k = 0; k < count; ++k) row[k] = exp_nonpositive(scale * row[k] - most);
+}
+
+struct LabelJob {
+  const Cosines& chunk;
+  int64_t views, classes;
+  float scale, power;  // s, 1/T
+  float* values;       // [L * images, U]
+  const float* count;  // [U], or null
+  float* q;            // [B, U]
+  int64_t* label;      // [B]
+
+  template <class>
+  SCC_INLINE void rows(int64_t begin, int64_t end) const {
+    for (int64_t i = begin; i < end; ++i) {
+      float* SCC_RESTRICT mean = q + (chunk.first + i) * classes;
+      std::fill(mean, mean + classes, 0.0f);
+      for (int64_t view = 0; view < views; ++view) {
+        float* SCC_RESTRICT row = values + (view * chunk.images + i) * classes;
+        const float most = scale * largest(row, classes);
+        exponentials(row, classes, scale, most);
+        const float share = 1.0f / (static_cast<float>(views) * total(row));
+        for (int64_t k = 0; k < classes; ++k) mean[k] += share * row[k];
+      }
+      // Against the largest, so that the power neither overflows nor loses it.
+      const float most = largest(mean, classes);
+      label[chunk.first + i] = first_equal(mean, classes, most);
+      for (int64_t k = 0; k < classes; ++k) {
+        const float part = std::max(mean[k] / most, 0x1p-126f);
+        mean[k] = power == 1.0f ? part : exp_nonpositive(power * log_positive(part));
+      }
+      const float sum = total(mean);
+      for (int64_t k = 0; k < classes; ++k) mean[k] /= sum;
+    }
+  }
+
+  SCC_INLINE float total(const float* SCC_RESTRICT row) const {
+    if (!count) {
+      return in_lanes(classes, 0.0f, [&](float& sum, int64_t k) { sum += row[k]; }).sum();
+    }
+    return in_lanes(classes, 0.0f, [&](float& sum, int64_t k) { sum += count[k] * row[k]; }).sum();
+  }
+};
+
+SCC_DEFINE_RUN(LabelJob)
+
+struct NormaliseJob {
+  float* data;  // [B, D]
+  int64_t width;
+
+  template <class>
+  SCC_INLINE void rows(int64_t begin, int64_t end) const {
+    for (int64_t i = begin; i < end; ++i) {
+      float* SCC_RESTRICT row = data + i * width;
+      const float divisor = std::max(length<Float32>(row, width), kTiny);
+      for (int64_t k = 0; k < width; ++k) row[k] /= divisor;
+    }
+  }
+};
+
+SCC_DEFINE_RUN(NormaliseJob)
+
+std::vector<float> read_count(const std::optional<Tensor>& count, int64_t classes) {
+  if (!count) return {};
+  check(count->is_cpu() && count->scalar_type() == ScalarType::Long && count->dim() == 1 &&
+            count->size(0) == classes,
+        "pseudo_label", "count must be a (U,) int64 CPU tensor");
+  const Tensor whole = torch::stable::contiguous(*count);
+  const auto* from = static_cast<const int64_t*>(whole.const_data_ptr());
+  return {from, from + classes};
+}
+
+std::tuple<Tensor, Tensor, Tensor> pseudo_label(const Tensor& f,                     // [L, B, D]
+                                                const Tensor& text,                  // [U, D]
+                                                const std::optional<Tensor>& count,  // [U]
+                                                double scale, double, double temperature) {
+  const char* op = "pseudo_label";
+  const Features features = read_features(op, f);
+  const Tensor table = read_text(op, text, features);
+  check(temperature > 0.0, op, "temperature must be above 0");
+  const int64_t classes = table.size(0);
+  const std::vector<float> times = read_count(count, classes);
+  Tensor q = torch::stable::new_empty(table, {features.batch, classes});
+  Tensor label = torch::stable::new_empty(table, {features.batch}, ScalarType::Long);
+  const int64_t step = features.chunk(classes);
+  for (int64_t first = 0; first < features.batch; first += step) {
+    const int64_t images = std::min(step, features.batch - first);
+    Cosines chunk = cosines(features, table, first, images);
+    // The bias cancels in a softmax.
+    const LabelJob job{chunk,
+                       features.views,
+                       classes,
+                       static_cast<float>(scale),
+                       static_cast<float>(1.0 / temperature),
+                       floats(chunk.values),
+                       times.empty() ? nullptr : times.data(),
+                       floats(q),
+                       static_cast<int64_t*>(label.mutable_data_ptr())};
+    run(job, ScalarType::Float, images, 1);
+  }
+  Tensor weights = q;
+  if (!times.empty()) {
+    weights = torch::stable::clone(q);
+    float* to = floats(weights);
+    for (int64_t i = 0; i < q.numel(); ++i) to[i] *= times[i % classes];
+  }
+  Tensor soft = features.batch ? product_transposed(weights, torch::stable::transpose(table, 0, 1))
+                               : torch::stable::new_empty(table, {0, features.width});
+  run(NormaliseJob{floats(soft), features.width}, ScalarType::Float, features.batch,
+      features.grain());
+  return {q, label, soft};
+}
+
+// ---- Mean logits --------------------------------------------------------------------------------
+
+// The mean of the unit rows over the views, times s: the mean of the logits is linear in it, so one
+// product serves all views.
+struct MeanJob {
+  const Features& features;
+  float scale;
+  float* mean;  // [B, D]
+
+  template <class Number>
+  SCC_INLINE void rows(int64_t begin, int64_t end) const {
+    const int64_t width = features.width;
+    for (int64_t i = begin; i < end; ++i) {
+      float* SCC_RESTRICT to = mean + i * width;
+      std::fill(to, to + width, 0.0f);
+      for (int64_t view = 0; view < features.views; ++view) {
+        const auto* SCC_RESTRICT from = features.row<Number>(view, i);
+        const float divisor = std::max(length<Number>(from, width), kTiny);
+        for (int64_t k = 0; k < width; ++k) to[k] += Number::load(from[k]) / divisor;
+      }
+      const float factor = scale / static_cast<float>(features.views);
+      for (int64_t k = 0; k < width; ++k) to[k] *= factor;
+    }
+  }
+};
+
+SCC_DEFINE_RUN(MeanJob)
+
+Tensor mean_logits(const Tensor& f,     // [L, B, D]
+                   const Tensor& text,  // [U, D]
+                   double scale, double bias) {
+  const Features features = read_features("mean_logits", f);
+  const Tensor table = read_text("mean_logits", text, features);
+  if (!features.batch) return torch::stable::new_empty(table, {0, table.size(0)});
+  Tensor mean = torch::stable::new_empty(table, {features.batch, features.width});
+  run(MeanJob{features, static_cast<float>(scale), floats(mean)}, features.type(), features.batch,
+      features.grain());
+  Tensor logits = product_transposed(mean, table);
+  if (bias != 0.0) {
+    float* to = floats(logits);
+    for (int64_t i = 0; i < logits.numel(); ++i) to[i] += static_cast<float>(bias);
+  }
+  return logits;
+}
+
+}  // namespace
+}  // namespace scc_fast
+
+STABLE_TORCH_LIBRARY_IMPL(scc_fast, CPU, m) {
+  m.impl("drift_head", TORCH_BOX(&scc_fast::drift_head));
+  m.impl("pseudo_label", TORCH_BOX(&scc_fast::pseudo_label));
+  m.impl("margin_head", TORCH_BOX(&scc_fast::margin_head));
+  m.impl("mean_logits", TORCH_BOX(&scc_fast::mean_logits));
+}
