@@ -56,7 +56,7 @@ def extension(mode: str) -> Any:
         include_dirs=[str(csrc)],
         define_macros=macros + ([("USE_CUDA", None)] if mode == "cuda" else []),
         extra_compile_args={"cxx": flags, "nvcc": nvcc} if mode == "cuda" else {"cxx": flags},
-        depends=[str(header.relative_to(ROOT)) for header in sorted(csrc.rglob("*.h"))],
+        depends=[str(header.relative_to(ROOT)) for header in sorted(csrc.rglob("*.*h"))],
         py_limited_api=True,
     )
 

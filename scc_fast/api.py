@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from scc_fast import _classes
+from scc_fast import _classes, ops
 from scc_fast.config import (
     MethodConfig,
     NoneConfig,
@@ -20,6 +20,7 @@ from scc_fast.config import (
     View,
     resolve_views,
 )
+from scc_fast.engine import eager
 from scc_fast.images import to_batch
 from scc_fast.models import VisionLanguage
 from scc_fast.reference import baselines, heads, philox
@@ -55,7 +56,10 @@ class Defender:
         config: the method's config object or a dict of some of its fields. None takes the
             model's own defaults where it carries some (the bundled one does), else METHOD.md's.
         precision: that of the model's weights ("fp32", unless it was loaded otherwise), or "auto".
-        backend: "reference"; "auto" is the reference in this version.
+        backend: who serves the ops: "cpp", "triton", "reference" (plain PyTorch throughout), or
+            "auto", for each op the best that is there (scc-fast doctor shows which). Calls with
+            gradients on, such as an attacker's, always take the reference, which computes the
+            same defense differentiably.
         engine: "eager"; "auto" is eager in this version.
         max_batch: the encoder sees at most this many pictures at once, an image's views counted
             one by one; larger batches are split.
@@ -84,9 +88,9 @@ class Defender:
         held = _PRECISIONS[getattr(self.model, "dtype", torch.float32)]
         others = tuple(name for name in _PRECISIONS.values() if name != held)
         self.precision = _served("precision", precision, held, others)
-        self.backend = _served(
-            "backend", "auto" if backend is None else backend, "reference", ("cpp", "triton")
-        )
+        backend = "auto" if backend is None else backend
+        _one_of("backend", backend, ("auto", *ops.BACKENDS))
+        self.backend = eager.served_by(self.model.device, None if backend == "auto" else backend)
         self.engine = _served("engine", engine, "eager", ("compile", "graph"))
         if type(max_batch) is not int or max_batch < 1:
             raise ValueError(f"max_batch must be a whole number of images >= 1, got {max_batch!r}")
@@ -97,7 +101,9 @@ class Defender:
             self._classes = Classes(text, self.model.logit_scale, self.model.logit_bias)
             self._mean = torch.tensor(self.model.mean, device=self.model.device)
             self._std = torch.tensor(self.model.std, device=self.model.device)
+            table = ops.ClassTable.of(self._classes)
         self._setting = Setting(self.encode, self._classes, self._mean)
+        self._fast = eager.Setting(self.model, table, None if backend == "auto" else backend)
 
     @property
     def is_randomized(self) -> bool:
@@ -178,6 +184,8 @@ class Defender:
             return Outcome(x.new_zeros(0, len(self._classes.text)), x, rows, rows.bool())
         views = self.views(min(x.shape[-2:]))
         with _no_autocast(x.device):
+            if self.backend != "reference" and not torch.is_grad_enabled():
+                return self._run_on_ops(eager.Sight(self._fast, x.contiguous(), seeds, views))
             match config:
                 case SCCConfig():
                     return scc(setting, x, seeds, views, config)
@@ -189,6 +197,16 @@ class Defender:
                     return baselines.rn(setting, x, seeds, config)
             return baselines.none(setting, x, seeds)
 
+    def _run_on_ops(self, sight: eager.Sight) -> Outcome:
+        match self.config:
+            case SCCConfig():
+                return eager.scc(sight, self.config)
+            case TTCConfig():
+                return eager.ttc(sight, self.config)
+            case RNConfig():
+                return eager.control(sight, self.config)
+        return eager.control(sight, None)
+
     def view_logits(self, x: Tensor, seeds: Tensor, views: Sequence[View] | None = None) -> Tensor:
         """Logits of each view of x itself, no perturbation (L, B, K); differentiable.
 
@@ -197,7 +215,11 @@ class Defender:
         """
         views = self.views(min(x.shape[-2:])) if views is None else views
         with _no_autocast(x.device):
-            return heads.logits(look(self._setting, x, seeds, views), self._classes)
+            if self.backend == "reference":
+                features = look(self._setting, x, seeds, views)
+            else:
+                features = eager.Sight(self._fast, x, seeds, views).look(None)
+            return heads.logits(features, self._classes)
 
 
 def defend(

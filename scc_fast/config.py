@@ -15,7 +15,7 @@ C = TypeVar("C", bound="MethodConfig")
 
 def _check_number(name: str, value: Any, low: float, high: float, what: str = "") -> None:
     good = isinstance(value, int | float) and not isinstance(value, bool)
-    if not good or not low <= value <= high or math.isnan(value):
+    if not good or not low <= value <= high:  # NaN is not
         raise ValueError(
             f"{name} must be {what or f'a number in [{low:g}, {high:g}]'}, got {value!r}"
         )

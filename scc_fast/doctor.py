@@ -21,15 +21,6 @@ _PACKAGES = (
     "numpy",
     "pillow",
 )
-# Parts of the method that are not ops yet: the reference serves them everywhere.
-_REFERENCE_ONLY = (
-    "make_views",
-    "pgd_step_",
-    "drift_head",
-    "pseudo_label",
-    "margin_head",
-    "mean_logits",
-)
 
 
 def report() -> dict[str, Any]:
@@ -62,10 +53,6 @@ def _ops(device: str) -> list[dict[str, Any]]:
         why_not = ops.backends_of(op, device)
         served = ops.choose(op, device, None)
         rows.append({"op": op, "device": device, "served by": served, "why not": why_not})
-    missing = "not written yet: this version serves it from the reference"
-    for op in _REFERENCE_ONLY:
-        why_not = {"reference": None, "cpp": missing, "triton": missing}
-        rows.append({"op": op, "device": device, "served by": "reference", "why not": why_not})
     return rows
 
 

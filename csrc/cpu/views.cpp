@@ -75,8 +75,8 @@ struct Colours {
   float channel[3];
 };
 
-Colours read_colours(const char* rule, const std::vector<double>& values) {
-  check(values.size() == 3, "make_views", rule);
+Colours read_colours(const char* op, const char* rule, const std::vector<double>& values) {
+  check(values.size() == 3, op, rule);
   return {{static_cast<float>(values[0]), static_cast<float>(values[1]),
            static_cast<float>(values[2])}};
 }
@@ -193,9 +193,9 @@ Tensor make_views(const Tensor& x,                     // [B, 3, H, W]
                   const std::vector<double>& fill, const std::vector<double>& mean,
                   const std::vector<double>& std, ScalarType dtype, int64_t patch) {
   const Frame frame = read_frame("make_views", x, delta, seeds, plan, noise, patch);
-  ViewsJob job{frame, read_colours("fill must be three numbers", fill),
-               read_colours("mean must be three numbers", mean),
-               read_colours("std must be three numbers", std), nullptr};
+  ViewsJob job{frame, read_colours("make_views", "fill must be three numbers", fill),
+               read_colours("make_views", "mean must be three numbers", mean),
+               read_colours("make_views", "std must be three numbers", std), nullptr};
   const int64_t images = static_cast<int64_t>(noise.size()) * frame.batch;
   const int64_t cells = patch ? frame.height / patch * frame.across() : 0;
   const std::vector<int64_t> shape =
@@ -240,7 +240,7 @@ Tensor make_views_adjoint(const Tensor& gradient,  // [L * B, …]
   const char* op = "make_views_adjoint";
   const Frame frame = read_frame(op, x, delta, seeds, plan, noise, patch);
   const Tensor rows = read_gradient(op, gradient, frame);
-  const Colours deviation = read_colours("std must be three numbers", std);
+  const Colours deviation = read_colours(op, "std must be three numbers", std);
   Tensor out = torch::stable::new_empty(x, {frame.batch, 3, frame.height, frame.width});
   const AdjointJob job{frame, deviation, rows.const_data_ptr(),
                        static_cast<float*>(out.mutable_data_ptr())};

@@ -52,7 +52,9 @@ def define(
     torch.library.register_fake(f"scc_fast::{name}", fake, lib=_LIBRARY)
     _HAS_TRITON[name] = triton is not None
     overload = getattr(torch.ops.scc_fast, name).default
-    if autograd:
+    if autograd is None:  # constants: else torch warns, and differentiates it to zero
+        _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
+    else:
         setup_context, backward = autograd
         torch.library.register_autograd(
             f"scc_fast::{name}", backward, setup_context=setup_context, lib=_LIBRARY
@@ -67,7 +69,8 @@ def define(
                 return _with_gradient(twin, *autograd)(*arguments)
             return twin(*arguments)
         if chosen == "reference":  # past the dispatcher, which would take C++
-            return reference(*arguments)
+            with torch.set_grad_enabled(autograd is not None and torch.is_grad_enabled()):
+                return reference(*arguments)
         return overload(*arguments)
 
     return run

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from scc_fast.ops import define
 from scc_fast.reference import heads as reference
@@ -107,7 +106,7 @@ def pseudo_label(
         as drift_head.
     """
     _check_classes("pseudo_label", features, table)
-    if not 0 < temperature < float("inf"):
+    if not isinstance(temperature, int | float) or not 0 < temperature < float("inf"):
         raise ValueError(f"pseudo_label: temperature must be above 0, got {temperature!r}")
     scalars = (float(table.scale), float(table.bias), float(temperature))
     return _pseudo(features.device, backend, features, table.text, table.count, *scalars)
@@ -147,7 +146,7 @@ def margin_head(
 
 
 def mean_logits(features: Tensor, table: ClassTable, *, backend: str | None = None) -> Tensor:
-    """Mean of s·cos(f, t_k) + b over the views. Differentiable once, with respect to features.
+    """Mean of s·cos(f, t_k) + b over the views. Differentiable with respect to features.
 
     Args:
         features: (L, B, D).
@@ -268,12 +267,11 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(features, text)
 
 
-@once_differentiable
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     features, text = ctx.saved_tensors
     if ctx.needs_input_grad[1]:
         raise NotImplementedError("mean_logits: no gradient with respect to text")
-    # ∂cos(f, a)/∂f = (a − (u·a) u)/‖f‖ with a = Σ_k g_k t_k, linear in a.
+    # Differentiable in turn. ∂cos(f, a)/∂f = (a − (u·a) u)/‖f‖ with a = Σ_k g_k t_k, linear in a.
     wide = features.float()
     norm = wide.norm(dim=-1, keepdim=True).clamp(min=1e-12)
     unit = wide / norm

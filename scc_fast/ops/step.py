@@ -61,7 +61,7 @@ def pgd_step_(
                 f"{tensor.stride()}"
             )
     for name, value in (("alpha", alpha), ("epsilon", epsilon), ("weight", weight)):
-        if not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+        if not isinstance(value, int | float) or not 0 <= value < math.inf:
             raise ValueError(f"pgd_step_: {name} must be a finite number >= 0, got {value!r}")
     scalars = (float(alpha), float(epsilon), float(weight))
     _step(delta.device, backend, delta, weighted, gradient, x, seeds, plan, noise, *scalars, patch)

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from scc_fast.config import View
 from scc_fast.ops import define
@@ -62,10 +61,8 @@ def make_views(
     plan, noise = check_views("make_views", x, seeds, views, patch)
     if dtype not in DTYPES:
         raise TypeError(f"make_views: dtype must be one of {DTYPES}, got {dtype}")
-    mean, std = _channels("mean", mean), _channels("std", std)
-    fill = mean if fill is None else _channels("fill", fill)
-    if min(std) <= 0:
-        raise ValueError(f"make_views: std must be above 0, got {std}")
+    mean, std = _channels("make_views", "mean", mean), _channels("make_views", "std", std)
+    fill = mean if fill is None else _channels("make_views", "fill", fill)
     return _views(x.device, backend, x, delta, seeds, plan, noise, fill, mean, std, dtype, patch)
 
 
@@ -97,7 +94,7 @@ def make_views_adjoint(
     check_pixels(op, x=x, delta=delta)
     plan, noise = check_views(op, x, seeds, views, patch)
     check_gradient(op, gradient, x, len(views), patch)
-    std = _channels("std", std)
+    std = _channels(op, "std", std)
     return _adjoint(x.device, backend, gradient, x, delta, seeds, plan, noise, std, patch)
 
 
@@ -105,7 +102,7 @@ def check_pixels(op: str, **tensors: Tensor | None) -> None:
     """The first is float32 (B, 3, H, W); the others are like it, or None."""
     (first, x), *others = tensors.items()
     for name, tensor in tensors.items():
-        if tensor is not None and not isinstance(tensor, Tensor):
+        if (tensor is not None or name == "x") and not isinstance(tensor, Tensor):
             raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
     if x is None or x.dim() != 4 or x.shape[1] != 3:
         shape = None if x is None else tuple(x.shape)
@@ -174,11 +171,15 @@ def as_views(plan: Sequence[int], noise: Sequence[float]) -> tuple[View, ...]:
     )
 
 
-def _channels(name: str, values: Channels) -> list[float]:
-    numbers = [float(value) for value in values]
-    if len(numbers) != 3 or not all(map(math.isfinite, numbers)):
-        raise ValueError(f"make_views: {name} must be three numbers, got {values!r}")
-    return numbers
+def _channels(op: str, name: str, values: Channels) -> list[float]:
+    given = list(values) if isinstance(values, Sequence) else []
+    # Dynamo traces a comparison of symbolic floats, not math.isfinite.
+    good = all(isinstance(value, int | float) and abs(value) < math.inf for value in given)
+    if len(given) != 3 or not good:
+        raise ValueError(f"{op}: {name} must be three numbers, got {values!r}")
+    if name == "std" and min(given) <= 0:
+        raise ValueError(f"{op}: std must be above 0, got {values!r}")
+    return [float(value) for value in given]
 
 
 def _reference(
@@ -244,8 +245,10 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.rest = (plan, noise, std, patch)
 
 
-@once_differentiable
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    # once_differentiable raises in .backward() alone: autograd.grad() would leave the term out.
+    if torch.is_grad_enabled() and gradient.requires_grad:
+        raise NotImplementedError("make_views: differentiable once, got create_graph=True")
     x, delta, seeds = ctx.saved_tensors
     whole = _adjoint(x.device, None, gradient, x, delta, seeds, *ctx.rest)
     wanted = ctx.needs_input_grad

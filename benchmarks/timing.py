@@ -1,0 +1,174 @@
+"""Clocks, ceilings and peak memory, for the CPU and for CUDA."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Call = Callable[[], Any]
+
+REPLAYS = 200
+_CYCLES_PER_S = 2e9  # at least the clock of any GPU meant here
+_LONGEST_HOLD_S = 0.02  # a first call that compiles must not be waited for again
+
+
+def keep_memory() -> bool:
+    """Have the C library keep what is freed, as an engine with static buffers would.
+
+    A result of 154 MB is else mapped anew by every call, and on a small virtual machine the page
+    faults take 20 times as long as the work: baseline and op alike would measure the kernel.
+    False where the C library has no such switch.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    no_mapping, never_trim = (-4, 0), (-1, 2**31 - 1)  # M_MMAP_MAX, M_TRIM_THRESHOLD of malloc.h
+    return bool(mallopt(*no_mapping) and mallopt(*never_trim))
+
+
+class Clock:
+    """Times one call on a device.
+
+    On the CPU by the wall. On CUDA by events, with the stream held back until the call has been
+    enqueued: what is measured is the device's time, launches hidden, as in a graph or in a pass
+    that keeps the device busy. Triton's and C++'s launch costs are in `wall`.
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._enqueue: dict[str, float] = {}  # s, the longest seen per label
+
+    def wall(self, call: Call) -> float:
+        """ms by the wall, until the result is there."""
+        self.wait()
+        start = time.perf_counter()
+        call()
+        self.wait()
+        return (time.perf_counter() - start) * 1e3
+
+    def __call__(self, call: Call, label: str) -> float:
+        """ms; `label` names the call, whose enqueuing has been seen before."""
+        if self.kind == "cpu":
+            return self.wall(call)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.wait()
+        hold = min(2 * self._enqueue.get(label, 1e-3) + 50e-6, _LONGEST_HOLD_S)
+        torch.cuda._sleep(int(hold * _CYCLES_PER_S))
+        began = time.perf_counter()
+        start.record()
+        call()
+        end.record()
+        self._enqueue[label] = max(self._enqueue.get(label, 0.0), time.perf_counter() - began)
+        end.synchronize()
+        return start.elapsed_time(end)
+
+    def wait(self) -> None:
+        """Until the device is idle."""
+        if self.kind == "cuda":
+            torch.cuda.synchronize()
+
+
+class Others:
+    """How many cores other processes kept busy since this was made.
+
+    Two threads that wait for each other beside one busy neighbour take a scheduler's quantum, 8 ms,
+    for anything: evenly, so that the spread does not show it.
+    """
+
+    def __init__(self) -> None:
+        self.start = self._read()
+
+    @staticmethod
+    def _read() -> tuple[float, float, float] | None:
+        try:
+            fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+        except OSError:
+            return None
+        user, nice, system, _, _, irq, soft, steal = map(int, fields)
+        busy = (user + nice + system + irq + soft + steal) / os.sysconf("SC_CLK_TCK")
+        return busy, time.process_time(), time.perf_counter()
+
+    def cores(self) -> float | None:
+        """None where the system does not tell."""
+        end = self._read()
+        if self.start is None or end is None:
+            return None
+        busy, own, wall = (b - a for a, b in zip(self.start, end, strict=True))
+        return max(0.0, (busy - own) / max(wall, 1e-9))
+
+
+class Copy:
+    """`out.copy_(x)` that reads and writes `bytes_moved` together: the measured ceiling."""
+
+    def __init__(self, bytes_moved: int, device: str) -> None:
+        size = max(1, bytes_moved // 8)
+        self.x = torch.rand(size, device=device)
+        self.out = torch.zeros(size, device=device)
+        self.bytes = 2 * self.x.nbytes
+
+    def __call__(self) -> None:
+        self.out.copy_(self.x)
+
+
+def matmul_rate(kind: str, quick: bool) -> float:
+    """FLOP/s of a square float32 product, the arithmetic the heads are defined in, at its best."""
+    size = 512 if quick else 2048 if kind == "cpu" else 8192
+    a, b = (torch.randn(size, size, device=kind) for _ in range(2))
+    clock = Clock(kind)
+    times = [clock(lambda: a @ b, "matmul") for _ in range(5 if quick else 8)]
+    return 2 * size**3 / min(times) * 1e3
+
+
+def peak_mib(call: Call, kind: str) -> float:
+    """The peak of torch's allocator during a call, beyond what it returns. In MiB."""
+    if kind == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        result = call()
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() - before
+        return max(0, peak - _bytes(result)) / 2**20
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = call()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return max(0, peak - _bytes(result)) / 2**20
+
+
+def _bytes(result: Any) -> int:
+    if isinstance(result, Tensor):
+        return result.untyped_storage().nbytes()
+    return sum(map(_bytes, result)) if isinstance(result, tuple | list) else 0
+
+
+class Graph:
+    """A CUDA graph of one call, replayed REPLAYS times in a row when called."""
+
+    def __init__(self, call: Call) -> None:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                call()
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.result = call()  # kept: its memory belongs to the graph
+
+    def __call__(self, _: int = 0) -> None:
+        for _ in range(REPLAYS):
+            self.graph.replay()

@@ -1,0 +1,175 @@
+"""The defense on the ops, end to end, beside the reference: every δ on the way, and the answer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import op_cases
+import scc_fast
+from scc_fast import ops, tiny
+from scc_fast.api import DefendedCLIP, Defender
+from scc_fast.config import View
+from scc_fast.engine import eager
+from scc_fast.images import to_batch
+from scc_fast.reference import step as reference_step
+
+PROMPTS = tiny.prompts()[:20]
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "scc": ("scc", {"gate": False}),
+    "scc gated": ("scc", {"tau": 0.5}),  # changed below to the middle of the drifts
+    "scc paper": ("scc", {"views": "paper", "gate": False}),
+    "scc odd views": ("scc", {"views": (View(), View(True, (-3, 5), 0.02)), "gate": False}),
+    "scc semantic off": ("scc", {"semantic": False, "gate": False}),
+    "scc spatial off": ("scc", {"spatial": False, "gate": False}),
+    "scc no warm-up": ("scc", {"warmup_steps": 0, "gate": False}),
+    "scc no steps": ("scc", {"semantic_steps": 0, "gate": False}),
+    "ttc": ("ttc", {"tau": 9.0}),
+    "tte": ("tte", {}),
+    "rn": ("rn", {}),
+    "none": ("none", {}),
+}
+
+
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def model(request: pytest.FixtureRequest) -> scc_fast.VisionLanguage:
+    return scc_fast.load_model("tiny", device=request.param)
+
+
+def pictures(count: int, size: int, device: torch.device) -> Tensor:
+    """Some of the bundled pictures, resized if asked."""
+    found = [to_batch(str(path), scc_fast.load_model("tiny")) for path in tiny.samples()[:count]]
+    pixels = torch.cat(found)
+    if size != pixels.shape[-1]:
+        pixels = torch.nn.functional.interpolate(pixels, (size, size), mode="bilinear")
+    return pixels.to(device)
+
+
+def defenders(model: Any, backend: str | None, name: str, x: Tensor) -> tuple[Defender, Defender]:
+    """The reference and the fast path, of one config."""
+    method, config = METHODS[name]
+    if name == "scc gated":
+        drift = Defender(model, PROMPTS, method="ttc", backend="reference")(x, 7).drift
+        config = {"tau": float(drift.median()) * 1.0001, "gate": True}
+    made = [
+        Defender(model, PROMPTS, method=method, config=config, backend=choice)
+        for choice in ("reference", backend)
+    ]
+    return made[0], made[1]
+
+
+class Trace:
+    """Every δ after a step of the reference and of the fast path, and the reference's gradient."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.reference: list[Tensor] = []
+        self.gradient: list[Tensor] = []
+        self.fast: list[Tensor] = []
+        plain, fused = reference_step.pgd_step, ops.pgd_step_
+
+        def traced(delta: Tensor, gradient: Tensor, *rest: Any) -> Tensor:
+            self.gradient.append(gradient.clone())
+            self.reference.append(plain(delta, gradient, *rest))
+            return self.reference[-1]
+
+        def traced_(delta: Tensor, *rest: Any, **options: Any) -> None:
+            fused(delta, *rest, **options)
+            self.fast.append(delta.clone())
+
+        patch.setattr(reference_step, "pgd_step", traced)
+        patch.setattr(eager.ops, "pgd_step_", traced_)
+
+
+def cases() -> list[Any]:
+    """Every method where kernels are compiled; the two main ones in Triton's slow interpreter."""
+    made = []
+    for backend in op_cases.backends_under_test("pgd_step_", ("cpp", "triton")):
+        slow = backend.values == ("cpu", "triton")
+        for name in ("scc gated", "scc paper") if slow else METHODS:
+            for size in (64,) if slow or not name.startswith("scc") else (64, 80):
+                label = f"{backend.id}-{name}-{size}"
+                made.append(
+                    pytest.param(*backend.values, name, size, marks=backend.marks, id=label)
+                )
+    return made
+
+
+@pytest.mark.parametrize(("device", "backend", "name", "size"), cases())
+def test_every_delta_and_the_answer(
+    model: Any, device: str, backend: str, name: str, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if device != model.device.type:
+        pytest.skip(f"the {backend} backend on {device} is another case")
+    x = pictures(3, size, model.device)
+    reference, fast = defenders(model, backend, name, x)
+    trace = Trace(monkeypatch)
+    want, got = reference(x, 7), fast(x, 7)
+    assert got.backend == backend
+    assert torch.equal(got.flagged, want.flagged)
+    if name == "scc gated":
+        assert 0 < int(got.flagged.sum()) < 3
+    assert len(trace.fast) == len(trace.reference)
+    # Where a gradient is rounding noise, its sign is free; from then on δ may differ there.
+    free = torch.zeros_like(trace.reference[0], dtype=torch.bool) if trace.reference else None
+    for gradient, one, other in zip(trace.gradient, trace.reference, trace.fast, strict=True):
+        assert free is not None
+        free = free | (gradient.abs() < 1e-6 * gradient.abs().max())
+        assert free.float().mean() < 0.1
+        assert torch.equal(one[~free], other[~free])
+    torch.testing.assert_close(got.drift, want.drift, rtol=1e-5, atol=0, equal_nan=True)
+    torch.testing.assert_close(got.logits, want.logits, rtol=1e-4, atol=1e-4)
+    assert torch.equal(got.labels, want.labels)
+    assert (got.delta - want.delta).abs().mean() < 1e-3 / 255
+
+
+def test_auto_takes_the_ops(model: Any) -> None:
+    """And says who served."""
+    found = Defender(model, PROMPTS)
+    assert found.backend == eager.served_by(model.device, None)
+    if all(ops.backends_of(op, model.device)["cpp"] is None for op in eager.OPS):
+        assert found.backend != "reference"
+
+
+def test_ops_of_a_defense_are_ops() -> None:
+    assert set(eager.OPS) <= set(ops.names())
+
+
+@pytest.mark.parametrize("mode", ["through", "bpda", "identity"])
+@pytest.mark.parametrize("views", ["geometric", "paper"])
+def test_an_attacker_gets_the_true_gradient(model: Any, mode: Any, views: Any) -> None:
+    """The fast path's gradients are those of the reference, in every mode."""
+    x = pictures(2, 64, model.device)
+    found = []
+    for backend in ("reference", None):
+        defender = Defender(model, PROMPTS, config={"gate": False, "views": views}, backend=backend)
+        robust = DefendedCLIP(defender, mode, seed=3)
+        leaf = x.clone().requires_grad_()
+        logits = robust(leaf)
+        (gradient,) = torch.autograd.grad(logits[:, 0].sum(), leaf)
+        found.append((logits.detach(), gradient))
+    (want, slope), (got, other) = found
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    cosine = torch.nn.functional.cosine_similarity(slope.flatten(1), other.flatten(1))
+    assert cosine.min() > 0.999
+    assert slope.abs().max() > 0
+
+
+def test_view_logits_are_the_references(model: Any) -> None:
+    x = pictures(2, 64, model.device)
+    seeds = torch.arange(2, device=model.device)
+    both = [
+        Defender(model, PROMPTS, backend=backend).view_logits(x, seeds)
+        for backend in ("reference", None)
+    ]
+    torch.testing.assert_close(*both, rtol=1e-4, atol=1e-4)
+
+
+def test_nothing_of_the_callers_is_written(model: Any) -> None:
+    x = pictures(2, 64, model.device)
+    before, seeds = x.clone(), torch.arange(2, device=model.device)
+    Defender(model, PROMPTS, config={"gate": False})(x, seeds)
+    assert torch.equal(x, before)
+    assert seeds.tolist() == [0, 1]
