@@ -11,7 +11,7 @@ import os
 import platform
 import statistics
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -182,36 +182,49 @@ def _verdict(row: Row) -> str:
     return text + (" (noisy)" if row["loaded"] else "")
 
 
+_COLUMNS: dict[str, tuple[Callable[[Row], str], bool]] = {  # what it shows, whether it is text
+    "op": (lambda row: row["name"], True),
+    "shape": (lambda row: row["shape"], True),
+    "precision": (lambda row: row["precision"], True),
+    "backend": (lambda row: row["backend"], True),
+    "engine": (lambda row: row["engine"], True),
+    "p50 ms": (lambda row: _number(row["p50_ms"]), False),
+    "p99 ms": (lambda row: _number(row["p99_ms"]), False),
+    "baseline": (lambda row: row["baseline"] or "–", True),
+    "baseline ms": (lambda row: _number(row["baseline_ms"]), False),
+    "ratio": (lambda row: _number(row["ratio"]), False),
+    "GB/s": (lambda row: _number(row["gb_per_s"]), False),
+    "of copy": (lambda row: _percent(row["share_of_copy"]), False),
+    "floor ms": (lambda row: _number(row["floor_ms"]), False),
+    "of floor": (lambda row: _percent(row["share_of_floor"]), False),
+    "extra MiB": (lambda row: _number(row["peak_mib"]), False),
+    "spread": (lambda row: _percent(row["spread"]), False),
+    "asked": (lambda row: _asked(row), True),
+    "reach": (lambda row: _verdict(row), True),
+}
+_BRIEF = ("op", "shape", "precision", "backend", "p50 ms", "baseline", "baseline ms", "ratio")
+_BRIEF += ("of copy", "extra MiB", "asked", "reach")
+
+
+def _asked(row: Row) -> str:
+    limits = ((key, "≤" if key in _CEILINGS else "≥", value) for key, value in row["reach"].items())
+    return ", ".join(f"{key} {sign} {value:g}" for key, sign, value in limits)
+
+
+def _table(rows: Sequence[Row], names: Sequence[str]) -> str:
+    body = [[_COLUMNS[name][0](row) for name in names] for row in rows]
+    rule = ["---" if _COLUMNS[name][1] else "--:" for name in names]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [list(names), rule, *body])
+
+
 def markdown(rows: Sequence[Row]) -> str:
     """The table of a run."""
-    header = ["op", "shape", "precision", "backend", "engine", "p50 ms", "p99 ms", "baseline"]
-    header += ["baseline ms", "ratio", "GB/s", "of copy", "floor ms", "of floor", "extra MiB"]
-    header += ["spread", "reach"]
-    text = {"op", "shape", "precision", "backend", "engine", "baseline", "reach"}
-    body = [
-        [
-            row["name"],
-            row["shape"],
-            row["precision"],
-            row["backend"],
-            row["engine"],
-            _number(row["p50_ms"]),
-            _number(row["p99_ms"]),
-            row["baseline"] or "–",
-            _number(row["baseline_ms"]),
-            _number(row["ratio"]),
-            _number(row["gb_per_s"]),
-            _percent(row["share_of_copy"]),
-            _number(row["floor_ms"]),
-            _percent(row["share_of_floor"]),
-            _number(row["peak_mib"]),
-            _percent(row["spread"]),
-            _verdict(row),
-        ]
-        for row in rows
-    ]
-    rule = ["---" if name in text else "--:" for name in header]
-    return "\n".join("| " + " | ".join(line) + " |" for line in [header, rule, *body])
+    return _table(rows, [name for name in _COLUMNS if name != "asked"])
+
+
+def brief(rows: Sequence[Row]) -> str:
+    """The table of what was asked for."""
+    return _table([row for row in rows if row["reach"]], _BRIEF)
 
 
 LEGEND = (
@@ -231,7 +244,7 @@ def page(rows: Sequence[Row], environment: Row) -> str:
     facts = "".join(f"- {name}: {value}\n" for name, value in environment.items())
     return (
         f"# Ops on {environment['device']}, {environment['date']}\n\n{quick}{facts}\n"
-        f"{markdown(rows)}\n\n{LEGEND}\n\n{summary(rows)}\n"
+        f"{brief(rows)}\n\n{summary(rows)}\n\n## All rows\n\n{markdown(rows)}\n\n{LEGEND}\n"
     )
 
 

@@ -103,7 +103,9 @@ class Defender:
             self._std = torch.tensor(self.model.std, device=self.model.device)
             table = ops.ClassTable.of(self._classes)
         self._setting = Setting(self.encode, self._classes, self._mean)
-        self._fast = eager.Setting(self.model, table, None if backend == "auto" else backend)
+        self._fast = eager.Setting(
+            self.model, table, self._mean, self._std, None if backend == "auto" else backend
+        )
 
     @property
     def is_randomized(self) -> bool:

@@ -11,6 +11,9 @@ import torch
 # good when triton is imported, which importing torch does not do.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+else:  # convolutions would round to TF32 by default, and differ from run to run
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

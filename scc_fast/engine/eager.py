@@ -47,6 +47,8 @@ class Setting:
 
     model: VisionLanguage
     table: ops.ClassTable
+    mean: Tensor  # (3,), the model's normalisation, on its device
+    std: Tensor
     backend: str | None = None
 
 
@@ -77,9 +79,9 @@ class Sight:
     def encode(self, pixels: Tensor) -> Tensor:
         """f of what `pixels` gave, (L, B, D)."""
         model = self.setting.model
-        if self.x.shape[-2:] != tuple(model.image_size):
-            mean, std = pixels.new_tensor(model.mean), pixels.new_tensor(model.std)
-            pixels = preprocess(pixels, model.image_size, mean, std)
+        size = (model.image_size[0], model.image_size[1])
+        if self.x.shape[-2:] != size:
+            pixels = preprocess(pixels, size, self.setting.mean, self.setting.std)
         return model.encode_image(pixels).unflatten(0, (len(self.views), len(self.x)))
 
     def look(self, delta: Tensor | None) -> Tensor:
@@ -111,6 +113,7 @@ class Counterattack:
     drift: Tensor
     flagged: Tensor
     features: Tensor
+    repaired: int  # how many are flagged; asked of the device once, and not at all without a gate
 
 
 def counterattack(
@@ -123,12 +126,13 @@ def counterattack(
     features0, graph, pixels = sight.look_at(delta0)
     drift, gradient = ops.drift_head(features0, anchor, backend=setting.backend)
     flagged = drift < config.tau if gate else torch.ones_like(drift, dtype=torch.bool)
-    everything = not gate or bool(flagged.all())
-    if steps == 0 or not (everything or flagged.any()):
-        return Counterattack(delta0, drift, flagged, features0)
+    repaired = int(flagged.sum()) if gate else len(flagged)
+    if steps == 0 or not repaired:
+        return Counterattack(delta0, drift, flagged, features0, repaired)
 
     (ascent,) = torch.autograd.grad(graph, pixels, gradient)
     delta = delta0.clone()
+    everything = repaired == len(flagged)
     if not everything:
         shape = (len(sight.views), len(sight.x))
         ascent = ascent.unflatten(0, shape)[:, flagged].flatten(0, 1)
@@ -142,7 +146,7 @@ def counterattack(
             (ascent,) = torch.autograd.grad(graph, pixels, gradient)
         take_step(sight, delta, ascent, config, weighted, weights[t + 1])
     whole = weighted if everything else delta0.index_put((flagged,), weighted)
-    return Counterattack(whole, drift, flagged, features0)
+    return Counterattack(whole, drift, flagged, features0, repaired)
 
 
 def take_step(
@@ -186,11 +190,11 @@ def predict(sight: Sight, warm: Counterattack, delta: Tensor) -> Outcome:
     """Mean logits over the views; images left at δ⁰ have had their forward pass."""
     table, backend = sight.setting.table, sight.setting.backend
     rows = warm.flagged
-    if rows.all():
+    if warm.repaired == len(rows):
         logits = ops.mean_logits(sight.look(delta), table, backend=backend)
         return Outcome(logits, delta, warm.drift, rows)
     logits = ops.mean_logits(warm.features, table, backend=backend)
-    if rows.any():
+    if warm.repaired:
         repaired = ops.mean_logits(sight.rows(rows).look(delta[rows]), table, backend=backend)
         logits = logits.index_put((rows,), repaired)
     return Outcome(logits, delta, warm.drift, rows)
@@ -207,9 +211,9 @@ def scc(sight: Sight, config: SCCConfig) -> Outcome:
     warm = counterattack(sight, config, config.warmup_steps, config.gate)
     delta, rows = warm.delta, warm.flagged
     if config.semantic and config.semantic_steps:
-        if rows.all():
+        if warm.repaired == len(rows):
             semantic_steps(sight, delta, config)
-        elif rows.any():
+        elif warm.repaired:
             some = delta[rows]
             semantic_steps(sight.rows(rows), some, config)
             delta = delta.index_put((rows,), some)

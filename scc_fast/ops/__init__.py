@@ -2,7 +2,8 @@
 
 An op is torch.ops.scc_fast.<name>. Its reference is the CompositeExplicitAutograd kernel, so it
 runs on every machine; where scc_fast._C is loaded, the CPU and CUDA kernels registered there win.
-Its Triton twin is a plain function of the same name and signature in scc_fast.kernels.
+Its Triton twin, a plain function of the same name and signature in scc_fast.kernels, is
+torch.ops.scc_fast.<name>_triton.
 """
 
 from __future__ import annotations
@@ -47,27 +48,22 @@ def define(
             without them takes its arguments as constants.
     """
     name = schema.split("(")[0]
-    _LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
-    _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"scc_fast::{name}", fake, lib=_LIBRARY)
+    overload = _register(schema, reference, fake, autograd)
     _HAS_TRITON[name] = triton is not None
-    overload = getattr(torch.ops.scc_fast, name).default
-    if autograd is None:  # constants: else torch warns, and differentiates it to zero
-        _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
-    else:
-        setup_context, backward = autograd
-        torch.library.register_autograd(
-            f"scc_fast::{name}", backward, setup_context=setup_context, lib=_LIBRARY
+    if triton is not None:
+        # An op of its own, so that torch.compile does not look into it.
+        opaque = name.rstrip("_") + "_triton" + "_" * name.endswith("_")
+        kernel = _register(
+            opaque + schema[len(name) :],
+            lambda *arguments: getattr(triton(), name)(*arguments),
+            fake,
+            autograd,
         )
 
     def run(device: torch.device, backend: str | None, *arguments: Any) -> Any:
         chosen = choose(name, device.type, backend)
         if chosen == "triton":
-            assert triton is not None
-            twin = getattr(triton(), name)
-            if autograd and _differentiates(arguments):
-                return _with_gradient(twin, *autograd)(*arguments)
-            return twin(*arguments)
+            return kernel(*arguments)
         if chosen == "reference":  # past the dispatcher, which would take C++
             with torch.set_grad_enabled(autograd is not None and torch.is_grad_enabled()):
                 return reference(*arguments)
@@ -76,23 +72,25 @@ def define(
     return run
 
 
-def _differentiates(arguments: tuple[Any, ...]) -> bool:
-    return torch.is_grad_enabled() and any(
-        isinstance(value, torch.Tensor) and value.requires_grad for value in arguments
-    )
-
-
-def _with_gradient(
-    function: Callable[..., Any], setup: Callable[..., None], gradient: Callable[..., Any]
+def _register(
+    schema: str,
+    kernel: Callable[..., Any],
+    fake: Callable[..., Any],
+    autograd: Autograd | None,
 ) -> Callable[..., Any]:
-    """A twin outside the dispatcher, with the gradient registered for its op."""
-
-    class Twin(torch.autograd.Function):
-        forward = staticmethod(function)
-        setup_context = staticmethod(setup)
-        backward = staticmethod(gradient)
-
-    return Twin.apply
+    """Make torch.ops.scc_fast.<name>, served by `kernel` where nothing better is registered."""
+    name = schema.split("(")[0]
+    _LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
+    _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"scc_fast::{name}", fake, lib=_LIBRARY)
+    if autograd is None:  # constants: else torch warns, and differentiates it to zero
+        _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
+    else:
+        setup_context, backward = autograd
+        torch.library.register_autograd(
+            f"scc_fast::{name}", backward, setup_context=setup_context, lib=_LIBRARY
+        )
+    return getattr(torch.ops.scc_fast, name).default
 
 
 def names() -> tuple[str, ...]:
