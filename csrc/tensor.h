@@ -10,7 +10,10 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <cmath>
 #include <cstdint>
+#include <initializer_list>
+#include <vector>
 
 #ifdef __CUDACC__
 #include <cuda_runtime.h>
@@ -26,6 +29,24 @@ using torch::stable::Tensor;
 
 inline void check(bool holds, const char* op, const char* rule) {
   STD_TORCH_CHECK(holds, op, ": ", rule);
+}
+
+inline void check_stream(const char* op, int64_t purpose, int64_t view, int64_t numel) {
+  check(purpose >= 0 && purpose <= UINT32_MAX, op, "purpose must be in [0, 2^32)");
+  check(view >= 0 && view <= UINT32_MAX, op, "view must be in [0, 2^32)");
+  check(numel >= 0, op, "numel must be >= 0");
+}
+
+// NaN is refused as well.
+inline void check_not_negative(const char* op, const char* rule,
+                               std::initializer_list<double> all) {
+  for (const double value : all) check(value >= 0.0 && value < HUGE_VAL, op, rule);
+}
+
+inline void check_noise(const char* op, const std::vector<double>& noise) {
+  for (const double sigma : noise) {
+    check_not_negative(op, "noise must be finite numbers >= 0", {sigma});
+  }
 }
 
 #ifdef __CUDACC__

@@ -85,7 +85,10 @@ class Defender:
         self.model = _classes.as_model(model)
         self.method = _one_of("method", method, tuple(METHODS))
         self.config = method_config(self.model, method, config)
-        held = _PRECISIONS[getattr(self.model, "dtype", torch.float32)]
+        dtype = getattr(self.model, "dtype", torch.float32)
+        if dtype not in _PRECISIONS:
+            raise ValueError(f"model: its dtype must be one of {list(_PRECISIONS)}, got {dtype!r}")
+        held = _PRECISIONS[dtype]
         others = tuple(name for name in _PRECISIONS.values() if name != held)
         self.precision = _served("precision", precision, held, others)
         backend = "auto" if backend is None else backend
@@ -146,7 +149,8 @@ class Defender:
             is_normalized: the tensor has been through (x − mean)/std, which is undone first.
 
         Returns:
-            DefenseResult. Image i depends on its pixels and its seed alone.
+            DefenseResult. Image i depends on its pixels and its seed alone (a matrix product may
+            round its logits differently in another batch).
         """
         started = time.perf_counter()
         with torch.inference_mode(False), torch.no_grad(), _no_autocast(self.model.device):

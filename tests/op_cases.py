@@ -293,6 +293,7 @@ HEADS = (
     Head(4, 0, 13, 5),
     Head(4, 17, 512, 1000, scale=100.0, large=True),
     Head(2, 1, 768, 20_011, scale=100.0, large=True),
+    Head(4, 128, 16, 20_011, scale=100.0, large=True),  # worked through in several chunks
 )
 TEMPERATURES = (0.1, 0.5, 1.0, 2.0)
 

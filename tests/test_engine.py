@@ -20,7 +20,8 @@ from scc_fast.reference import step as reference_step
 PROMPTS = tiny.prompts()[:20]
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "scc": ("scc", {"gate": False}),
-    "scc gated": ("scc", {"tau": 0.5}),  # changed below to the middle of the drifts
+    "scc gated": ("scc", {}),  # with the middle of the drifts as threshold
+    "scc gated paper": ("scc", {"views": "paper"}),
     "scc paper": ("scc", {"views": "paper", "gate": False}),
     "scc odd views": ("scc", {"views": (View(), View(True, (-3, 5), 0.02)), "gate": False}),
     "scc semantic off": ("scc", {"semantic": False, "gate": False}),
@@ -51,9 +52,9 @@ def pictures(count: int, size: int, device: torch.device) -> Tensor:
 def defenders(model: Any, backend: str | None, name: str, x: Tensor) -> tuple[Defender, Defender]:
     """The reference and the fast path, of one config."""
     method, config = METHODS[name]
-    if name == "scc gated":
+    if "gated" in name:
         drift = Defender(model, PROMPTS, method="ttc", backend="reference")(x, 7).drift
-        config = {"tau": float(drift.median()) * 1.0001, "gate": True}
+        config = {**config, "tau": float(drift.median()) * 1.0001, "gate": True}
     made = [
         Defender(model, PROMPTS, method=method, config=config, backend=choice)
         for choice in ("reference", backend)
@@ -109,7 +110,7 @@ def test_every_delta_and_the_answer(
     want, got = reference(x, 7), fast(x, 7)
     assert got.backend == backend
     assert torch.equal(got.flagged, want.flagged)
-    if name == "scc gated":
+    if "gated" in name:
         assert 0 < int(got.flagged.sum()) < 3
     assert len(trace.fast) == len(trace.reference)
     # Where a gradient is rounding noise, its sign is free; from then on δ may differ there.
@@ -173,3 +174,22 @@ def test_nothing_of_the_callers_is_written(model: Any) -> None:
     Defender(model, PROMPTS, config={"gate": False})(x, seeds)
     assert torch.equal(x, before)
     assert seeds.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(("device", "backend"), op_cases.backends_under_test("pgd_step_", ("cpp",)))
+def test_every_op_is_asked_for_the_backend(
+    device: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = scc_fast.load_model("tiny", device=device)
+    asked: dict[str, Any] = {}
+    for name in eager.OPS:
+        whole = getattr(ops, name)
+
+        def noted(*rest: Any, _name: str = name, _whole: Any = whole, **options: Any) -> Any:
+            asked.setdefault(_name, set()).add(options.get("backend"))
+            return _whole(*rest, **options)
+
+        monkeypatch.setattr(eager.ops, name, noted)
+    Defender(model, PROMPTS, config={"gate": False}, backend=backend)(pictures(1, 64, model.device))
+    assert set(asked) == set(eager.OPS) - {"make_views_adjoint"}
+    assert set.union(*asked.values()) == {backend}

@@ -271,3 +271,36 @@ def test_meta() -> None:
     weighted = torch.empty_like(x)
     assert ops.pgd_step_(torch.empty_like(x), x, x, seeds, [View()], alpha=0.1, epsilon=0.2,
                          weighted=weighted, weight=0.5) is None  # fmt: skip
+
+
+@pytest.mark.parametrize(("device", "backend"), list(op_cases.backends_under_test("pgd_step_")))
+def test_autograd_knows_that_delta_was_written(device: str, backend: str) -> None:
+    """What autograd saved of δ is gone: using it raises instead of giving a wrong gradient."""
+    x = torch.rand(1, 3, 4, 4, device=device)
+    delta, weighted = torch.zeros_like(x), torch.zeros_like(x)
+    weight = torch.ones_like(x, requires_grad=True)
+    saved = (weight * delta).sum() + (weight * weighted).sum()
+    step = {"alpha": 0.1, "epsilon": 0.1, "weighted": weighted, "weight": 1.0}
+    seeds = torch.zeros(1, dtype=torch.int64, device=device)
+    ops.pgd_step_(delta, torch.ones_like(x), x, seeds, (View(),), backend=backend, **step)
+    with pytest.raises(RuntimeError, match="inplace operation"):
+        saved.backward()
+    leaf = delta.requires_grad_()
+    with pytest.raises(ValueError, match="delta is written in place and must not require grad"):
+        ops.pgd_step_(leaf, torch.ones_like(x), x, seeds, (View(),), backend=backend, **step)
+
+
+@pytest.mark.parametrize(("device", "backend"), list(op_cases.backends_under_test("make_views")))
+def test_forward_mode_is_refused_or_right(device: str, backend: str) -> None:
+    x = torch.rand(1, 3, 4, 4, device=device)
+    seeds = torch.zeros(1, dtype=torch.int64, device=device)
+
+    def seen(pixels: torch.Tensor) -> torch.Tensor:
+        return ops.make_views(pixels, None, seeds, (View(),), std=(0.5, 0.5, 0.5), backend=backend)
+
+    if backend == "reference":
+        _, slope = torch.func.jvp(seen, (x,), (torch.ones_like(x),))
+        assert torch.equal(slope, torch.full_like(slope, 2.0))
+    else:
+        with pytest.raises(NotImplementedError, match="make_views: forward-mode"):
+            torch.func.jvp(seen, (x,), (torch.ones_like(x),))

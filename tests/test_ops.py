@@ -108,8 +108,9 @@ def mistakes(op: str) -> dict[str, dict[str, Any]]:
     # A different length of these is a different op, as valid.
     for name in ("philox_uniform", "philox_normal"):
         if op == name:
-            return {key: value for key, value in wrong.items() if "row" not in key
-                    and "column" not in key}  # fmt: skip
+            kept = {key: wrong[key] for key in wrong if "row" not in key and "column" not in key}
+            out = {"view 2^32": {"view": 2**32}, "purpose -1": {"purpose": -1}}
+            return {**kept, **out, "numel -1": {"numel": -1}}
     if "plan" in good:
         wrong["plan one number short"] = {"plan": good["plan"][:-1]}
         wrong["noise one view short"] = {"noise": good["noise"][:-1]}
@@ -129,7 +130,17 @@ def mistakes(op: str) -> dict[str, dict[str, Any]]:
     if "features" in good:
         wrong["no views"] = {"features": good["features"][:0]}
         wrong["no features"] = {"features": good["features"][..., :0]}
+    if "noise" in good:
+        wrong["noise below zero"] = {"noise": [-1.0, *good["noise"][1:]]}
+        wrong["noise NaN"] = {"noise": [float("nan"), *good["noise"][1:]]}
+    if op == "pgd_step_":
+        wrong["epsilon below zero"] = {"epsilon": -1.0}
+        wrong["alpha NaN"] = {"alpha": float("nan")}
+    if op == "margin_head":
+        wrong["label past the table"] = {"label": good["label"] + 5}
+        wrong["label below zero"] = {"label": good["label"] - 1}
     if op == "pseudo_label":
+        wrong["scale below zero"] = {"scale": -10.0}
         # One row more belongs to another table; the other tensors decide the shapes.
         wrong["count one row shorter"] = {"count": good["count"][:-1]}
     for key in ("features one row longer", "text one row longer"):

@@ -57,26 +57,35 @@ inline Tensor read_text(const char* op, const Tensor& text, const Features& feat
         "text must be a float32 CPU tensor");
   check(text.dim() == 2 && text.size(0) >= 1 && text.size(1) == features.width, op,
         "text must be (U, D) with U >= 1");
-  return torch::stable::contiguous(text);
+  // Detached: the product below would build a graph for a text that requires grad.
+  std::array<StableIValue, 1> stack{torch::stable::detail::from(text)};
+  TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::detach", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::contiguous(torch::stable::detail::to<Tensor>(stack[0]));
 }
+
+// Products of at least so many multiplications go to oneDNN, which keeps a plan for each shape it
+// has met: not worth it for the small ones, of which a service may meet many.
+constexpr int64_t kOneDnnFrom = int64_t{1} << 23;
 
 // a [M, N], b [K, N] -> a b^T [M, K], float32. On x86-64 torch's oneDNN is asked by name: torch's
 // own choice there, MKL, is half as fast on AMD processors (benchmarks/NOTES.md).
 inline Tensor product_transposed(const Tensor& a, const Tensor& b) {
 #if defined(__x86_64__) && defined(__linux__)
-  using torch::stable::detail::from;
-  std::array<StableIValue, 6> stack{from(a),
-                                    from(b),
-                                    from(std::nullopt),
-                                    from(std::string("none")),
-                                    from(std::vector<double>{}),
-                                    from(std::nullopt)};
-  TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("mkldnn::_linear_pointwise", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-#else
-  return torch::stable::matmul(a, torch::stable::transpose(b, 0, 1));
+  if (a.size(0) * a.size(1) * b.size(0) >= kOneDnnFrom) {
+    using torch::stable::detail::from;
+    std::array<StableIValue, 6> stack{from(a),
+                                      from(b),
+                                      from(std::nullopt),
+                                      from(std::string("none")),
+                                      from(std::vector<double>{}),
+                                      from(std::nullopt)};
+    TORCH_ERROR_CODE_CHECK(
+        torch_call_dispatcher("mkldnn::_linear_pointwise", "", stack.data(), TORCH_ABI_VERSION));
+    return torch::stable::detail::to<Tensor>(stack[0]);
+  }
 #endif
+  return torch::stable::matmul(a, torch::stable::transpose(b, 0, 1));
 }
 
 template <class Number>

@@ -263,6 +263,9 @@ std::vector<float> read_count(const std::optional<Tensor>& count, int64_t classe
         "pseudo_label", "count must be a (U,) int64 CPU tensor");
   const Tensor whole = torch::stable::contiguous(*count);
   const auto* from = static_cast<const int64_t*>(whole.const_data_ptr());
+  for (int64_t k = 0; k < classes; ++k) {
+    check(from[k] >= 0, "pseudo_label", "count must hold numbers >= 0");
+  }
   return {from, from + classes};
 }
 
@@ -274,6 +277,7 @@ std::tuple<Tensor, Tensor, Tensor> pseudo_label(const Tensor& f,                
   const Features features = read_features(op, f);
   const Tensor table = read_text(op, text, features);
   check(temperature > 0.0, op, "temperature must be above 0");
+  check_not_negative(op, "scale must be a finite number >= 0", {scale});
   const int64_t classes = table.size(0);
   const std::vector<float> times = read_count(count, classes);
   Tensor q = torch::stable::new_empty(table, {features.batch, classes});

@@ -46,7 +46,7 @@ Tensor generate(Fill run, const char* op, const Tensor& seeds,  // [B] int64
                 int64_t purpose, int64_t view, int64_t numel) {
   check(seeds.dim() == 1 && seeds.scalar_type() == ScalarType::Long, op,
         "seeds must be (B,) int64");
-  check(numel >= 0, op, "numel must be >= 0");
+  check_stream(op, purpose, view, numel);
   const Tensor keys = torch::stable::contiguous(seeds);
   const int64_t batch = keys.size(0);
   const int64_t chunks = (numel + 4 * kChunk - 1) / (4 * kChunk);  // per image

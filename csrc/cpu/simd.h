@@ -90,9 +90,9 @@ struct Float16 {
                                 [&](int64_t begin, int64_t end) { rows(job, begin, end); }); \
   }
 
-// ---- Sums and maxima over a row: kLanes partial results, so that they vectorise with the same
-// ----
-// ---- order of additions on every instruction set.
+// ---- Sums and maxima over a row: kLanes partial results
+// ------------------------------------------ They vectorise, with the same order of additions on
+// every instruction set.
 
 constexpr int kLanes = 16;
 

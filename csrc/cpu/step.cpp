@@ -43,12 +43,18 @@ void pgd_step_(Tensor delta,                    // [B, 3, H, W], written
   const Frame frame = read_frame(op, x, delta, seeds, plan, noise, patch);
   const Tensor rows = read_gradient(op, gradient, frame);
   check(delta.is_contiguous(), op, "delta must be contiguous");
+  check_not_negative(op, "alpha, epsilon and weight must be finite numbers >= 0",
+                     {alpha, epsilon, weight});
+  check(delta.numel() == 0 || delta.const_data_ptr() != x.const_data_ptr(), op,
+        "delta must not be x");
   if (weighted) {
     check(weighted->scalar_type() == ScalarType::Float && weighted->is_cpu(), op,
           "weighted must be a float32 CPU tensor");
     check(weighted->dim() == 4 && weighted->sizes().equals(x.sizes()), op,
           "weighted must have the shape of x");
     check(weighted->is_contiguous(), op, "weighted must be contiguous");
+    check(delta.numel() == 0 || weighted->const_data_ptr() != delta.const_data_ptr(), op,
+          "weighted must not be delta");
   }
   const StepJob job{frame,
                     rows.const_data_ptr(),

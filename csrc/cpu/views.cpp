@@ -23,6 +23,7 @@ Frame read_frame(const char* op, const Tensor& x, const std::optional<Tensor>& d
         "seeds must be an int64 CPU tensor");
   check(seeds.dim() == 1 && seeds.size(0) == x.size(0), op, "seeds must be (B,)");
   check(!noise.empty(), op, "plan must hold at least one view");
+  check_noise(op, noise);
   check(plan.size() == 3 * noise.size(), op, "plan must hold three numbers for each of noise");
   check(patch >= 0 && patch <= std::min(x.size(2), x.size(3)), op,
         "patch must be in [0, min(H, W)]");

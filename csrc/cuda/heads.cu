@@ -156,6 +156,7 @@ std::tuple<Tensor, Tensor, Tensor> pseudo_label(const Tensor& features,  // [L, 
   check(!count || fits(*count, features, ScalarType::Long, {shape.classes}), op,
         "count must be (U,) int64 on the device of features");
   check(temperature > 0.0, op, "temperature must be above 0");
+  check_not_negative(op, "scale must be a finite number >= 0", {scale});
   const LaunchContext context(features);
   const Tensor from = constant(features), table = constant(text);
   const Tensor held = count ? constant(*count) : table;

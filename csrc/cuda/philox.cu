@@ -42,6 +42,7 @@ Tensor generate(const char* op, const Tensor& seeds,  // [B] int64
                 int64_t purpose, int64_t view, int64_t numel) {
   scc_fast::check(seeds.dim() == 1 && seeds.scalar_type() == scc_fast::ScalarType::Long, op,
                   "seeds must be (B,) int64");
+  scc_fast::check_stream(op, purpose, view, numel);
   const scc_fast::LaunchContext context(seeds);
   const Tensor keys = torch::stable::contiguous(seeds);
   const int64_t batch = keys.size(0);

@@ -38,6 +38,8 @@ void pgd_step_(const Tensor& delta,                    // [B, 3, H, W] float32, 
   check_pixels(op, "x must be (B, 3, H, W) float32", x);
   check(x.is_cuda(), op, "x must be on the GPU");
   check(like(delta, x) && delta.is_contiguous(), op, "delta must be like x and contiguous");
+  check_not_negative(op, "alpha, epsilon and weight must be finite numbers >= 0",
+                     {alpha, epsilon, weight});
   check(!weighted || (like(*weighted, x) && weighted->is_contiguous()), op,
         "weighted must be like x and contiguous");
   check_seeds(op, seeds, x);

@@ -40,6 +40,7 @@ inline void check_patch(const char* op, int64_t patch, const Tensor& x) {
 inline Plan plan_of(const char* op, const std::vector<int64_t>& plan,
                     const std::vector<double>& noise, const Tensor& x) {
   check(!noise.empty() && noise.size() <= kMaxViews, op, "views must be 1 to 128, one noise each");
+  check_noise(op, noise);
   check(plan.size() == 3 * noise.size(), op, "plan must be (flip, down, right) of each view");
   Plan out = {};
   out.count = static_cast<int>(noise.size());

@@ -22,8 +22,8 @@ from scc_fast.reference.views import preprocess
 # What a whole defense needs.
 OPS = (
     "philox_uniform",
-    "philox_normal",
     "make_views",
+    "make_views_adjoint",
     "pgd_step_",
     "drift_head",
     "pseudo_label",
@@ -68,7 +68,7 @@ class Sight:
     def pixels(self, delta: Tensor | None) -> Tensor:
         """The views of x + δ, (L·B, 3, h, w): normalised, unless they are to be resized first."""
         model, backend = self.setting.model, self.setting.backend
-        mean, std = tuple(model.mean), tuple(model.std)
+        mean, std = tuple(map(float, model.mean)), tuple(map(float, model.std))
         if self.x.shape[-2:] != tuple(model.image_size):
             return ops.make_views(self.x, delta, self.seeds, self.views, fill=mean, backend=backend)
         dtype = getattr(model, "dtype", torch.float32)

@@ -62,6 +62,10 @@ def define(
 
     def run(device: torch.device, backend: str | None, *arguments: Any) -> Any:
         chosen = choose(name, device.type, backend)
+        if autograd and chosen != "reference" and torch.autograd.forward_ad._current_level >= 0:
+            raise NotImplementedError(
+                f"{name}: forward-mode differentiation needs backend='reference'"
+            )
         if chosen == "triton":
             return kernel(*arguments)
         if chosen == "reference":  # past the dispatcher, which would take C++
@@ -81,11 +85,12 @@ def _register(
     """Make torch.ops.scc_fast.<name>, served by `kernel` where nothing better is registered."""
     name = schema.split("(")[0]
     _LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
-    _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"scc_fast::{name}", fake, lib=_LIBRARY)
     if autograd is None:  # constants: else torch warns, and differentiates it to zero
+        _LIBRARY.impl(name, torch.no_grad()(kernel), "CompositeExplicitAutograd")
         _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
     else:
+        _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
         setup_context, backward = autograd
         torch.library.register_autograd(
             f"scc_fast::{name}", backward, setup_context=setup_context, lib=_LIBRARY

@@ -47,6 +47,8 @@ class ClassTable:
         """From the reference's classes; at least two, which may be equal."""
         if len(classes.text) < 2:
             raise ValueError(f"classes: K must be at least 2, got {len(classes.text)}")
+        if not 0 <= classes.scale < float("inf"):
+            raise ValueError(f"classes: scale must be a number >= 0, got {classes.scale}")
         if len(classes.distinct) == len(classes.text):
             return cls(classes.text.contiguous(), None, None, classes.scale, classes.bias)
         unsorted, count = classes.group, torch.bincount(classes.group)
@@ -230,6 +232,9 @@ def _reference_margin(
     features: Tensor, soft: Tensor, label: Tensor, text: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     rows = torch.arange(len(text), device=text.device)
+    # Asked on the CPU alone, where it costs no wait; CUDA masks no class then.
+    if label.device.type == "cpu" and not ((label >= 0) & (label < len(text))).all():
+        raise ValueError(f"margin_head: label must be rows of text, below {len(text)}")
     classes = _classes(text, scale, 0.0)
     value, gradient = reference.margin_head(features.float(), soft, rows != label[:, None], classes)
     return value, gradient.to(features.dtype)

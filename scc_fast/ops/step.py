@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from scc_fast.config import View
@@ -63,8 +64,15 @@ def pgd_step_(
     for name, value in (("alpha", alpha), ("epsilon", epsilon), ("weight", weight)):
         if not isinstance(value, int | float) or not 0 <= value < math.inf:
             raise ValueError(f"pgd_step_: {name} must be a finite number >= 0, got {value!r}")
+    for name, tensor in (("delta", delta), ("weighted", weighted)):
+        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"pgd_step_: {name} is written in place and must not require grad")
     scalars = (float(alpha), float(epsilon), float(weight))
     _step(delta.device, backend, delta, weighted, gradient, x, seeds, plan, noise, *scalars, patch)
+    if not torch.compiler.is_compiling():  # autograd then knows that what it saved is gone
+        for tensor in (delta, weighted):
+            if tensor is not None and not tensor.is_inference():
+                torch.autograd.graph.increment_version(tensor)
 
 
 def _reference(

@@ -34,8 +34,8 @@ def make_views(
     """All views of x + δ, normalised, in one pass over x and δ.
 
     (v_l(x + δ) − mean) / std, where v_l shifts, then flips, then adds σ · noise and clamps to
-    [0, 1]. Differentiable once with respect to x and δ; the clamp passes a gradient on where the
-    noisy pixel lies in [0, 1].
+    [0, 1]. Differentiable once, in reverse mode, with respect to x and δ; the clamp passes a
+    gradient on where the noisy pixel lies in [0, 1].
 
     Args:
         x: (B, 3, H, W) float32, pixels in [0, 1].
@@ -232,6 +232,8 @@ def _fake(
     dtype: torch.dtype,
     patch: int,
 ) -> Tensor:
+    if delta is not None and delta.device != x.device:
+        raise ValueError(f"make_views: delta must be on {x.device}, got {delta.device}")
     return x.new_empty(views_shape(x, len(noise), patch), dtype=dtype)
 
 
