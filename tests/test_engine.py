@@ -176,7 +176,10 @@ def test_nothing_of_the_callers_is_written(model: Any) -> None:
     assert seeds.tolist() == [0, 1]
 
 
-@pytest.mark.parametrize(("device", "backend"), op_cases.backends_under_test("pgd_step_", ("cpp",)))
+COMPILED = list(op_cases.backends_under_test("pgd_step_", ("cpp",)))
+
+
+@pytest.mark.parametrize(("device", "backend"), COMPILED)
 def test_every_op_is_asked_for_the_backend(
     device: str, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
