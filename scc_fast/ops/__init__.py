@@ -20,7 +20,8 @@ from scc_fast import _extension
 
 BACKENDS = ("reference", "cpp", "triton")
 
-# The first available one serves backend=None. To be set by benchmark.
+# The first available one serves backend=None. As benchmarks/results say (benchmarks/preference.py),
+# which hold rows for the CPU; the order on CUDA is a guess until it is measured.
 _PREFERENCE = {"cuda": ("triton", "cpp", "reference"), "cpu": ("cpp", "reference")}
 
 _LIBRARY = torch.library.Library("scc_fast", "DEF")
