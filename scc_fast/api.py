@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -60,7 +61,10 @@ class Defender:
             "auto", for each op the best that is there (scc-fast doctor shows which). Calls with
             gradients on, such as an attacker's, always take the reference, which computes the
             same defense differentiably.
-        engine: "eager"; "auto" is eager in this version.
+        engine: who runs the encoder: "eager", the model's own modules; "runner", ours for
+            open_clip's standard vision transformers in float32 on a CPU, without an autograd
+            graph; "auto", the runner where it can serve. Pictures of another size than the
+            encoder's, and calls with gradients on, are served by the modules.
         max_batch: the encoder sees at most this many pictures at once, an image's views counted
             one by one; larger batches are split.
 
@@ -94,7 +98,9 @@ class Defender:
         backend = "auto" if backend is None else backend
         _one_of("backend", backend, ("auto", *ops.BACKENDS))
         self.backend = eager.served_by(self.model.device, None if backend == "auto" else backend)
-        self.engine = _served("engine", engine, "eager", ("compile", "graph"))
+        _one_of("engine", engine, ("auto", "eager", "runner", "compile", "graph"))
+        tower = eager.runner_of(self.model, engine, self.backend)
+        self.engine = "eager" if tower is None else "runner"
         if type(max_batch) is not int or max_batch < 1:
             raise ValueError(f"max_batch must be a whole number of images >= 1, got {max_batch!r}")
         self.max_batch = max_batch
@@ -107,7 +113,7 @@ class Defender:
             table = ops.ClassTable.of(self._classes)
         self._setting = Setting(self.encode, self._classes, self._mean)
         self._fast = eager.Setting(
-            self.model, table, self._mean, self._std, None if backend == "auto" else backend
+            self.model, table, self._mean, self._std, None if backend == "auto" else backend, tower
         )
 
     @property
@@ -224,7 +230,8 @@ class Defender:
             if self.backend == "reference":
                 features = look(self._setting, x, seeds, views)
             else:
-                features = eager.Sight(self._fast, x, seeds, views).look(None)
+                modules = replace(self._fast, tower=None)  # the runner has no gradient
+                features = eager.Sight(modules, x, seeds, views).look(None)
             return heads.logits(features, self._classes)
 
 
@@ -299,6 +306,7 @@ def _served(name: str, value: str, only: str, later: tuple[str, ...]) -> str:
 
 
 def _result(defender: Defender, outcome: Outcome, x: Tensor, seeds: Tensor) -> DefenseResult:
+    size = tuple(defender.model.image_size)
     return DefenseResult(
         logits=outcome.logits,
         delta=outcome.delta,
@@ -308,7 +316,7 @@ def _result(defender: Defender, outcome: Outcome, x: Tensor, seeds: Tensor) -> D
         seeds=seeds,
         method=defender.method,
         backend=defender.backend,
-        engine=defender.engine,
+        engine=defender.engine if tuple(x.shape[-2:]) == size else "eager",
     )
 
 

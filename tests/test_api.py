@@ -97,7 +97,7 @@ def test_every_method_on_every_model(kind: str, method: str) -> None:
     assert (result.method, result.backend, result.engine) == (
         method,
         eager.served_by(x.device, None),
-        "eager",
+        defender.engine,
     )
     assert result.timings["total"] >= result.timings["defense"] > 0
     again = defender(x, result.seeds)

@@ -1,1 +1,1 @@
-"""The fast path: the methods on the ops. Without an autograd graph but inside the encoder."""
+"""The fast path: the methods on the ops, and a runner for the encoder without an autograd graph."""

@@ -6,14 +6,16 @@ nothing else. It runs without gradients: who differentiates takes the reference.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from scc_fast import ops
 from scc_fast.config import IDENTITY, RNConfig, SCCConfig, TTCConfig, View
+from scc_fast.engine.vit import Tower, tower_of
 from scc_fast.models import VisionLanguage
 from scc_fast.reference import philox, step
 from scc_fast.reference.ttc import Outcome
@@ -41,6 +43,32 @@ def served_by(device: torch.device, backend: str | None) -> str:
     return "+".join(sorted({ops.choose(op, device.type, backend) for op in OPS}))
 
 
+def runner_of(model: VisionLanguage, engine: str, backend: str) -> Tower | None:
+    """Our runner for the model's encoder; None where its own modules serve it.
+
+    Raises:
+        RuntimeError: an engine asked for by name cannot serve this model; says why.
+    """
+    if engine == "eager":
+        return None
+    if engine not in ("auto", "runner"):
+        found: Tower | str = "it is not written yet"
+    elif backend == "reference":
+        found = "the runner works with the ops, not with backend='reference'"
+    elif model.device.type != "cpu":
+        found = f"the runner is for CPUs so far, the model is on {model.device}"
+    else:
+        found = tower_of(model)
+    if isinstance(found, Tower):
+        return found
+    if engine == "auto":
+        return None
+    raise RuntimeError(
+        f"engine={engine!r} cannot serve {model.name} in this version: {found}; "
+        f'use engine="eager" or "auto"'
+    )
+
+
 @dataclass(frozen=True, eq=False)
 class Setting:
     """What a method works with: the frozen encoder, the classes, and who serves the ops."""
@@ -50,6 +78,7 @@ class Setting:
     mean: Tensor  # (3,), the model's normalisation, on its device
     std: Tensor
     backend: str | None = None
+    tower: Tower | None = None  # our runner, where it serves the encoder
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,35 +94,61 @@ class Sight:
         """Some of the images."""
         return Sight(self.setting, self.x[chosen], self.seeds[chosen], self.views)
 
-    def pixels(self, delta: Tensor | None) -> Tensor:
-        """The views of x + δ, (L·B, 3, h, w): normalised, unless they are to be resized first."""
-        model, backend = self.setting.model, self.setting.backend
-        mean, std = tuple(map(float, model.mean)), tuple(map(float, model.std))
-        if self.x.shape[-2:] != tuple(model.image_size):
-            return ops.make_views(self.x, delta, self.seeds, self.views, fill=mean, backend=backend)
-        dtype = getattr(model, "dtype", torch.float32)
-        return ops.make_views(
-            self.x, delta, self.seeds, self.views, mean=mean, std=std, dtype=dtype, backend=backend
-        )
-
-    def encode(self, pixels: Tensor) -> Tensor:
-        """f of what `pixels` gave, (L, B, D)."""
-        model = self.setting.model
-        size = (model.image_size[0], model.image_size[1])
-        if self.x.shape[-2:] != size:
-            pixels = preprocess(pixels, size, self.setting.mean, self.setting.std)
-        return model.encode_image(pixels).unflatten(0, (len(self.views), len(self.x)))
-
     def look(self, delta: Tensor | None) -> Tensor:
         """f of every view of x + δ, (L, B, D)."""
-        return self.encode(self.pixels(delta))
+        if self.setting.tower is not None and self._fits():
+            return self._stacked(self.setting.tower(self._rows(delta))[0])
+        return self._encode(self._pixels(delta))
 
-    def look_at(self, delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """As look; and the same with its graph, and the pixels it hangs on."""
-        pixels = self.pixels(delta)
+    def look_at(self, delta: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """As look; and the map from ∂J/∂f (L, B, D) to the gradient that pgd_step_ takes."""
+        if self.setting.tower is not None and self._fits():
+            tower = self.setting.tower
+            features, kept = tower(self._rows(delta))
+            return self._stacked(features), lambda slope: tower.back(slope.flatten(0, 1), kept)
+        pixels = self._pixels(delta)
         with torch.enable_grad():
-            features = self.encode(pixels.requires_grad_())
-        return features.detach(), features, pixels
+            graph = self._encode(pixels.requires_grad_())
+        return graph.detach(), lambda slope: torch.autograd.grad(graph, pixels, slope)[0]
+
+    @property
+    def patch(self) -> int:
+        """The layout of that gradient: 0 pictures, else rows of patches of this side."""
+        tower = self.setting.tower
+        return tower.size if tower is not None and self._fits() else 0
+
+    def _fits(self) -> bool:
+        height, width = self.setting.model.image_size
+        return self.x.shape[-2:] == (height, width)
+
+    def _stacked(self, features: Tensor) -> Tensor:
+        return features.unflatten(0, (len(self.views), len(self.x)))
+
+    def _views(self, delta: Tensor | None, **options: Any) -> Tensor:
+        backend = self.setting.backend
+        return ops.make_views(self.x, delta, self.seeds, self.views, backend=backend, **options)
+
+    def _normalisation(self) -> dict[str, Any]:
+        model = self.setting.model
+        return {"mean": tuple(map(float, model.mean)), "std": tuple(map(float, model.std))}
+
+    def _rows(self, delta: Tensor | None) -> Tensor:
+        """The views of x + δ, normalised, as the patches that the runner multiplies."""
+        return self._views(delta, patch=self.patch, **self._normalisation())
+
+    def _pixels(self, delta: Tensor | None) -> Tensor:
+        """The views of x + δ, (L·B, 3, h, w): normalised, unless they are to be resized first."""
+        if not self._fits():
+            return self._views(delta, fill=self._normalisation()["mean"])
+        dtype = getattr(self.setting.model, "dtype", torch.float32)
+        return self._views(delta, dtype=dtype, **self._normalisation())
+
+    def _encode(self, pixels: Tensor) -> Tensor:
+        """f of what `_pixels` gave, (L, B, D), by the model's own modules."""
+        if not self._fits():
+            height, width = self.setting.model.image_size
+            pixels = preprocess(pixels, (height, width), self.setting.mean, self.setting.std)
+        return self._stacked(self.setting.model.encode_image(pixels))
 
 
 def initial_delta(sight: Sight, epsilon: float) -> Tensor:
@@ -123,14 +178,14 @@ def counterattack(
     setting = sight.setting
     delta0 = initial_delta(sight, config.epsilon)
     anchor = Sight(setting, sight.x, sight.seeds, (IDENTITY,)).look(None)[0]
-    features0, graph, pixels = sight.look_at(delta0)
+    features0, pull_back = sight.look_at(delta0)
     drift, gradient = ops.drift_head(features0, anchor, backend=setting.backend)
     flagged = drift < config.tau if gate else torch.ones_like(drift, dtype=torch.bool)
     repaired = int(flagged.sum()) if gate else len(flagged)
     if steps == 0 or not repaired:
         return Counterattack(delta0, drift, flagged, features0, repaired)
 
-    (ascent,) = torch.autograd.grad(graph, pixels, gradient)
+    ascent = pull_back(gradient)
     delta = delta0.clone()
     everything = repaired == len(flagged)
     if not everything:
@@ -141,9 +196,9 @@ def counterattack(
     weighted = weights[0] * delta
     for t in range(steps):
         if t > 0:
-            features, graph, pixels = sight.look_at(delta)
+            features, pull_back = sight.look_at(delta)
             _, gradient = ops.drift_head(features, anchor, backend=setting.backend)
-            (ascent,) = torch.autograd.grad(graph, pixels, gradient)
+            ascent = pull_back(gradient)
         take_step(sight, delta, ascent, config, weighted, weights[t + 1])
     whole = weighted if everything else delta0.index_put((flagged,), weighted)
     return Counterattack(whole, drift, flagged, features0, repaired)
@@ -168,6 +223,7 @@ def take_step(
         epsilon=config.epsilon,
         weighted=weighted,
         weight=weight,
+        patch=sight.patch,
         backend=sight.setting.backend,
     )
 
@@ -176,14 +232,13 @@ def semantic_steps(sight: Sight, delta: Tensor, config: SCCConfig) -> None:
     """S ascent steps, in place, on the margin between t_soft and the hardest negative."""
     setting, backend = sight.setting, sight.setting.backend
     for s in range(config.semantic_steps):
-        features, graph, pixels = sight.look_at(delta)
+        features, pull_back = sight.look_at(delta)
         if s == 0:
             _, label, soft = ops.pseudo_label(
                 features, setting.table, config.temperature, backend=backend
             )
         _, gradient = ops.margin_head(features, soft, label, setting.table, backend=backend)
-        (ascent,) = torch.autograd.grad(graph, pixels, gradient)
-        take_step(sight, delta, ascent, config)
+        take_step(sight, delta, pull_back(gradient), config)
 
 
 def predict(sight: Sight, warm: Counterattack, delta: Tensor) -> Outcome:
