@@ -263,14 +263,14 @@ class Tower:
         x, saved = self.start(torch.cat([first, embedded], dim=1))
         kept: list[Any] = [saved]
         for block in self.blocks:
-            x, saved = block(x)
-            kept.append(saved)
+            x, parts = block(x)
+            kept.append(parts)
         pooled, saved = self.end(x[:, 0])
         return self.projection(pooled), [*kept, saved]
 
     def back(self, gradient: Tensor, kept: list[Any]) -> Tensor:
         """∂/∂rows (B, N, 3·size²) from ∂/∂features (B, D)."""
-        start, *middle, end = kept
+        start, end, middle = kept[0], kept[-1], kept[1:-1]
         g = self.end.back(self.projection.back(gradient), end)[:, None]
         for block, saved in zip(reversed(self.blocks), reversed(middle), strict=True):
             g = block.back(g, saved)
@@ -282,8 +282,8 @@ def tower_of(model: Any) -> Tower | str:
 
     So far open_clip's VisionTransformer as CLIP has it, in float32.
     """
-    module = getattr(model, "module", None)
-    visual = getattr(module, "visual", None)
+    module: Any = getattr(model, "module", None)
+    visual: Any = getattr(module, "visual", None)
     known = ("CLIP", "CustomTextCLIP")  # whose encode_image is the tower and nothing else
     for part, names in ((module, known), (visual, ("VisionTransformer",))):
         kind = type(part)
