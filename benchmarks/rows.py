@@ -241,10 +241,11 @@ def page(rows: Sequence[Row], environment: Row) -> str:
     quick = (
         "**Quick run: the sizes are too small to mean anything.**\n\n" if _is_quick(rows) else ""
     )
+    asked = f"{brief(rows)}\n\n{summary(rows)}\n\n" if any(row["reach"] for row in rows) else ""
     facts = "".join(f"- {name}: {value}\n" for name, value in environment.items())
     return (
         f"# Ops on {environment['device']}, {environment['date']}\n\n{quick}{facts}\n"
-        f"{brief(rows)}\n\n{summary(rows)}\n\n## All rows\n\n{markdown(rows)}\n\n{LEGEND}\n"
+        f"{asked}## All rows\n\n{markdown(rows)}\n\n{LEGEND}\n"
     )
 
 
