@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import scc_fast
 from scc_fast.api import Defender
-from scc_fast.engine import eager
+from scc_fast.engine import eager, vit
 from scc_fast.engine.vit import Tower, tower_of
 
 # Real widths, depth cut: (config name, layers kept).
@@ -99,3 +99,8 @@ def test_new_weights_are_seen_by_a_new_defender() -> None:
     assert isinstance(tower, Tower)
     weight = model.module.visual.transformer.resblocks[0].mlp.c_fc.weight
     assert tower.blocks[0].mlp.up.weight.data_ptr() == weight.data_ptr()
+
+
+def test_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vit, "_has_onednn", lambda: False)
+    check(scc_fast.load_model("tiny"), 2)

@@ -1,4 +1,4 @@
-"""Our runner for the standard vision transformer: forward, and backward to its input alone.
+"""Our runner for the standard vision transformer on a CPU: forward, and backward to its input.
 
 No autograd: the forward pass keeps what the backward pass reads, the weights are the model's own,
 and the gradient goes to the rows of the patches, never to a weight. The features are read from the
@@ -47,7 +47,7 @@ class Linear:
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if x.device.type == "cpu" and x.dtype == torch.float32 and _has_onednn():
+    if _has_onednn():
         # By name: torch's own choice, MKL, is half as fast on AMD processors.
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
@@ -126,25 +126,14 @@ ACTIVATIONS: dict[str, Activation] = {
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Kept]:
-    """Scaled dot-product attention of (B, H, T, d) tensors, by the kernel of the device."""
-    if q.device.type == "cpu":
-        o, lse = _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
-        return o, (q, k, v, o, lse)
-    o, lse, seed, offset = _aten._scaled_dot_product_efficient_attention(q, k, v, None, True)
-    return o, (q, k, v, o, lse, seed, offset)
+    """Scaled dot-product attention of (B, H, T, d) tensors, by torch's kernel for CPUs."""
+    o, lse = _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+    return o, (q, k, v, o, lse)
 
 
 def attend_back(gradient: Tensor, kept: Kept) -> tuple[Tensor, Tensor, Tensor]:
     """∂/∂q, ∂/∂k, ∂/∂v."""
-    q, k, v, o, lse, *state = kept
-    if q.device.type == "cpu":
-        return _aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            gradient, q, k, v, o, lse, 0.0, False
-        )
-    need = [True, True, True, False]
-    return _aten._scaled_dot_product_efficient_attention_backward(
-        gradient, q, k, v, None, o, lse, *state, 0.0, need
-    )[:3]
+    return _aten._scaled_dot_product_flash_attention_for_cpu_backward(gradient, *kept, 0.0, False)
 
 
 @dataclass(frozen=True, eq=False)
