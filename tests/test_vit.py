@@ -101,6 +101,24 @@ def test_new_weights_are_seen_by_a_new_defender() -> None:
     assert tower.blocks[0].mlp.up.weight.data_ptr() == weight.data_ptr()
 
 
+class Adapted(nn.Linear):
+    """A linear layer with an adapter beside it, as LoRA has it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 0.1 * x.mean()
+
+
+def test_an_adapter_or_a_changed_forward_is_not_passed_over() -> None:
+    model = scc_fast.load_model("tiny")
+    mlp = model.module.visual.transformer.resblocks[1].mlp
+    plain, mlp.c_fc = mlp.c_fc, Adapted(mlp.c_fc.in_features, mlp.c_fc.out_features)
+    assert isinstance(tower_of(model), str)
+    mlp.c_fc = plain
+    assert isinstance(tower_of(model), Tower)
+    plain.forward = lambda x: x
+    assert isinstance(tower_of(model), str)
+
+
 def test_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vit, "_has_onednn", lambda: False)
     check(scc_fast.load_model("tiny"), 2)

@@ -292,6 +292,8 @@ def tower_of(model: Any) -> Tower | str:
         and bool(blocks)
         and all(_is_plain(block) for block in blocks)
         and not _has_hooks(module)
+        and "encode_image" not in vars(module)
+        and all(map(_is_known, visual.modules()))
     )
     if not plain:
         return "its transformer has parts that the runner does not know"
@@ -313,6 +315,18 @@ def _has_hooks(module: nn.Module) -> bool:
     """Hooks are the user's: a runner would not call them."""
     names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return any(getattr(part, name) for part in module.modules() for name in names)
+
+
+# A subclass or a wrapper, such as an adapter on a linear layer, may compute something else.
+_KNOWN = {"Conv2d", "Linear", "NonDynamicallyQuantizableLinear", "MultiheadAttention", "GELU"}
+_KNOWN |= {"LayerNorm", "LayerNormFp32", "QuickGELU", "Identity", "Sequential", "ModuleList"}
+_KNOWN |= {"VisionTransformer", "Transformer", "ResidualAttentionBlock"}
+
+
+def _is_known(part: nn.Module) -> bool:
+    kind = type(part)
+    ours = kind.__module__.startswith(("torch.nn.modules.", "open_clip."))
+    return ours and kind.__name__ in _KNOWN and "forward" not in vars(part)
 
 
 def _activation_of(module: nn.Module) -> str | None:
