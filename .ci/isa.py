@@ -30,8 +30,9 @@ ARITHMETIC = {
     "fill_normal": ("vmulps", "vsqrtps"),
     "fill_uniform": ("vmulps",),
 }
+ENCODER = ("AddNormJob", "AddNormBackJob", "GeluJob", "GeluBackJob")
 HEADS = ("MeanJob", "UnitJob", "DriftJob", "MarginJob", "LabelJob", "NormaliseJob")
-JOBS = (*ARITHMETIC, *HEADS)
+JOBS = (*ARITHMETIC, *ENCODER, *HEADS)
 FORMATS = ("float32", "float16", "bfloat16")  # of pictures; what a head reads varies
 
 

@@ -15,10 +15,9 @@ from typing import Any
 
 import pytest
 
-import rows
-import timing
 from op_work import Case, Work, work
 from scc_fast import ops
+from scc_fast.bench import rows, timing
 from session import Session, device_of
 
 HEADS = ("drift_head", "pseudo_label", "margin_head", "mean_logits")
@@ -166,7 +165,8 @@ def _measure(
     once = (time.perf_counter() - started) / 2
     for seen in (ours_ms, baseline_ms, copy_ms):
         seen.clear()
-    rounds = 5 if session.quick else max(FEWEST, min(MOST, int(session.budget / once)))
+    budget = session.budget_of(session.budget, FEWEST, MOST)
+    rounds = max(budget.fewest, min(budget.most, int(budget.seconds / once)))
     benchmark.group = f"{case.name}, {case.shape}, {case.precision}, {engine}"
     neighbours = timing.Others()
     benchmark.pedantic(timed, setup=others, rounds=rounds)
@@ -176,8 +176,20 @@ def _measure(
         ours_ms = [1e3 * seconds for seconds in benchmark.stats.stats.data]
     # What a user gets is asked to reach it, not what else there is.
     served = backend == ops.choose(case.op, session.kind, None)
+    neighbours_busy = neighbours.cores() if session.kind == "cpu" else None
+    times = rows.timings(ours_ms, baseline_ms, images=case.batch, others=neighbours_busy)
+    moved = rows.traffic(
+        times["p50_ms"],
+        copy_ms,
+        bytes_moved=job.bytes_moved,
+        copied=copied or copy.bytes,
+        flops=job.flops,
+        flops_per_s=session.machine.flops_per_s() if job.flops else None,
+    )
     row = session.add(
+        group="ops",
         name=case.name,
+        model=None,
         batch=case.batch,
         classes=case.classes,
         precision=case.precision,
@@ -187,17 +199,8 @@ def _measure(
         baseline=case.baseline if baseline else None,
         peak_mib=peak_mib,
         reach=case.reach if case.reach and served else None,
-        **rows.timings(
-            ours_ms,
-            baseline_ms,
-            copy_ms,
-            images=case.batch,
-            bytes_moved=job.bytes_moved,
-            copied=copied or copy.bytes,
-            flops=job.flops,
-            flops_per_s=session.flops_per_s if job.flops else None,
-            others=neighbours.cores() if session.kind == "cpu" else None,
-        ),
+        **times,
+        **moved,
     )
     benchmark.extra_info.update({k: v for k, v in row.items() if k not in ("versions", "shape")})
     if session.require and row["reached"] is False:

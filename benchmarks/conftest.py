@@ -1,7 +1,7 @@
 """Options of the benchmarks, and the rows they leave.
 
 pytest benchmarks --benchmark-only                  # the table on the terminal
-pytest benchmarks --benchmark-only --rows=auto      # and results/<device>/ops-<date>.{json,md}
+pytest benchmarks --benchmark-only --rows=auto      # and benchmarks/results/<device>/*.{json,md}
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-import rows
+from scc_fast.bench import rows, tables
 from session import Session
 
 
@@ -21,8 +21,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--rows",
         metavar="PATH",
-        help="write the rows to this JSON, and a table beside it, after every case; 'auto' is "
-        "benchmarks/results/<device>/ops-<date>.json",
+        help="write the rows to this JSON, and tables beside it, after every case; 'auto' is "
+        "benchmarks/results/cpu/<suite>-<date>.json, on a GPU results/<device>/<date>.json",
     )
     group.addoption(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA if there"
@@ -33,6 +33,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption(
         "--budget", type=float, metavar="S", help="seconds of rounds per case (CPU 2, CUDA 0.5)"
+    )
+    group.addoption(
+        "--max-seconds",
+        type=float,
+        metavar="S",
+        help="of the whole run: as these pass, cases get fewer rounds; none is left out but what "
+        "would be compiled by torch.compile",
     )
     group.addoption("--threads", type=int, default=2, help="of the CPU (default 2)")
     group.addoption(
@@ -51,12 +58,28 @@ _SESSION = pytest.StashKey[Session]()
 
 
 @pytest.fixture(scope="session")
-def session(pytestconfig: pytest.Config) -> Iterator[Session]:
+def session(pytestconfig: pytest.Config, request: pytest.FixtureRequest) -> Iterator[Session]:
     """The one Session of this run; no autograd but where a case asks for it."""
     made = Session(pytestconfig)
+    made.cases_left = request.session.testscollected
     pytestconfig.stash[_SESSION] = made
     with torch.no_grad():
         yield made
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # torch.compile takes a minute: what else there is comes first.
+    items.sort(key=lambda item: "bench_engines" in item.name)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Count the cases that are left, which share what is left of --max-seconds."""
+    result = yield
+    found = item.config.stash.get(_SESSION, None)
+    if found is not None:
+        found.cases_left -= 1
+    return result
 
 
 @pytest.hookimpl(trylast=True)
@@ -64,16 +87,15 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     found = config.stash.get(_SESSION, None)
     if found is None or not found.rows:
         return
-    terminalreporter.section(f"rows on {found.environment['device']}")
-    terminalreporter.write_line(rows.markdown(found.rows))
+    terminalreporter.section(f"rows on {found.machine.environment['device']}")
+    terminalreporter.write_line(tables.markdown(found.rows))
     terminalreporter.write_line("")
     for row in found.rows:
         if row["reached"] is False:
             missed = ", ".join(rows.misses(row))
             where = f"{row['name']} ({row['shape']}, {row['precision']}, {row['backend']})"
             terminalreporter.write_line(f"MISSED {where}: {missed}")
-    terminalreporter.write_line(rows.summary(found.rows))
-    if found.path:
-        terminalreporter.write_line(
-            f"written: {found.path} and {found.path.with_suffix('.md').name}"
-        )
+    for line in (rows.summary(found.rows), *rows.warnings(found.rows)):
+        terminalreporter.write_line(line)
+    for path in found.paths():
+        terminalreporter.write_line(f"written: {path} and {path.with_suffix('.md').name}")

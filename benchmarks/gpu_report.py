@@ -82,7 +82,7 @@ def main(out: Path, scratch: Path, device: bool, finished: bool) -> None:
     started = scratch / "date"
     if not started.exists():  # one name, also past midnight
         started.write_text(datetime.date.today().isoformat())
-    path = out / f"ops-{started.read_text()}"
+    path = out / started.read_text()
     put(path.with_suffix(".json"), json.dumps({**found, **how}, indent=1) + "\n")
     put(path.with_suffix(".md"), f"{page}\n{table}")
     put(path.with_suffix(".log"), (scratch / "log").read_text(errors="replace"))

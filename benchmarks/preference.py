@@ -28,10 +28,11 @@ _CONFIGURATION = ("name", "shape", "precision", "baseline", "engine")
 
 
 def newest() -> dict[str, Path]:
-    """The newest ops-<date>.json of each folder of results that is no quick run."""
+    """The newest <date>.json or ops-<date>.json of each folder that has ops and is no quick run."""
     found = {}
-    for path in sorted(RESULTS.glob("*/ops-*.json")):
-        rows = json.loads(path.read_text())["rows"]
+    dated = [*RESULTS.glob("*/[0-9]*.json"), *RESULTS.glob("*/ops-*.json")]
+    for path in sorted(dated, key=lambda path: path.name.removeprefix("ops-")):
+        rows = [r for r in json.loads(path.read_text())["rows"] if r["group"] == "ops"]
         if rows and not any(row["quick"] for row in rows):
             found[path.parent.name] = path
     return found

@@ -3,8 +3,8 @@
 #
 #   benchmarks/run_gpu.sh OUT [--no-device]
 #
-# Ends in under 9 minutes. OUT then holds ops-<date>.json (rows, environment, steps), .md and .log,
-# rewritten whole after every step. A failed step does not stop the others; the exit status is 1 if
+# Ends in under 9 minutes. OUT then holds <date>.json (rows of all groups, environment, steps), .md
+# and .log, rewritten whole after every step. A failed step does not stop the others; the exit status is 1 if
 # any failed. --no-device skips the device's steps by name and tries the rest on the CPU.
 #
 # PYTHON (python3) must have torch; scc_fast is installed into it, editable, from this checkout.
@@ -110,7 +110,8 @@ if [ "$device" = no ]; then
   for name in device wheels build "build without extension" "gpu tests" memcheck benchmarks; do
     skip "$name" "$why"
   done
-  bench "smoke of the benchmarks on the CPU" 50 cpu --quick -k "b1 and (make_views or mean_logits)"
+  bench "smoke of the benchmarks on the CPU" 50 cpu --quick \
+    --threads=1 -k "b1 and (make_views or mean_logits) or bench_batches"
   finish true "$failed"
 fi
 
@@ -176,5 +177,6 @@ else # slow: as many of the op tests as there is time for. Triton's kernels are 
   report false
 fi
 
-bench benchmarks 170 cuda --budget=0.3
+# Cases get fewer rounds as the time passes; what torch.compile makes comes last.
+bench benchmarks 170 cuda --budget=0.3 --max-seconds=140
 finish true "$failed"

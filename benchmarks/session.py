@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import time
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-import rows
-import timing
+import scc_fast
+from scc_fast.bench import machine, measure, rows, tables, timing
+
+RESULTS = Path(__file__).parent / "results"
+# On a CPU each suite has a file of its own; on a GPU one file holds all.
+_SUITES = {"ops": "ops", "encoder": "encoder", "first call": "start", "memory": "start"}
 
 
 def device_of(config: pytest.Config) -> str:
@@ -29,43 +36,116 @@ class Session:
         self.require: bool = config.getoption("--require-reach")
         budget = config.getoption("--budget") or (2.0 if self.kind == "cpu" else 0.5)
         self.budget: float = min(budget, 0.1) if self.quick else budget
+        most = config.getoption("--max-seconds")
+        self.deadline = None if most is None else time.monotonic() + most
+        self.cases_left = 0
+        memory = "cached"
         if self.kind == "cpu":
             torch.set_num_threads(config.getoption("--threads"))
             kept = not config.getoption("--fresh-memory") and timing.keep_memory()
-            self.memory = "kept" if kept else "fresh"
-        else:
-            self.memory = "cached"
-        path = config.getoption("--rows")
-        self.path = rows.default_path(self.kind) if path == "auto" else path and Path(path)
-        self.environment = rows.environment(self.kind, self.memory)
+            memory = "kept" if kept else "fresh"
+        self.machine = machine.Machine(self.kind, memory, self.quick)
+        self.asked: str | None = config.getoption("--rows")
         self.rows: list[rows.Row] = []
-        self._rate: float | None = None
+        self._models: dict[str, Any] = {}
+
+    def path(self, group: str) -> Path | None:
+        """Where the rows of a group are written."""
+        if self.asked != "auto":
+            return Path(self.asked) if self.asked else None
+        date = self.machine.environment["date"]
+        suite = f"{_SUITES.get(group, 'defense')}-" if self.kind == "cpu" else ""
+        return RESULTS / machine.folder(self.kind) / f"{suite}{date}.json"
+
+    def paths(self) -> list[Path]:
+        """All files of this run."""
+        found = dict.fromkeys(self.path(row["group"]) for row in self.rows)
+        return [path for path in found if path]
+
+    def budget_of(self, seconds: float, fewest: int = 5, most: int = 200) -> measure.Budget:
+        """A case's budget: with --max-seconds less where the others would get too little."""
+        if self.quick:
+            return measure.Budget(min(seconds, 0.1), 2, 5)
+        if self.deadline is None:
+            return measure.Budget(seconds, fewest, most)
+        left = self.deadline - time.monotonic()
+        free = max(0.0, left - self.budget * self.cases_left)
+        return measure.Budget(min(seconds, free), fewest if left > 0 else 1, most)
 
     @property
-    def flops_per_s(self) -> float:
-        """The matmul rate of this run, measured when first asked for."""
-        if self._rate is None:
-            self._rate = timing.matmul_rate(self.kind, self.quick)
-            self.environment["matmul_fp32_gflop_per_s"] = round(self._rate / 1e9, 1)
-        return self._rate
+    def late(self) -> bool:
+        """Whether --max-seconds are over."""
+        return self.deadline is not None and time.monotonic() > self.deadline
+
+    def model(self, name: str) -> Any:
+        """A model in float32 on the device; the one before is let go."""
+        if name not in self._models:
+            self._models.clear()
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=".*random weights.*")
+                self._models[name] = scc_fast.load_model(name, device=self.kind)
+        return self._models[name]
 
     def add(self, **values: Any) -> rows.Row:
         """Complete a row, keep it, and store all of them, so that an interruption loses none."""
-        environment = self.environment
-        row = rows.finished(
-            {
-                "group": "ops",
-                "device": environment["device"],
-                "model": None,
-                "memory": self.memory,
-                "quick": self.quick,
-                "threads": environment["threads"],
-                "versions": environment["versions"],
-                "commit": environment["commit"],
-                **values,
-            }
-        )
+        row = rows.finished(self.machine.columns() | values)
         self.rows.append(row)
-        if self.path:
-            rows.write(self.path, self.rows, environment)
+        path = self.path(row["group"])
+        if path:
+            same = [one for one in self.rows if self.path(one["group"]) == path]
+            tables.write(path, self._before(path, same) + same, self.machine.environment)
         return row
+
+    def _before(self, path: Path, new: list[rows.Row]) -> list[rows.Row]:
+        """What the file holds of groups that this run has not measured."""
+        if not path.exists():
+            return []
+        try:
+            stored = json.loads(path.read_text())["rows"]
+        except (ValueError, KeyError):
+            return []
+        groups, now = {row["group"] for row in new}, self.machine
+        return [
+            row
+            for row in stored
+            if row["group"] not in groups
+            and set(row) == set(rows.KEYS)
+            and (row["device"], row["quick"]) == (now.environment["device"], now.quick)
+        ]
+
+    def run(
+        self,
+        benchmark: Any,
+        group: str,
+        sides: list[measure.Side],
+        budget: measure.Budget,
+        *,
+        baseline_known: bool = False,
+    ) -> list[rows.Row]:
+        """Measure the sides in turns, the last by pytest-benchmark's clock; add their rows.
+
+        With `baseline_known` the first side has its row already.
+        """
+        first = sides[0]
+        benchmark.group = f"{group}: {first.model}, batch {first.images}"
+
+        def drive(before: measure.Call, call: measure.Call, rounds: int) -> list[float] | None:
+            benchmark.pedantic(call, setup=before, rounds=rounds)
+            stats = benchmark.stats
+            return None if stats is None else [1e3 * seconds for seconds in stats.stats.data]
+
+        found = measure.measure(sides, group, self.machine, budget, drive)
+        added = [self.add(**row) for row in found[baseline_known:]]
+        if added:
+            row = added[-1]
+            said = {k: v for k, v in row.items() if k not in ("versions", "shape")}
+            benchmark.extra_info.update(said)
+        self.hold(added)
+        return added
+
+    def hold(self, added: list[rows.Row]) -> None:
+        """With --require-reach, fail where a row misses what is asked of it."""
+        for row in added:
+            if self.require and row["reached"] is False:
+                where = f"{row['group']}: {row['name']}, {row['model']}, batch {row['batch']}"
+                pytest.fail(f"{where}: missed {', '.join(rows.misses(row))}")

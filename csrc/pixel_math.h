@@ -7,6 +7,8 @@
 
 #ifdef __CUDACC__
 #define SCC_HOST_DEVICE __host__ __device__ __forceinline__
+#elif defined(__GNUC__)  // inline in every clone (cpu/simd.h), however long
+#define SCC_HOST_DEVICE inline __attribute__((always_inline))
 #else
 #define SCC_HOST_DEVICE inline
 #endif
@@ -59,6 +61,96 @@ SCC_HOST_DEVICE float exp_nonpositive(float value) {
   const float small = 1.0f + (r + r * r * p);
   return small * float_of(static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23);
 }
+
+// 2^x for x <= 0, within 2 ulp; 0 below -126, and NaN stays. What it is given there is not clamped:
+// whatever comes of it is not taken.
+SCC_HOST_DEVICE float exp2_nonpositive(float x) {
+  const float shifted = x + 12582912.0f;  // rounds to a whole number, in the last bits
+  const float f = x - (shifted - 12582912.0f);
+  const float low = 0x1.62e432p-1f + f * (0x1.ebfbe2p-3f + f * 0x1.c6ae72p-5f);
+  const float high = 0x1.3b270ep-7f + f * (0x1.5f7276p-10f + f * 0x1.470b4ap-13f);
+  const float power = 1.0f + f * (low + f * f * f * high);
+  const float whole = float_of((bits_of(shifted) << 23) + 0x3F800000);
+  return x < -126.0f ? 0.0f : power * whole;
+}
+
+// ---- Activations --------------------------------------------------------------------------------
+// Each is x times a share in [0, 1]; its slope is share + x share'. An infinity gives what torch
+// gives for float64: value inf at inf, else NaN. The polynomials here and in exp2_nonpositive are
+// fits of our own (Remez, least relative error).
+
+// 1 / (1 + 2^-z), which is sigmoid(z ln 2), and the sigmoid's derivative there: not a difference,
+// so that nothing is lost where the share is near 1.
+SCC_HOST_DEVICE float sigmoid2(float z, float* derivative) {
+  const float e = exp2_nonpositive(-fabsf(z));
+  const float r = 1.0f / (1.0f + e);
+  const float other = e * r;
+  *derivative = other * r;
+  return z < 0.0f ? other : r;
+}
+
+// The normal distribution's P(X <= x), and its density. With a = |x| and t = 1 / (1 + p a),
+// P(X <= -a) = exp(-a a / 2) t q(t): what multiplies the exponential is smooth and has no zero, so
+// that the tail keeps its relative accuracy, unlike 1 + erf. q is off by 5e-8 for a <= 9.5.
+SCC_HOST_DEVICE float normal_below(float x, float* density) {
+  const float a = fabsf(x);
+  const float e = exp2_nonpositive(-0x1.715476p-1f * (a * a));
+  const float t = 1.0f / (1.0f + 0x1.30a3d8p-2f * a);
+  const float low =
+      0x1.e5b376p-4f + t * (0x1.edb7bap-4f + t * (0x1.82afdap-4f + t * 0x1.26e7eap-3f));
+  const float high =
+      -0x1.51dc8p-4f + t * (0x1.e7956cp-3f + t * (-0x1.5e2904p-3f + t * 0x1.3631a8p-5f));
+  const float square = t * t;
+  const float tail = e * t * (low + square * square * high);
+  *density = e * 0x1.988454p-2f;
+  return x < 0.0f ? tail : 1.0f - tail;
+}
+
+struct QuickGelu {  // x sigmoid(1.702 x)
+  static SCC_HOST_DEVICE float value(float x) {
+    float derivative;
+    return x * sigmoid2(x * 0x1.3a4cbep+1f, &derivative);
+  }
+  static SCC_HOST_DEVICE float slope(float x) {
+    float derivative;
+    const float share = sigmoid2(x * 0x1.3a4cbep+1f, &derivative);
+    return share + 1.702f * (x * derivative);
+  }
+};
+
+struct ErfGelu {  // x P(X <= x)
+  static SCC_HOST_DEVICE float value(float x) {
+    float density;
+    return x * normal_below(x, &density);
+  }
+  static SCC_HOST_DEVICE float slope(float x) {
+    float density;
+    const float share = normal_below(x, &density);
+    return share + x * density;
+  }
+};
+
+// x (1 + tanh u) / 2 with u = sqrt(2 / pi) (x + 0.044715 x^3), which is x sigmoid(2 u): no tanh,
+// and nothing is lost near zero. The square is held where the sigmoid has long been 0 or 1.
+struct TanhGelu {
+  static SCC_HOST_DEVICE float square(float x) {
+    const float whole = x * x;
+    return whole > 1e4f ? 1e4f : whole;
+  }
+  static SCC_HOST_DEVICE float share(float x, float squared, float* derivative) {
+    return sigmoid2(x * (0x1.26aec2p+1f + 0x1.a5a7dp-4f * squared), derivative);
+  }
+  static SCC_HOST_DEVICE float value(float x) {
+    float derivative;
+    return x * share(x, square(x), &derivative);
+  }
+  static SCC_HOST_DEVICE float slope(float x) {
+    float derivative;
+    const float squared = square(x);
+    const float part = share(x, squared, &derivative);
+    return part + x * derivative * (0x1.988454p+0f + 0x1.b6676cp-3f * squared);
+  }
+};
 
 // ---- Random numbers (METHOD.md) -----------------------------------------------------------------
 // key = the two halves of an image's seed, low first; counter = (block low, block high, view,

@@ -55,14 +55,34 @@ def _drift_kernel(
 
 
 @triton.jit
-def _hardest(dots_ptr, stride, v, label, views, classes, LP: tl.constexpr, BLOCK_K: tl.constexpr):
+def _load_count(count_ptr, k, classes):
+    """How many classes each row of the table has; 0 outside."""
+    if count_ptr is None:
+        return (k < classes).to(tl.float32)
+    else:
+        return tl.load(count_ptr + k, mask=k < classes, other=0).to(tl.float32)
+
+
+@triton.jit
+def _present(count_ptr, k, classes):
+    """Which rows of the table are classes: one that none has is absent, whatever its text."""
+    if count_ptr is None:
+        return k < classes
+    else:
+        return _load_count(count_ptr, k, classes) > 0
+
+
+@triton.jit
+def _hardest(
+    dots_ptr, stride, v, label, count_ptr, views, classes, LP: tl.constexpr, BLOCK_K: tl.constexpr
+):
     """Of each view: the largest product but the label's, −inf if there is none, and its row."""
     best = tl.full([LP, BLOCK_K], float("-inf"), dtype=tl.float32)
     place = tl.zeros([LP, BLOCK_K], dtype=tl.int32)
     for start in range(0, classes, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         dot = load_tile(dots_ptr, stride, v, k, views, classes)
-        better = ((k < classes) & (k != label))[None, :] & (dot > best)
+        better = (_present(count_ptr, k, classes) & (k != label))[None, :] & (dot > best)
         best = tl.where(better, dot, best)
         place = tl.where(better, k[None, :], place)
     return first_maximiser(best, place)
@@ -83,6 +103,7 @@ def _margin_kernel(
     soft_ptr,  # (B, D) float32, t_soft
     label_ptr,  # (B,) int64, ŷ
     text_ptr,  # (U, D) float32, t_k
+    count_ptr,  # (U,) int64, classes per row of the table; None where one each
     value_ptr,  # (B,) float32, J
     gradient_ptr,  # (L, B, D), ∂J/∂f
     scale,
@@ -101,7 +122,7 @@ def _margin_kernel(
     v = tl.arange(0, LP)
     top, hardest = _hardest(
         dots_ptr + row * classes, rows.to(tl.int64) * classes, v, tl.load(label_ptr + image),
-        views, classes, LP, BLOCK_K,
+        count_ptr, views, classes, LP, BLOCK_K,
     )  # fmt: skip
     has_text = (v < views) & (top > float("-inf"))  # no: no negative is left, or all are NaN
     hardest = tl.where(has_text, hardest, 0).to(tl.int64)
@@ -132,15 +153,6 @@ def _margin_kernel(
 
 
 @triton.jit
-def _load_count(count_ptr, k, classes):
-    """How many classes each row of the table has; 0 outside."""
-    if count_ptr is None:
-        return (k < classes).to(tl.float32)
-    else:
-        return tl.load(count_ptr + k, mask=k < classes, other=0).to(tl.float32)
-
-
-@triton.jit
 def _softmax_over_rows(
     dots_ptr, stride, factor, count_ptr, v, views, classes, LP: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -150,7 +162,7 @@ def _softmax_over_rows(
     for start in range(0, classes, BLOCK):
         k = start + tl.arange(0, BLOCK)
         z = factor * load_tile(dots_ptr, stride, v, k, views, classes)
-        z = tl.where((k < classes)[None, :], z, float("-inf"))
+        z = tl.where(_present(count_ptr, k, classes)[None, :], z, float("-inf"))
         top, total = exp_sum(top, total, z, _load_count(count_ptr, k, classes)[None, :])
     highest = tl.max(top, axis=1)[:, None]
     return highest, tl.sum(total * tl.exp(top - highest), axis=1)[:, None]
@@ -165,13 +177,19 @@ def _finish_q(q_ptr, weighted_ptr, count_ptr, largest, whole, classes, BLOCK: tl
         k = start + tl.arange(0, BLOCK)
         sharp = tl.load(q_ptr + k, mask=k < classes, other=0.0)
         q = tl.div_rn(tl.exp(sharp - largest), whole)
+        present = _present(count_ptr, k, classes)
+        if count_ptr is not None:
+            q = tl.where(present, q, 0.0)
         tl.debug_barrier()  # where a tile is narrow, several threads load the same element
         tl.store(q_ptr + k, q, mask=k < classes)
         if weighted_ptr is not None:
             counted = q * _load_count(count_ptr, k, classes)
             tl.store(weighted_ptr + k, counted, mask=k < classes)
-        better = (k < classes) & (q > best)
-        best = tl.where(better, q, best)
+        rank = q
+        if count_ptr is not None:  # of NaNs alone the first, which need not be row 0 here
+            rank = tl.where(q == q, q, -0.5)
+        better = present & (rank > best)
+        best = tl.where(better, rank, best)
         place = tl.where(better, k, place)
     _, label = first_maximiser(best, place)
     return label
@@ -217,7 +235,8 @@ def _pseudo_kernel(
         z = factor * load_tile(dots_ptr, stride, v, k, views, classes)
         p = tl.where((v < views)[:, None], tl.exp(z - highest) / total, 0.0)
         mean = tl.sum(p, axis=0) / views.to(tl.float32)
-        sharp = tl.where(k < classes, tl.div_rn(tl.log(mean), temperature), float("-inf"))
+        present = _present(count_ptr, k, classes)
+        sharp = tl.where(present, tl.div_rn(tl.log(mean), temperature), float("-inf"))
         tl.store(q_ptr + k, sharp, mask=k < classes)
         peak, mass = exp_sum(peak, mass, sharp, _load_count(count_ptr, k, classes))
     largest = tl.max(peak, axis=0)
@@ -343,11 +362,12 @@ def pseudo_label(
 
 
 def margin_head(
-    features: Tensor, soft: Tensor, label: Tensor, text: Tensor, scale: float
+    features: Tensor, soft: Tensor, label: Tensor, text: Tensor, count: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """scc_fast.ops.margin_head by Triton, with the arguments of its schema."""
     features, text = features.detach().contiguous(), text.detach().contiguous()
     soft, label = soft.detach().contiguous(), label.contiguous()
+    count = None if count is None else count.contiguous()
     views, batch, width = features.shape
     value = text.new_empty(batch)
     gradient = torch.empty_like(features)
@@ -356,7 +376,7 @@ def margin_head(
     with torch.cuda.device(features.get_device()):
         for first, rows, dots in _dots(features, text):
             _margin_kernel[(rows,)](
-                features, dots, soft, label, text, value, gradient, scale,
+                features, dots, soft, label, text, count, value, gradient, scale,
                 batch, first, rows, views, len(text), width, **_tiles(features, text),
             )  # fmt: skip
     return value, gradient

@@ -1,7 +1,7 @@
 """Test-time defense of CLIP-style models against adversarial images."""
 
 from scc_fast._version import __version__
-from scc_fast.api import DefendedCLIP, Defender, defend, image_seeds
+from scc_fast.api import Defender, defend, image_seeds
 from scc_fast.config import (
     MethodConfig,
     NoneConfig,
@@ -11,6 +11,7 @@ from scc_fast.config import (
     TTEConfig,
     View,
 )
+from scc_fast.defended import DefendedCLIP
 from scc_fast.models import VisionLanguage, load_model
 from scc_fast.result import DefenseResult
 

@@ -1,14 +1,14 @@
-"""defend(), Defender and DefendedCLIP."""
+"""defend() and Defender."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from scc_fast import _classes, ops
 from scc_fast.config import (
@@ -21,9 +21,13 @@ from scc_fast.config import (
     View,
     resolve_views,
 )
-from scc_fast.engine import eager
+from scc_fast.engine import methods, serve
+from scc_fast.engine.cost import Cost
+from scc_fast.engine.encoder import Modules
+from scc_fast.engine.plan import Plan, plan_of
+from scc_fast.engine.serve import Engine, Stage
 from scc_fast.images import to_batch
-from scc_fast.models import VisionLanguage
+from scc_fast.models import VisionLanguage, with_progress
 from scc_fast.reference import baselines, heads, philox
 from scc_fast.reference.heads import Classes
 from scc_fast.reference.scc import scc
@@ -31,7 +35,6 @@ from scc_fast.reference.ttc import Outcome, Setting, look, ttc
 from scc_fast.reference.views import preprocess
 from scc_fast.result import DefenseResult
 
-_PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 METHODS: dict[str, type[MethodConfig]] = {
     "scc": SCCConfig,
     "ttc": TTCConfig,
@@ -56,17 +59,23 @@ class Defender:
         method: "scc", "ttc", "tte", "rn" or "none".
         config: the method's config object or a dict of some of its fields. None takes the
             model's own defaults where it carries some (the bundled one does), else METHOD.md's.
-        precision: that of the model's weights ("fp32", unless it was loaded otherwise), or "auto".
+        precision: of the encoder's products: "fp32", "bf16" or "fp16"; δ, the residual stream and
+            the heads stay float32. "auto" is that of the model's weights, and on a GPU "bf16" for
+            weights in float32.
         backend: who serves the ops: "cpp", "triton", "reference" (plain PyTorch throughout), or
             "auto", for each op the best that is there (scc-fast doctor shows which). Calls with
             gradients on, such as an attacker's, always take the reference, which computes the
             same defense differentiably.
-        engine: who runs the encoder: "eager", the model's own modules; "runner", ours for
-            open_clip's standard vision transformers in float32 on a CPU, without an autograd
-            graph; "auto", the runner where it can serve. Pictures of another size than the
-            encoder's, and calls with gradients on, are served by the modules.
+        engine: who runs the encoder: "eager", the model's own modules; "compile", these through
+            torch.compile; "runner", ours for the standard vision transformer (open_clip,
+            transformers CLIP and SigLIP), without an autograd graph; "graph", the whole defense
+            as CUDA graphs, one for each power of two of the batch. "auto" takes graphs of the
+            runner on a GPU, the runner on a CPU, and the modules where the runner does not know
+            the model. Calls with gradients on are served by the modules; pictures of another size
+            than the encoder's are resized outside graphs.
         max_batch: the encoder sees at most this many pictures at once, an image's views counted
-            one by one; larger batches are split.
+            one by one; larger batches are split. None: 64 on a CPU; on a GPU 1024, or as many as
+            fit into half of what is free.
 
     Raises:
         ValueError, TypeError: naming the argument, what came and what would be right.
@@ -84,26 +93,23 @@ class Defender:
         precision: str = "auto",
         backend: str | None = "auto",
         engine: str = "auto",
-        max_batch: int = 64,
+        max_batch: int | None = None,
     ) -> None:
         self.model = _classes.as_model(model)
-        self.method = _one_of("method", method, tuple(METHODS))
+        self.method = one_of("method", method, tuple(METHODS))
         self.config = method_config(self.model, method, config)
-        dtype = getattr(self.model, "dtype", torch.float32)
-        if dtype not in _PRECISIONS:
-            raise ValueError(f"model: its dtype must be one of {list(_PRECISIONS)}, got {dtype!r}")
-        held = _PRECISIONS[dtype]
-        others = tuple(name for name in _PRECISIONS.values() if name != held)
-        self.precision = _served("precision", precision, held, others)
+        one_of("precision", precision, ("auto", *serve.PRECISIONS))
         backend = "auto" if backend is None else backend
-        _one_of("backend", backend, ("auto", *ops.BACKENDS))
-        self.backend = eager.served_by(self.model.device, None if backend == "auto" else backend)
-        _one_of("engine", engine, ("auto", "eager", "runner", "compile", "graph"))
-        tower = eager.runner_of(self.model, engine, self.backend)
-        self.engine = "eager" if tower is None else "runner"
-        if type(max_batch) is not int or max_batch < 1:
-            raise ValueError(f"max_batch must be a whole number of images >= 1, got {max_batch!r}")
-        self.max_batch = max_batch
+        one_of("backend", backend, ("auto", *ops.BACKENDS))
+        asked = None if backend == "auto" else backend
+        self.backend = methods.served_by(self.model.device, asked)
+        one_of("engine", engine, serve.ENGINES)
+        self._engine = Engine(self.model, engine, precision, asked, self.backend)
+        self.engine, self.precision = self._engine.name, self._engine.precision
+        if max_batch is not None and (type(max_batch) is not int or max_batch < 1):
+            raise ValueError(
+                f"max_batch must be None or a whole number of pictures >= 1, got {max_batch!r}"
+            )
         self.classes = _classes.checked(classes)
         with torch.inference_mode(False), torch.no_grad():
             text = _classes.embedded(self.model, self.classes, text_features)
@@ -112,9 +118,8 @@ class Defender:
             self._std = torch.tensor(self.model.std, device=self.model.device)
             table = ops.ClassTable.of(self._classes)
         self._setting = Setting(self.encode, self._classes, self._mean)
-        self._fast = eager.Setting(
-            self.model, table, self._mean, self._std, None if backend == "auto" else backend, tower
-        )
+        self._fast = methods.Setting.of(self.model, self._engine.encoder, table, asked)
+        self.max_batch = self._default_max_batch() if max_batch is None else max_batch
 
     @property
     def is_randomized(self) -> bool:
@@ -167,10 +172,15 @@ class Defender:
             if keys is seeds:
                 keys = keys.clone()
             loaded = time.perf_counter()
-            parts = [
-                _result(self, self.run(piece, key), piece, key)
-                for piece, key in self.pieces(x, keys)
-            ]
+            parts = []
+            for piece, key in self.pieces(x, keys):
+                try:
+                    parts.append(_result(self, self.run(piece, key), piece, key))
+                except RuntimeError as error:
+                    if not serve.is_out_of_memory(error):
+                        raise
+                    views = len(self.views(min(x.shape[-2:])))
+                    raise serve.out_of_memory(piece, views, self.memory_estimate) from error
         result = DefenseResult.concatenate(parts)
         if x.is_cuda:
             torch.cuda.synchronize(x.device)
@@ -178,11 +188,17 @@ class Defender:
         result.timings.update(input=loaded - started, defense=done - loaded, total=done - started)
         return result
 
+    def serves(self, size: tuple[int, int]) -> str:
+        """The engine that serves pictures (height, width)."""
+        return self._engine.serves(size)
+
     def pieces(self, x: Tensor, seeds: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """x and seeds in pieces of which the encoder sees at most max_batch views at once."""
-        views = self.views(min(x.shape[-2:]))
-        size = max(1, self.max_batch // len(views))
+        size = self._piece((x.shape[-2], x.shape[-1]))
         return zip(x.split(size), seeds.split(size), strict=True)
+
+    def _piece(self, size: tuple[int, int]) -> int:
+        return max(1, self.max_batch // len(self.views(min(size))))
 
     def run(self, x: Tensor, seeds: Tensor) -> Outcome:
         """The method itself on x (B, 3, H, W) in [0, 1], seeds (B,): unchecked, not split.
@@ -197,7 +213,7 @@ class Defender:
         views = self.views(min(x.shape[-2:]))
         with _no_autocast(x.device):
             if self.backend != "reference" and not torch.is_grad_enabled():
-                return self._run_on_ops(eager.Sight(self._fast, x.contiguous(), seeds, views))
+                return self._engine.run(self._fast, config, x, seeds, views)
             match config:
                 case SCCConfig():
                     return scc(setting, x, seeds, views, config)
@@ -208,16 +224,6 @@ class Defender:
                 case RNConfig():
                     return baselines.rn(setting, x, seeds, config)
             return baselines.none(setting, x, seeds)
-
-    def _run_on_ops(self, sight: eager.Sight) -> Outcome:
-        match self.config:
-            case SCCConfig():
-                return eager.scc(sight, self.config)
-            case TTCConfig():
-                return eager.ttc(sight, self.config)
-            case RNConfig():
-                return eager.control(sight, self.config)
-        return eager.control(sight, None)
 
     def view_logits(self, x: Tensor, seeds: Tensor, views: Sequence[View] | None = None) -> Tensor:
         """Logits of each view of x itself, no perturbation (L, B, K); differentiable.
@@ -230,9 +236,83 @@ class Defender:
             if self.backend == "reference":
                 features = look(self._setting, x, seeds, views)
             else:
-                modules = replace(self._fast, tower=None)  # the runner has no gradient
-                features = eager.Sight(modules, x, seeds, views).look(None)
+                modules = replace(self._fast, encoder=Modules(self.model))  # under autograd
+                features = methods.Sight(modules, x, seeds, views).look(None)
             return heads.logits(features, self._classes)
+
+    # ------------------------------------------------------------------ what it costs, and when
+
+    def plan(self, size: tuple[int, int] | None = None) -> Plan:
+        """The passes that the method makes for pictures (height, width); None: the encoder's."""
+        height, width = size or self.model.image_size
+        return plan_of(self.config, len(self.views(min(height, width))))
+
+    def cost(self) -> Cost:
+        """What one picture costs the encoder: FLOPs, bytes of weights, memory."""
+        return self._engine.cost
+
+    def memory_estimate(self, batch: int, size: tuple[int, int] | None = None) -> int:
+        """About how many bytes a call with `batch` images takes at its peak, beyond the weights.
+
+        Args:
+            batch: images; more than max_batch allows at once are split, and counted so.
+            size: their (height, width); None: the encoder's.
+        """
+        if type(batch) is not int or batch < 0:
+            raise ValueError(f"batch must be a whole number of images >= 0, got {batch!r}")
+        size = (size[0], size[1]) if size else self.model.image_size
+        piece = min(batch, self._piece(size))
+        at_once = self._engine.memory(self.plan(size), piece, size, len(self._classes.text))
+        # Of the images before and after: pixels, δ and logits.
+        rest = 4 * (2 * 3 * size[0] * size[1] + len(self._classes.text))
+        return at_once + (batch - piece) * rest
+
+    def warmup(self, batch: int = 1) -> float:
+        """Make the first call like the later ones: compile, capture and fill caches.
+
+        With graphs, every bucket up to `batch` is captured: the gate may need the smaller ones.
+        Compiled kernels stay on disk for the next process (Triton's and Inductor's caches); graphs
+        belong to this one.
+
+        Returns:
+            The seconds that it took.
+        """
+        if type(batch) is not int or batch < 1:
+            raise ValueError(f"batch must be a whole number of images >= 1, got {batch!r}")
+        began = time.perf_counter()
+        largest = min(batch, self._piece(self.model.image_size))
+        sizes = [largest]
+        while self.engine == "graph" and sizes[-1] > 1:
+            sizes.append((sizes[-1] + 1) // 2)
+        for count in with_progress(sizes, "warming up"):
+            x = torch.full((count, 3, *self.model.image_size), 0.5, device=self.model.device)
+            self(x, seeds=0)
+        return time.perf_counter() - began
+
+    def waterfall(self, images: Any, seeds: Seeds = 0) -> list[Stage]:
+        """Where the time of one defense goes: its parts in order, with their milliseconds.
+
+        Graphs cannot be looked into: with them the same work is timed outside, launches included.
+        """
+        with torch.inference_mode(False), torch.no_grad(), _no_autocast(self.model.device):
+            x = to_batch(images, self.model)
+            keys = image_seeds(seeds, len(x), x.device)
+            views = self.views(min(x.shape[-2:]))
+            return self._engine.waterfall(self._fast, self.config, x, keys, views)
+
+    def _default_max_batch(self) -> int:
+        if self.model.device.type != "cuda":
+            return 64
+        free = serve.free_memory(self.model.device)
+        views, self.max_batch = len(self.views(min(self.model.image_size))), 1024
+        try:
+            while free and self.max_batch > views:
+                if self.memory_estimate(self.max_batch // views) <= free // 2:
+                    break
+                self.max_batch //= 2
+        except RuntimeError:  # a model whose cost cannot be counted
+            return 64
+        return self.max_batch
 
 
 def defend(
@@ -289,24 +369,13 @@ def method_config(
     return kind.from_dict({**model.defaults.get(method, {}), **(config or {})})
 
 
-def _one_of(name: str, value: Any, choices: tuple[str, ...]) -> str:
+def one_of(name: str, value: Any, choices: tuple[str, ...]) -> str:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
     return value
 
 
-def _served(name: str, value: str, only: str, later: tuple[str, ...]) -> str:
-    _one_of(name, value, ("auto", only, *later))
-    if value in later:
-        raise RuntimeError(
-            f"{name}={value!r} cannot serve a whole defense in this version; "
-            f'use {name}="{only}" or "auto" (scc-fast doctor shows what each op can use)'
-        )
-    return only
-
-
 def _result(defender: Defender, outcome: Outcome, x: Tensor, seeds: Tensor) -> DefenseResult:
-    size = tuple(defender.model.image_size)
     return DefenseResult(
         logits=outcome.logits,
         delta=outcome.delta,
@@ -316,82 +385,9 @@ def _result(defender: Defender, outcome: Outcome, x: Tensor, seeds: Tensor) -> D
         seeds=seeds,
         method=defender.method,
         backend=defender.backend,
-        engine=defender.engine if tuple(x.shape[-2:]) == size else "eager",
+        engine=defender.serves((x.shape[-2], x.shape[-1])),
     )
 
 
 def _no_autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, enabled=False)
-
-
-class DefendedCLIP(nn.Module):
-    """A defended classifier as a module: images (B, 3, H, W) in [0, 1] -> logits (B, K).
-
-    For AutoAttack, ART or any loop. Attack tools cannot see through a test-time defense by
-    themselves, so `gradient` says what they get:
-
-    - "through": the true gradient of the defended logits as they are computed. The sign steps
-      have zero derivative almost everywhere, so what remains is the gradient at the defended
-      pixels through the projections.
-    - "bpda": the gradient at the defended pixels, passed on as if the repair were the identity.
-    - "identity": the undefended model's gradient at x, beside defended logits.
-
-    Args:
-        defender: the prepared defense.
-        gradient: see above.
-        seed: an int makes the module a function of the image alone (every image gets this seed);
-            None draws fresh noise at every call.
-    """
-
-    is_dynamic = True  # it optimises at inference, whether or not a tool can trace that
-
-    def __init__(
-        self,
-        defender: Defender,
-        gradient: Literal["through", "bpda", "identity"] = "through",
-        seed: int | None = None,
-    ) -> None:
-        super().__init__()
-        self.defender = defender
-        self.gradient = _one_of("gradient", gradient, ("through", "bpda", "identity"))
-        image_seeds(seed, 0)  # refuses what is no seed
-        self.seed = seed
-        # Registered so that tools which ask for parameters, modes or the device find the encoder.
-        self.encoder = getattr(defender.model, "module", None)
-        self.eval()
-
-    @property
-    def is_randomized(self) -> bool:
-        """Whether two calls on the same image can differ."""
-        return self.seed is None and self.defender.is_randomized
-
-    def train(self, mode: bool = True) -> DefendedCLIP:
-        """Stays in eval mode: attack libraries flip modes, and the encoder must not follow."""
-        return super().train(False)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> DefendedCLIP:
-        """Stays on its model's device and dtype: the encoder is shared with the Defender."""
-        return self
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, K), differentiable with respect to images where gradients are on."""
-        x = to_batch(images, self.defender.model, keep_graph=True)
-        if self.seed is None:
-            seeds = image_seeds(None, len(x), x.device)
-        else:
-            seeds = image_seeds(self.seed, 1, x.device).expand(len(x))
-        live = torch.is_grad_enabled() and x.requires_grad
-        # inference_mode(False) turns gradients on by itself.
-        with torch.inference_mode(False), torch.set_grad_enabled(live):
-            pieces = self.defender.pieces(x, seeds)
-            return torch.cat([self._logits(piece, key, live) for piece, key in pieces])
-
-    def _logits(self, x: Tensor, seeds: Tensor, live: bool) -> Tensor:
-        if not live or self.gradient == "through":
-            return self.defender.run(x, seeds).logits
-        with torch.no_grad():
-            outcome = self.defender.run(x.detach(), seeds)
-        if self.gradient == "bpda":
-            return self.defender.view_logits(x + outcome.delta, seeds).mean(dim=0)
-        bare = self.defender.view_logits(x, seeds, (View(),))[0]
-        return outcome.logits + (bare - bare.detach())

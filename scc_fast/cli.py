@@ -1,4 +1,4 @@
-"""The command line: scc-fast demo, defend and doctor."""
+"""The command line: scc-fast demo, defend, bench and doctor."""
 
 from __future__ import annotations
 
@@ -37,6 +37,32 @@ class Method(str, Enum):
     tte = "tte"
     rn = "rn"
     none = "none"
+
+
+class Precision(str, Enum):
+    """Of the encoder's products."""
+
+    auto = "auto"
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+class EngineName(str, Enum):
+    """Who runs the encoder."""
+
+    auto = "auto"
+    eager = "eager"
+    compile = "compile"
+    runner = "runner"
+    graph = "graph"
+
+
+class Device(str, Enum):
+    """Kinds of devices."""
+
+    cpu = "cpu"
+    cuda = "cuda"
 
 
 @app.command()
@@ -116,9 +142,78 @@ def defend(
 
 
 @app.command()
-def doctor(
-    model: Annotated[str | None, typer.Option(help="Also show this model's preprocessing.")] = None,
+def bench(
+    model: Annotated[str, typer.Option(help='"tiny", an open_clip name, or local-dir:…')] = "tiny",
     pretrained: Annotated[str | None, typer.Option(help="open_clip tag or weights file.")] = None,
+    method: Annotated[Method, typer.Option(help="The defense.")] = Method.scc,
+    batch: Annotated[
+        str | None, typer.Option(help="Sizes; default 1,8 on a CPU, 1,8,64 on CUDA.")
+    ] = None,
+    classes: Annotated[
+        int | None, typer.Option(help="So many random ones; default 1000, or tiny's own.", min=2)
+    ] = None,
+    precision: Annotated[Precision, typer.Option(help="Of the encoder.")] = Precision.auto,
+    engine: Annotated[EngineName, typer.Option(help="Who runs the encoder.")] = EngineName.auto,
+    device: Annotated[Device | None, typer.Option(help="Default: CUDA where it is.")] = None,
+    seconds: Annotated[float, typer.Option(help="Of rounds, a batch size.", min=0.01)] = 3.0,
+    reference: Annotated[bool, typer.Option(help="Measure the eager reference, too.")] = True,
+    figure: Annotated[
+        Path, typer.Option(help="Writes STEM-latency.png, STEM-waterfall.png.", metavar="STEM")
+    ] = Path("scc_fast_bench"),
+    fresh: Annotated[bool, typer.Option(help="Measure again what FILE holds.")] = False,
+    json: Json = None,
+    debug: Debug = False,
+) -> None:
+    """Time a defense of your model beside the reference and its floor; goes on with --json FILE."""
+    from scc_fast.bench import figures, tables
+    from scc_fast.bench.rows import warnings
+    from scc_fast.bench.run import Bench, Options
+
+    if method is Method.none:
+        raise typer.BadParameter('--method none is the row "undefended" of every other method')
+    if figure.suffix.lower() in (".png", ".pdf", ".svg"):
+        raise typer.BadParameter(f"--figure is how both names begin, without {figure.suffix}")
+    _device_is_there(device)
+    asked = Options(
+        model=model,
+        pretrained=pretrained,
+        method=method.value,
+        batches=None if batch is None else _batches(batch),
+        classes=classes,
+        precision=precision.value,
+        engine=engine.value,
+        device=None if device is None else device.value,
+        seconds=seconds,
+        reference=reference,
+        json=json,
+        fresh=fresh,
+    )
+    with _progress() as bar:
+        task = bar.add_task("preparing", total=None)
+        measured = Bench(asked)
+        bar.update(task, description="measuring", total=measured.ticks)
+        rows, waterfall = measured.run(lambda done: bar.advance(task, done))
+    ours = rows[-1]
+    title = f"{ours['model']} on {ours['device']}: {ours['shape'].split(', ', 1)[-1]}"
+    out.print(tables.terminal(rows, title))
+    out.print(tables.SHORT_LEGEND.format(baseline=measured.baseline), markup=False)
+    for line in warnings(rows):
+        out.print(line, style="red", markup=False)
+    for path in figures.draw(figure, rows, waterfall, method.value):
+        out.print(f"figure: {path}", markup=False)
+
+
+@app.command()
+def doctor(
+    model: Annotated[
+        str | None, typer.Option(help="Also show its preprocessing and what runs its encoder.")
+    ] = None,
+    pretrained: Annotated[str | None, typer.Option(help="open_clip tag or weights file.")] = None,
+    plan: Annotated[
+        Method | None, typer.Option(help="Also show the passes of a method and their floor here.")
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Images that the plan is for.", min=1)] = 1,
+    precision: Annotated[Precision, typer.Option(help="Of the plan.")] = Precision.auto,
     json: Json = None,
     debug: Debug = False,
 ) -> None:
@@ -127,10 +222,15 @@ def doctor(
     from scc_fast.evaluate.report import write_json
 
     found = examination.report()
-    if model is not None:
+    if model is not None or plan is not None:
         from scc_fast.models import load_model
 
-        found["model"] = load_model(model, pretrained).info()
+        loaded = load_model(model or "tiny", pretrained)
+        found["model"] = {**loaded.info(), "encoder": examination.encoder(loaded)}
+    if plan is not None:
+        from scc_fast.bench.machine import Machine
+
+        found["plan"] = examination.plan(loaded, plan.value, batch, precision.value, Machine)
     examination.show(out, found)
     if json is not None:
         write_json(json, found)
@@ -171,6 +271,20 @@ def _config(method: str, epsilon: str | None) -> dict[str, Any]:
         raise typer.BadParameter(f"--epsilon: {error}") from None
 
 
+def _batches(text: str) -> tuple[int, ...]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
+        raise typer.BadParameter(f"--batch must be sizes such as 1,8,64; got {text!r}")
+    return tuple(sorted({int(part) for part in parts}))
+
+
+def _device_is_there(device: Device | None) -> None:
+    import torch
+
+    if device is Device.cuda and not torch.cuda.is_available():
+        raise typer.BadParameter(f"--device cuda: torch {torch.__version__} finds no CUDA device")
+
+
 def _figure_format(figure: Path) -> None:
     if figure.suffix.lower() not in (".png", ".pdf", ".svg"):
         raise typer.BadParameter(f"--figure must end in .png, .pdf or .svg, got {figure}")
@@ -181,7 +295,7 @@ def _progress() -> Iterator[Progress]:
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
-        TextColumn("{task.completed}/{task.total}"),
+        TextColumn("{task.completed:.0f}/{task.total}"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=err,

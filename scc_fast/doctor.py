@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from scc_fast import _extension, ops
 from scc_fast._version import __version__
+from scc_fast.api import Defender
+from scc_fast.engine.towers import tower_of
+from scc_fast.models import VisionLanguage
 
 _PACKAGES = (
     "torch",
@@ -47,6 +51,31 @@ def report() -> dict[str, Any]:
     }
 
 
+def encoder(model: VisionLanguage) -> str:
+    """Who runs a model's encoder, and why not the runner."""
+    found = tower_of(model, getattr(model, "dtype", torch.float32))
+    return f"its own modules: {found}" if isinstance(found, str) else "the runner"
+
+
+def plan(
+    model: VisionLanguage, method: str, batch: int, precision: str, machine: Callable[..., Any]
+) -> str:
+    """The plan of a method for a model, its cost, and the floor on this device.
+
+    Args:
+        machine: scc_fast.bench.machine.Machine, which measures the device's rates.
+    """
+    text = torch.eye(2, model.embed_dim, device=model.device)
+    defender = Defender(model, text_features=text, method=method, precision=precision)
+    kind = model.device.type
+    rates = machine(kind, "cached" if kind == "cuda" else "fresh")
+    made, cost = defender.plan(), defender.cost()
+    limits = rates.limits(cost, defender.precision)
+    head = f"{model.name}, {defender.precision}, {defender.engine} on {kind}"
+    size = defender.memory_estimate(batch) / 2**20
+    return f"{head}\n{made.describe(cost, batch, *limits)}\nmemory about {size:.0f} MiB"
+
+
 def _ops(device: str) -> list[dict[str, Any]]:
     rows = []
     for op in ops.names():
@@ -73,6 +102,8 @@ def show(console: Any, found: dict[str, Any]) -> None:
             for name, value in found[section].items():
                 table.add_row(str(name), str(value))
             console.print(table)
+    if "plan" in found:
+        console.print(found["plan"], markup=False, highlight=False)
     table = Table(title="ops", title_justify="left")
     for name in ("op", "device", "served by", "why not the others"):
         table.add_column(name)

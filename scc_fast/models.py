@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from scc_fast import _weights
 from scc_fast._preprocess import Preprocess, Triple, triple
 
 Tokenizer = Callable[..., Any]
+T = TypeVar("T")
 
 
 class VisionLanguage(Protocol):
@@ -192,7 +193,10 @@ class FrozenModel:
         no_autocast = torch.autocast(self.device.type, enabled=False)
         with torch.inference_mode(False), torch.no_grad(), no_autocast:
             parts = [] if place else [torch.zeros(0, self.embed_dim, device=self.device)]
-            for batch in _batches(list(place), batch_size):
+            items = list(place)
+            firsts = range(0, len(items), batch_size)
+            for first in with_progress(firsts, "prompts"):
+                batch = items[first : first + batch_size]
                 features = self._text_features(batch).float()
                 parts.append(nn.functional.normalize(features, dim=-1))
             result = torch.cat(parts)
@@ -357,12 +361,12 @@ def _as_tensor(output: Any) -> Tensor:
     return output
 
 
-def _batches(items: list[str], size: int) -> Iterator[list[str]]:
-    # A progress bar only for a person who has already waited for two seconds
+def with_progress(items: Sequence[T], what: str) -> Iterator[T]:
+    """The items, with a progress bar for a person who has waited for two seconds."""
     start, bar, task = time.monotonic(), None, None
     try:
-        for first in range(0, len(items), size):
-            yield items[first : first + size]
+        for done, item in enumerate(items, 1):
+            yield item
             if bar is None and time.monotonic() - start > 2 and sys.stderr.isatty():
                 try:
                     from rich.console import Console
@@ -370,10 +374,10 @@ def _batches(items: list[str], size: int) -> Iterator[list[str]]:
                 except ImportError:
                     continue
                 bar = Progress(console=Console(stderr=True), transient=True)
-                task = bar.add_task("prompts", total=len(items))
+                task = bar.add_task(what, total=len(items))
                 bar.start()
             if bar is not None and task is not None:
-                bar.update(task, completed=first + size)
+                bar.update(task, completed=done)
     finally:
         if bar is not None:
             bar.stop()

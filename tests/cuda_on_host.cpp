@@ -108,10 +108,12 @@ void drift(const Shape* shape, const float* features, const float* anchor, float
 
 // dots are of all images at once.
 void margin(const Shape* shape, const float* features, const float* dots, const float* soft,
-            const int64_t* label, const float* text, float* value, float* gradient, float factor) {
+            const int64_t* label, const float* text, const int64_t* count, float* value,
+            float* gradient, float factor) {
+  const auto kernel = count ? margin_kernel<float, true> : margin_kernel<float, false>;
   launch({unsigned(shape->batch), 1}, kBlock, true, [&] {
-    margin_kernel(features, dots, soft, label, text, value, gradient, *shape, 0, shape->batch,
-                  factor);
+    kernel(features, dots, soft, label, text, count, value, gradient, *shape, 0, shape->batch,
+           factor);
   });
 }
 

@@ -29,6 +29,9 @@ DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
 # Tolerances, in units in the last place of the dtype, against a float64 evaluation.
 ULPS = {torch.float32: 4, torch.bfloat16: 1, torch.float16: 1}
 
+# Ops without a CUDA source: there Triton serves, and no promise of C++ holds.
+WITHOUT_CUDA = ("add_norm", "add_norm_back", "gelu", "gelu_back")
+
 PROMISED = frozenset(filter(None, os.environ.get("SCC_FAST_TEST_BACKENDS", "").split(",")))
 if not PROMISED.issubset(ops.BACKENDS):
     raise ValueError(f"SCC_FAST_TEST_BACKENDS: {sorted(PROMISED)} must be among {ops.BACKENDS}")
@@ -45,6 +48,7 @@ def backends_under_test(op: str, backends: tuple[str, ...] = ops.BACKENDS) -> It
         for backend in backends:
             why_not = ops.backends_of(op, device)[backend]
             promised = backend in PROMISED and (backend != "triton" or device == triton_device)
+            promised &= not (backend == "cpp" and device == "cuda" and op in WITHOUT_CUDA)
             marks = [pytest.mark.gpu] if device == "cuda" else []
             if why_not is not None and not promised:
                 marks.append(pytest.mark.skip(reason=f"{backend} on {device}: {why_not}"))
@@ -252,6 +256,15 @@ def layouts(x: Tensor) -> dict[str, Tensor]:
     return found
 
 
+# ---- Encoder -------------------------------------------------------------------------------------
+
+KINDS = ("quick", "erf", "tanh")
+# Of a residual stream: empty, one number, odd widths, one past what Triton holds at once.
+STREAM_SHAPES = (
+    (0, 5, 13), (1, 1, 1), (5, 3), (17, 5, 65), (2, 50, 768), (3, 1, 769), (4, 127), (2, 8195),
+)  # fmt: skip
+
+
 # ---- Heads ---------------------------------------------------------------------------------------
 
 UNIT = 2.0**-24  # the unit roundoff of float32, in which every head computes
@@ -312,6 +325,28 @@ def _classes_of(case: Head) -> Classes:
 def unit(*shape: int, seed: int = 1) -> Tensor:
     """Random rows of unit length."""
     return torch.nn.functional.normalize(random(*shape, seed=seed), dim=-1)
+
+
+def with_absent(
+    table: ops.ClassTable, rows: int, features: Tensor, last: bool
+) -> tuple[ops.ClassTable, Tensor]:
+    """The classes in a table of `rows` rows, and which rows are theirs: the first, or spread.
+
+    An absent row's text is what would beat every class if it were looked at: along a feature or
+    against it, far longer than a class's, one at the end of float32. They serve every feature.
+    """
+    device, used = table.text.device, len(table.text)
+    step = 1 if last else rows // used
+    here = torch.arange(step - 1, used * step, step, device=device)
+    along = features.float().flatten(0, 1)
+    size = torch.tensor([1e4, -1e4, 3.0], device=device)
+    text = along[torch.arange(rows, device=device) // 3 % len(along)]
+    text = text * size[torch.arange(rows, device=device) % 3, None]
+    text[-1 if last else 0] = torch.finfo(torch.float32).max
+    text[here] = table.text
+    count = torch.zeros(rows, dtype=torch.int64, device=device)
+    count[here] = 1 if table.count is None else table.count
+    return ops.ClassTable(text, count, None, table.scale, table.bias), here
 
 
 def sum_error(terms: int) -> float:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 import scc_fast
 from scc_fast import Defender, DefenseResult, SCCConfig, TTCConfig, VisionLanguage, tiny
-from scc_fast.engine import eager
+from scc_fast.engine import methods
 from scc_fast.reference.views import make_views, preprocess
 
 KINDS = ("tiny", "open_clip", "hf_clip", "hf_siglip")
@@ -96,7 +96,7 @@ def test_every_method_on_every_model(kind: str, method: str) -> None:
     assert torch.equal(result.flagged, result.drift < 0.2)
     assert (result.method, result.backend, result.engine) == (
         method,
-        eager.served_by(x.device, None),
+        methods.served_by(x.device, None),
         defender.engine,
     )
     assert result.timings["total"] >= result.timings["defense"] > 0

@@ -159,7 +159,7 @@ def test_heads(kernels, case: op_cases.Head) -> None:
     torch.testing.assert_close((tau, gradient), want)
 
     value, gradient = torch.empty(case.batch), torch.empty_like(features)
-    arrays = (features, dots, soft, label, table.text, value, gradient)
+    arrays = (features, dots, soft, label, table.text, table.count, value, gradient)
     kernels.margin(here, *map(at, arrays), c_float(case.scale / case.views))
     want = ops.margin_head(features, soft, label, table, backend="reference")
     torch.testing.assert_close((value, gradient), want, **like)
@@ -182,6 +182,47 @@ def test_heads(kernels, case: op_cases.Head) -> None:
     kernels.add(c_int64(logits.numel()), at(logits), c_float(case.bias))
     want = ops.mean_logits(features, table, backend="reference")
     torch.testing.assert_close(table.expand(logits), want, **like)
+
+
+@pytest.mark.parametrize("last", [True, False])
+@pytest.mark.parametrize(("used", "rows"), [(1, 32), (2, 32), (33, 96)])
+def test_absent_rows(kernels, used: int, rows: int, last: bool) -> None:
+    """To the bit as if cut out, but where the sums take their terms in another order."""
+    features, soft = op_cases.Head(3, 2, 16, 2).features(), op_cases.unit(2, 16, seed=4)
+    table = ops.ClassTable(op_cases.unit(used, 16), None, None, 20.0)
+    whole, here = op_cases.with_absent(table, rows, features, last)
+    dots = torch.full((3, 2, rows), torch.inf)  # what no text could give less of
+    dots[..., 1::2] = torch.nan
+    dots[..., here] = features @ table.text.T
+    cut = (torch.arange(used), table.text, None, dots[..., here].contiguous())
+    found = []
+    for places, text, count, scores in (cut, (here, whole.text, whole.count, dots)):
+        shape, label = Shape(3, len(text), 2, 16), places[torch.tensor([0, used - 1])]
+        value, gradient = torch.empty(2), torch.empty_like(features)
+        arrays = (features, scores, soft, label, text, count, value, gradient)
+        kernels.margin(ctypes.byref(shape), *map(at, arrays), c_float(2.0))
+        found.append((value, gradient))
+    for got, want in zip(*found, strict=True):
+        assert same_bits(got, want)
+    for broken in (False, True):
+        found = []
+        if broken:
+            features[:, 1], dots[:, 1], cut[-1][:, 1] = torch.nan, torch.nan, torch.nan
+        for places, text, count, scores in (cut, (here, whole.text, whole.count, dots)):
+            shape, label = Shape(3, len(text), 2, 16), torch.empty(2, dtype=torch.int64)
+            scratch, q = scores.clone(), torch.empty(2, len(text))
+            arrays = (features, scratch, count, q, label)
+            kernels.pseudo(ctypes.byref(shape), *map(at, arrays), c_float(20.0), c_float(2.0))
+            counted = q if count is None else scratch[0]
+            found.append((q[:, places], counted[:, places], label))
+            for each in (q, counted) if count is not None else ():
+                each[:, places] = 0.0
+                assert torch.equal(each, torch.zeros_like(each))
+        (want, _, first), (got, weighted, label) = found
+        assert torch.equal(label, here[first])
+        assert same_bits(got, weighted)
+        assert same_bits(got, want) or not last
+        torch.testing.assert_close(got, want, equal_nan=True)
 
 
 def test_division(kernels) -> None:

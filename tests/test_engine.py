@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -10,10 +11,13 @@ from torch import Tensor
 
 import op_cases
 import scc_fast
-from scc_fast import ops, tiny
-from scc_fast.api import DefendedCLIP, Defender
+from scc_fast import DefendedCLIP, ops, tiny
+from scc_fast.api import Defender
 from scc_fast.config import View
-from scc_fast.engine import eager
+from scc_fast.engine import encoder, methods
+from scc_fast.engine.encoder import PRECISIONS, Runner
+from scc_fast.engine.towers import tower_of
+from scc_fast.engine.vit import Tower
 from scc_fast.images import to_batch
 from scc_fast.reference import step as reference_step
 
@@ -81,7 +85,7 @@ class Trace:
             self.fast.append(delta.clone())
 
         patch.setattr(reference_step, "pgd_step", traced)
-        patch.setattr(eager.ops, "pgd_step_", traced_)
+        patch.setattr(methods.ops, "pgd_step_", traced_)
 
 
 def cases() -> list[Any]:
@@ -129,13 +133,13 @@ def test_every_delta_and_the_answer(
 def test_auto_takes_the_ops(model: Any) -> None:
     """And says who served."""
     found = Defender(model, PROMPTS)
-    assert found.backend == eager.served_by(model.device, None)
-    if all(ops.backends_of(op, model.device)["cpp"] is None for op in eager.OPS):
+    assert found.backend == methods.served_by(model.device, None)
+    if all(ops.backends_of(op, model.device)["cpp"] is None for op in methods.OPS):
         assert found.backend != "reference"
 
 
 def test_ops_of_a_defense_are_ops() -> None:
-    assert set(eager.OPS) <= set(ops.names())
+    assert set(methods.OPS) <= set(ops.names())
 
 
 @pytest.mark.parametrize("mode", ["through", "bpda", "identity"])
@@ -185,16 +189,16 @@ def test_every_op_is_asked_for_the_backend(
 ) -> None:
     model = scc_fast.load_model("tiny", device=device)
     asked: dict[str, Any] = {}
-    for name in eager.OPS:
+    for name in methods.OPS:
         whole = getattr(ops, name)
 
         def noted(*rest: Any, _name: str = name, _whole: Any = whole, **options: Any) -> Any:
             asked.setdefault(_name, set()).add(options.get("backend"))
             return _whole(*rest, **options)
 
-        monkeypatch.setattr(eager.ops, name, noted)
+        monkeypatch.setattr(methods.ops, name, noted)
     Defender(model, PROMPTS, config={"gate": False}, backend=backend)(pictures(1, 64, model.device))
-    assert set(asked) == set(eager.OPS) - {"make_views_adjoint"}
+    assert set(asked) == set(methods.OPS) - {"make_views_adjoint"}
     assert set.union(*asked.values()) == {backend}
 
 
@@ -202,21 +206,80 @@ def test_every_op_is_asked_for_the_backend(
 @pytest.mark.parametrize("name", METHODS)
 def test_the_runner_gives_the_same_defense(model: Any, name: str, size: int) -> None:
     """Its rounding is its own: a sign may turn where a gradient is nearly zero, and little else."""
-    if model.device.type != "cpu":
-        pytest.skip("the runner is for CPUs so far")
     x = pictures(3, size, model.device)
     want, _ = defenders(model, "reference", name, x)
     method, config = METHODS[name]
     if "gated" in name:
         config = {**config, "tau": want.config.tau, "gate": True}
-    fast = Defender(model, PROMPTS, method=method, config=config)
+    fast = Defender(model, PROMPTS, method=method, config=config, precision="fp32")
     if fast.backend == "reference":
         pytest.skip("no compiled ops: the reference serves")
     plain, got = want(x, 7), fast(x, 7)
-    assert fast.engine == "runner"
-    assert got.engine == ("runner" if size == 64 else "eager")
+    assert fast.engine == ("graph" if x.is_cuda else "runner")
+    assert got.engine == (fast.engine if size == 64 else "runner")
     assert torch.equal(got.flagged, plain.flagged)
     assert ((got.delta - plain.delta).abs() > 1e-6).float().mean() < 2e-3
     torch.testing.assert_close(got.drift, plain.drift, rtol=1e-4, atol=0, equal_nan=True)
     torch.testing.assert_close(got.logits, plain.logits, rtol=1e-3, atol=2e-2)
     assert torch.equal(got.labels, plain.labels)
+
+
+HALF = [name for name in ("bf16", "fp16") if encoder.is_native(PRECISIONS[name], "cpu")]
+
+
+@pytest.mark.parametrize("engine", ["eager", "runner"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("size", [64, 80], ids=["fits", "resized"])
+def test_half_precision_gives_nearly_the_same_defense(
+    model: Any, engine: str, precision: str, size: int
+) -> None:
+    """Signs turn where a gradient is small beside its rounding; labels and logits hardly move."""
+    if model.device.type == "cpu" and precision not in HALF:
+        with pytest.raises(RuntimeError, match=f"precision='{precision}'.*no arithmetic"):
+            Defender(model, PROMPTS, precision=precision, engine=engine)
+        return
+    x = pictures(6, size, model.device)
+    options: dict[str, Any] = {"config": {"gate": False}}
+    plain = Defender(model, PROMPTS, backend="reference", precision="fp32", **options)(x, 7)
+    fast = Defender(model, PROMPTS, precision=precision, engine=engine, **options)
+    if fast.backend == "reference":
+        pytest.skip("no compiled ops: the reference serves")
+    got = fast(x, 7)
+    assert fast.precision == precision
+    assert torch.equal(got.labels, plain.labels)
+    assert got.logits.dtype == got.delta.dtype == torch.float32
+    turned = ((got.delta - plain.delta).abs() > 0.5 / 255).float().mean()
+    assert turned < 0.1
+    assert (got.logits - plain.logits).abs().mean() < 0.2
+    # A difference of features that are rounded to 8 bits or 11.
+    torch.testing.assert_close(got.drift, plain.drift, rtol=0, atol=0.02)
+
+
+def test_half_precision_does_not_underflow(model: Any) -> None:
+    """A gradient that fp16 would hold as zero still moves δ, in every image."""
+    x, seeds = pictures(2, 64, model.device), torch.arange(2, device=model.device)
+    tower = tower_of(model, torch.float16)
+    assert isinstance(tower, Tower)
+    defender = Defender(model, PROMPTS, precision="fp32")
+    setting = dataclasses.replace(defender._fast, encoder=Runner(tower))
+    sight = methods.Sight(setting, x, seeds, (View(),))
+    with torch.no_grad():
+        begun = methods.begin(sight, 4 / 255)
+        slope = begun.slope * torch.tensor([1e-12, 1.0], device=x.device).view(1, 2, 1)
+        assert not slope[:, 0].half().any()
+        gradient = sight.back(begun.way, slope)
+    assert ((gradient != 0).flatten(1).float().mean(dim=1) > 0.9).all()
+
+
+def test_compiled_modules_give_the_same_defense() -> None:
+    model = scc_fast.load_model("tiny", device="cpu")
+    x = pictures(2, 64, model.device)
+    options: dict[str, Any] = {"config": {"gate": False}}
+    want = Defender(model, PROMPTS, engine="eager", **options)(x, 7)
+    compiled = Defender(model, PROMPTS, engine="compile", **options)
+    if compiled.backend == "reference":
+        pytest.skip("no compiled ops: the reference serves")
+    got = compiled(x, 7)
+    assert got.engine == "compile"
+    torch.testing.assert_close(got.logits, want.logits, rtol=1e-3, atol=2e-2)
+    assert torch.equal(got.labels, want.labels)

@@ -311,6 +311,135 @@ def test_class_table() -> None:
         ClassTable.of(Classes(rows[:1], 7.0))
 
 
+# ---- Absent rows ---------------------------------------------------------------------------------
+
+
+def signs(*shape: int, seed: int) -> Tensor:
+    """±1: of 16 the length is 4, and what the products add and divide is exact."""
+    return torch.where(random(*shape, seed=seed) < 0, -1.0, 1.0)
+
+
+def exact_table(count: int, device: str, scale: float, counted: bool = False) -> ClassTable:
+    """Unit texts that are all different, their first some of several classes."""
+    text = torch.unique(signs(2 * count + 9, 16, seed=5), dim=0)[:count] / 4
+    times = torch.ones(count, dtype=torch.int64)
+    times[: count // 2 + 1] += 1
+    return ClassTable(text.to(device), times.to(device) if counted else None, None, scale, -1.0)
+
+
+ROWS_OF = ((2, 32), (3, 32), (33, 96))
+
+
+@pytest.mark.parametrize("last", [True, False])
+@pytest.mark.parametrize(("used", "rows"), ROWS_OF)
+@on_backends("margin_head")
+@ON_DTYPES
+def test_absent_rows_are_as_if_cut(
+    device: str, backend: str, used: int, rows: int, last: bool, dtype: torch.dtype
+) -> None:
+    """Whatever stands in them: to the bit, but where a sum takes its terms in another order."""
+    features = signs(3, 4, 16, seed=6).to(dtype).to(device)
+    to_bits = backend == "reference" or (backend == "cpp" and last)
+    for scale, temperature in ((20.0, 0.5), (100.0, 0.1), (0.0, 2.0)):
+        for counted in (False, True):
+            table = exact_table(used, device, scale, counted)
+            whole, here = op_cases.with_absent(table, rows, features, last)
+            want, first, soft = ops.pseudo_label(features, table, temperature, backend=backend)
+            q, label, along = ops.pseudo_label(features, whole, temperature, backend=backend)
+            assert torch.equal(label, here[first])
+            if to_bits:
+                assert same_bits(q[:, here], want)
+            torch.testing.assert_close(q[:, here], want, rtol=1e-5, atol=1e-37)
+            q[:, here] = 0.0
+            assert torch.equal(q, torch.zeros_like(q))
+            torch.testing.assert_close(along, soft, rtol=1e-5, atol=1e-6)
+
+            for chosen in (first, (first + 1) % used):
+                want = ops.margin_head(features, soft, chosen, table, backend=backend)
+                got = ops.margin_head(features, soft, here[chosen], whole, backend=backend)
+                assert same_bits(got[0], want[0])
+                assert same_bits(got[1], want[1])
+
+
+@on_backends("margin_head")
+def test_one_class_beside_absent_rows(device: str, backend: str) -> None:
+    """It has no rival: as with the table of its one row."""
+    features = signs(3, 4, 16, seed=6).to(device)
+    table = exact_table(1, device, 20.0, counted=True)
+    for last in (True, False):
+        whole, here = op_cases.with_absent(table, 32, features, last)
+        q, label, soft = ops.pseudo_label(features, whole, 0.5, backend=backend)
+        torch.testing.assert_close(q.sum(dim=-1), torch.full((4,), 0.5, device=device))
+        torch.testing.assert_close(soft, table.text.expand(4, 16))
+        assert torch.equal(label, here.expand(4))
+        got = ops.margin_head(features, soft, label, whole, backend=backend)
+        want = ops.margin_head(features, soft, label * 0, table, backend=backend)
+        assert same_bits(got[0], want[0])
+        assert same_bits(got[1], want[1])
+
+
+@on_backends("pseudo_label")
+def test_no_class_and_no_number(device: str, backend: str) -> None:
+    """A table of absent rows alone gives anything; of NaNs the first class is the label."""
+    features, table = signs(3, 4, 16, seed=6).to(device), exact_table(3, device, 20.0)
+    whole, here = op_cases.with_absent(table, 32, features, last=False)
+    empty = ClassTable(whole.text, torch.zeros_like(whole.count), None, 20.0)
+    _, label, soft = ops.pseudo_label(features, empty, 0.5, backend=backend)
+    assert ((label >= 0) & (label < 32)).all()
+    ops.margin_head(features, soft, label, empty, backend=backend)
+    if (device, backend) == ("cpu", "cpp"):
+        return  # turns NaN into a whole number, which sanitizers refuse
+    features[:, 1] = torch.nan
+    q, label, _ = ops.pseudo_label(features, whole, 0.5, backend=backend)
+    assert label[1] == here[0]
+    assert q[1, here].isnan().all()
+    q[:, here] = 0.0
+    assert torch.equal(q, torch.zeros_like(q))
+
+
+@pytest.mark.parametrize("duplicates", [False, True])
+@on_backends("mean_logits")
+@ON_DTYPES
+def test_a_padded_table(device: str, backend: str, duplicates: bool, dtype: torch.dtype) -> None:
+    case = Head(3, 4, 13, 33, duplicates=duplicates)
+    features, soft = case.features(dtype, device), case.soft().to(device)
+    table = table_of(case.classes_of(), device)
+    used, close = len(table.text), {"rtol": 1e-4, "atol": 1e-5}
+    for rows, classes in ((64, 40), (96, 33), (used, 33)):
+        whole = table.padded(rows, classes)
+        want = ops.pseudo_label(features, table, 0.5, backend=backend)
+        got = ops.pseudo_label(features, whole, 0.5, backend=backend)
+        torch.testing.assert_close((got[0][:, :used], *got[1:]), want, **close)
+        assert torch.equal(got[0][:, used:], got[0].new_zeros(4, rows - used))
+        want = ops.margin_head(features, soft, want[1], table, backend=backend)
+        got = ops.margin_head(features, soft, got[1], whole, backend=backend)
+        assert same_bits(got[0], want[0])
+        assert same_bits(got[1], want[1])
+        logits = ops.mean_logits(features, whole, backend=backend)
+        assert logits.shape == (4, classes)
+        want = ops.mean_logits(features, table, backend=backend)
+        torch.testing.assert_close(logits[:, :33], want, **close)
+
+
+def test_padded() -> None:
+    plain = ClassTable(unit(3, 5), None, None, 20.0, -1.0)
+    whole = plain.padded(5, 4)
+    assert torch.equal(whole.text, torch.cat([plain.text, torch.zeros(2, 5)]))
+    assert whole.text.is_contiguous()
+    assert (whole.count.tolist(), whole.count.dtype) == ([1, 1, 1, 0, 0], torch.int64)
+    assert (whole.group.tolist(), whole.group.dtype) == ([0, 1, 2, 0], torch.int64)
+    assert (whole.scale, whole.bias) == (20.0, -1.0)
+    same = plain.padded(3, 3)
+    assert (same.count.tolist(), same.group.tolist()) == ([1, 1, 1], [0, 1, 2])
+    order = torch.tensor([0, 0, 2, 1])
+    twice = ClassTable.of(Classes(plain.text[order], 7.0)).padded(4, 6).padded(5, 7)
+    assert (twice.count.tolist(), twice.group.tolist()) == ([2, 1, 1, 0, 0], [0, 0, 1, 2, 0, 0, 0])
+    with pytest.raises(ValueError, match=r"^rows: must be at least U = 3, got 2"):
+        plain.padded(2, 9)
+    with pytest.raises(ValueError, match=r"^classes: must be at least K = 3, got 2"):
+        plain.padded(9, 2)
+
+
 # ---- The ops as torch sees them ------------------------------------------------------------------
 
 

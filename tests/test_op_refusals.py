@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -146,9 +147,64 @@ OWN = {
     "mean_logits": (),
 }  # fmt: skip
 
+# ---- Encoder: x is a stream of rows of 13 --------------------------------------------------------
+
+GRADIENT, SCALE, WEIGHT = random(2, 3, 13, seed=3), torch.rand(2, 3), random(13)
+NORM = {"x": ROWS, "y": GRADIENT, "weight": WEIGHT, "bias": WEIGHT, "epsilon": 1e-5}
+NORM_BACK = {"gradient": GRADIENT, "total": ROWS, "mean": SCALE, "scale": SCALE, "weight": WEIGHT,
+             "residual": ROWS}  # fmt: skip
+ENCODER_VALID = {
+    "add_norm": NORM,
+    "add_norm_back": NORM_BACK,
+    "gelu": {"x": ROWS, "bias": WEIGHT, "kind": "erf"},
+    "gelu_back": {"gradient": GRADIENT, "x": ROWS, "bias": WEIGHT, "kind": "erf"},
+}
+SINGLE = {"x", "weight", "total", "mean", "scale", "residual"}
+
+
+def _encoder_errors(op: str, valid: dict[str, Any]) -> list[Any]:
+    """Of every tensor: no tensor, another dtype, another shape, another device."""
+    first = "total" if op == "add_norm_back" else "x"
+    single = SINGLE | {"bias"} if op == "add_norm" else SINGLE - {"x"}
+    rows: list[Any] = []
+    for name, value in valid.items():
+        if not isinstance(value, Tensor):
+            continue
+        rule = "torch.float32" if name in single else "one of .*"
+        rule = "torch.float32" if op == "gelu_back" and name == "gradient" else rule
+        rows.append(({name: value.tolist()}, TypeError, f"{name} must be a tensor, got list"))
+        bad = value.double()
+        rows.append(({name: bad}, TypeError, f"{name} must be {rule}, got torch.float64"))
+        if name != first:
+            shape = re.escape(str(tuple(value.shape)))
+            longer = torch.cat([value, value[:1]])
+            rows.append(({name: longer}, ValueError, f"{name} must be {shape}, got shape"))
+            away = value.to("meta")
+            rows.append(({name: away}, ValueError, f"{name} must be on cpu, got meta"))
+    return [(op, *row) for row in rows]
+
+
+NO_DTYPE = ({"dtype": torch.float64}, TypeError, "dtype must be one of .*, got torch.float64")
+NO_KIND = ({"kind": "swish"}, ValueError, "kind must be one of .*, got 'swish'")
+ENCODER = [
+    ("add_norm", {"x": ROWS[..., :0]}, ValueError, r"x must be \(..., W\) with W >= 1, got shape"),
+    ("add_norm", {"x": ROWS[0, 0, 0]}, ValueError, r"x must be \(..., W\) with W >= 1, got"),
+    ("add_norm", {"epsilon": -1.0}, ValueError, "epsilon must be a finite number >= 0, got -1.0"),
+    ("add_norm", {"epsilon": torch.nan}, ValueError, "epsilon must be a finite number >= 0, got"),
+    ("add_norm", {"epsilon": "0"}, (TypeError, ValueError), "epsilon must be a finite number"),
+    ("add_norm", *NO_DTYPE),
+    ("add_norm_back", *NO_DTYPE),
+    ("gelu", *NO_KIND),
+    ("gelu_back", *NO_KIND),
+    ("gelu", {"x": ROWS[0, 0, 0]}, ValueError, r"x must have a dimension for the bias, got shape"),
+    ("gelu_back", {"gradient": GRADIENT.half()}, TypeError, "gradient must be torch.float32, got"),
+]
+ENCODER += [row for op, valid in ENCODER_VALID.items() for row in _encoder_errors(op, valid)]
+
 SEEDS, VIEWS = torch.arange(2), [View()]
 VALID = {
     **HEADS_VALID,
+    **ENCODER_VALID,
     "make_views": {"x": X, "delta": X, "seeds": SEEDS, "views": VIEWS},
     "make_views_adjoint": {"gradient": X, "x": X, "delta": X, "seeds": SEEDS, "views": VIEWS},
     "pgd_step_": {"delta": X.clone(), "gradient": X, "x": X, "seeds": SEEDS, "views": VIEWS,
@@ -162,6 +218,7 @@ ERRORS = [
 ERRORS += [("make_views", *row) for row in VIEWS_BOTH + VIEWS_ALONE]
 ERRORS += [("make_views_adjoint", *row) for row in VIEWS_BOTH + ADJOINT_ALONE]
 ERRORS += [("pgd_step_", *row) for row in STEP]
+ERRORS += ENCODER
 
 
 @pytest.mark.parametrize(("op", "change", "error", "message"), ERRORS)

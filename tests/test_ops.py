@@ -39,6 +39,7 @@ def arguments(op: str, batch: int = 2, patch: int = 0) -> dict[str, Any]:
     noise = [view.noise for view in views]
     plain = {"x": x, "delta": delta, "seeds": seed, "plan": plan, "noise": noise}
     gradient, text = op_cases.random(*views_shape(x, len(views), patch)), op_cases.unit(5, 13)
+    count = torch.tensor([1, 3, 1, 1, 2])
     if op.startswith("philox_"):
         return {"seeds": seed, "purpose": 1, "view": 2, "numel": 10}
     if op == "make_views":
@@ -61,16 +62,33 @@ def arguments(op: str, batch: int = 2, patch: int = 0) -> dict[str, Any]:
     if op == "drift_head":
         return {"features": rows, "anchor": op_cases.random(batch, 13, seed=3)}
     if op == "pseudo_label":
-        count = torch.tensor([1, 3, 1, 1, 2])
         last = {"scale": 20.0, "bias": -1.0, "temperature": 0.5}
         return {"features": rows, "text": text, "count": count, **last}
     if op == "margin_head":
         label = torch.arange(batch) % 5
         soft = op_cases.unit(batch, 13, seed=4)
-        return {"features": rows, "soft": soft, "label": label, "text": text, "scale": 20.0}
+        first = {"features": rows, "soft": soft, "label": label, "text": text}
+        return {**first, "count": count, "scale": 20.0}
     if op == "mean_logits":
         return {"features": rows, "text": text, "scale": 20.0, "bias": -1.0}
+    if op in op_cases.WITHOUT_CUDA:
+        return encoder_arguments(op, batch)
     raise LookupError(f"op_cases.arguments knows no {op}: add its case here")
+
+
+def encoder_arguments(op: str, batch: int) -> dict[str, Any]:
+    x, y = op_cases.random(batch, 3, 13), op_cases.random(batch, 3, 13, seed=3)
+    weight, bias = op_cases.random(13, seed=4), op_cases.random(13, seed=5)
+    mean, scale = op_cases.random(batch, 3, seed=6), 1 + torch.rand(batch, 3)
+    kept = {"total": x, "mean": mean, "scale": scale, "weight": weight, "residual": x + 1}
+    first: dict[str, dict[str, Any]] = {
+        "add_norm": {"x": x, "y": y, "weight": weight, "bias": bias, "epsilon": 1e-5},
+        "add_norm_back": {"gradient": y, **kept},
+        "gelu": {"x": x, "bias": bias},
+        "gelu_back": {"gradient": y, "x": x, "bias": bias},
+    }
+    last = {"kind": "erf"} if op.startswith("gelu") else {"dtype": torch.bfloat16}
+    return {**first[op], **last}
 
 
 def samples(op: str) -> list[dict[str, Any]]:
@@ -82,11 +100,22 @@ def samples(op: str) -> list[dict[str, Any]]:
     for name in ("delta", "weighted", "count"):
         if name in first and not (op == "pgd_step_" and name == "delta"):
             several.append({**arguments(op), name: None})
+    if "count" in first:  # with rows that are no class, and with none that is one
+        several += [{**first, "count": first["count"] * (torch.arange(5) % n)} for n in (2, 1)]
     for name in ("gradient", "features"):
         if name in first and "anchor" not in first:
             several.append({**first, name: first[name].bfloat16()})
     if op == "make_views":
         several.append({**first, "dtype": torch.float16})
+    if op in op_cases.WITHOUT_CUDA:
+        several = several[:3]
+        optional = {"add_norm": "y", "add_norm_back": "residual"}.get(op, "bias")
+        several.append({**first, optional: None})
+        if "dtype" in first:
+            several += [{**first, "dtype": dtype} for dtype in op_cases.DTYPES[:2]]
+        else:
+            half = {name: first[name].half() for name in first if isinstance(first[name], Tensor)}
+            several += [{**first, **half}, *({**first, "kind": k} for k in ("quick", "tanh"))]
     return several
 
 
@@ -141,13 +170,24 @@ def mistakes(op: str) -> dict[str, dict[str, Any]]:
         wrong["label below zero"] = {"label": good["label"] - 1}
     if op == "pseudo_label":
         wrong["scale below zero"] = {"scale": -10.0}
+    if "count" in good:
         # One row more belongs to another table; the other tensors decide the shapes.
         wrong["count one row shorter"] = {"count": good["count"][:-1]}
     for key in ("features one row longer", "text one row longer"):
-        if op != "drift_head" and not (op == "pseudo_label" and key.startswith("text")):
+        if op != "drift_head" and not ("count" in good and key.startswith("text")):
             wrong.pop(key, None)
     if op == "drift_head":
         wrong.pop("features one row longer")
+    if "kind" in good:
+        wrong["kind of no gelu"] = {"kind": "swish"}
+        wrong["gradient of another format"] = {"gradient": good["x"].half()}
+    if op == "gelu":  # any shape that ends in the bias is right
+        wrong.pop("x one row longer")
+        wrong.pop("gradient of another format")
+    if op == "add_norm":
+        wrong["epsilon below zero"] = {"epsilon": -1.0}
+        wrong["epsilon NaN"] = {"epsilon": float("nan")}
+        wrong["no width"] = {"x": good["x"][..., :0]}
     return wrong
 
 

@@ -20,8 +20,10 @@ PACKAGE = ROOT / "scc_fast"
 # its own package; modules of one row know nothing of each other.
 ROWS = (
     ("cli",),
+    ("bench",),
     ("evaluate", "doctor"),
     ("defenses", "attacks"),
+    ("defended",),
     ("api",),
     ("engine",),
     ("ops",),

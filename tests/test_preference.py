@@ -30,7 +30,7 @@ def test_preference_is_what_was_measured(kind: str) -> None:
     stored = {p: json.loads(p.read_text()) for p in preference.newest().values()}
     stored = {p: s for p, s in stored.items() if s["environment"]["kind"] == kind}
     if not stored:
-        pytest.skip(f"no benchmarks/results/*/ops-*.json of a {kind} device is stored")
+        pytest.skip(f"no benchmarks/results hold ops of a {kind} device")
     for path, results in stored.items():
         found = preference.scores(results["rows"])
         assert found, path
@@ -84,11 +84,21 @@ def test_a_backend_without_a_rank_is_a_disagreement() -> None:
     assert not preference.disagreements({"cuda": ("triton", "cpp", "reference")}, "cuda", found)
 
 
-def test_newest_skips_quick_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tmp_path / "cpu"
+def test_newest_skips_quick_runs_and_files_without_ops(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, gpu = tmp_path / "cpu", tmp_path / "nvidia-h200"
     folder.mkdir()
+    gpu.mkdir()
     for date, quick in (("2026-01-01", False), ("2026-01-02", False), ("2026-01-03", True)):
         text = json.dumps({"rows": [row("a", "cpp", 1.0, quick=quick)]})
         (folder / f"ops-{date}.json").write_text(text)
+    for date, group in (("2026-01-01", "ops"), ("2026-01-04", "memory")):
+        text = json.dumps({"rows": [row("a", "cpp", 1.0, group=group)]})
+        (gpu / f"{date}.json").write_text(text)
+    (folder / "defense-2026-01-05.json").write_text(text)
     monkeypatch.setattr(preference, "RESULTS", tmp_path)
-    assert preference.newest() == {"cpu": folder / "ops-2026-01-02.json"}
+    assert preference.newest() == {
+        "cpu": folder / "ops-2026-01-02.json",
+        "nvidia-h200": gpu / "2026-01-01.json",
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import shutil
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 
-import rows
+from scc_fast.bench import rows, tables
 
 ROOT = Path(__file__).parents[1]
 DEVICE_STEPS = [
@@ -58,6 +59,7 @@ def left(out: Path) -> tuple[dict[str, Any], str, str]:
     found = sorted(out.iterdir())
     assert [path.suffix for path in found] == [".json", ".log", ".md"], found
     assert len({path.stem for path in found}) == 1
+    datetime.date.fromisoformat(found[0].stem)
     stored, log, table = found
     return json.loads(stored.read_text()), table.read_text(), log.read_text()
 
@@ -93,7 +95,7 @@ def test_without_a_device(tree: Path, tmp_path: Path) -> None:
         assert row["p50_ms"] > 0
         assert row["baseline_ms"] > 0
     assert f"| {SMOKE} | passed |" in table
-    assert rows.markdown(stored["rows"]) in table
+    assert tables.markdown(stored["rows"]) in table
     assert contents(tree) == before
 
 

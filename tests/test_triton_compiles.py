@@ -23,6 +23,7 @@ pytestmark = pytest.mark.slow
 KERNELS = Path(__file__).parents[1] / "kernels"
 CAPABILITIES = (90, 80)
 EXACT = ("_views_kernel", "_adjoint_kernel", "_pgd_step_kernel")
+ENCODER = ("_add_norm_kernel", "_add_norm_back_kernel", "_gelu_kernel", "_gelu_back_kernel")
 GEOMETRIC = ([0, 0, 0, 1, 0, 0, 0, 7, 7, 1, -7, -7], [0.0] * 4)
 NOISY = ([0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 3, -70], [0.0, 0.0, 0.02, 0.02])
 
@@ -79,12 +80,23 @@ def test_views_and_step_do_not_spill(rows: list[Row]) -> None:
         assert row["stack"] == 0, row
 
 
+def test_the_encoder_loads_each_number_once_and_does_not_spill(rows: list[Row]) -> None:
+    found = [row for row in rows if row["kernel"] in ENCODER]
+    assert found
+    for row in found:
+        assert not row["stack"], row
+        # Two loads each of x, y, weight and bias: a row is read once, though used four times.
+        if row["kernel"] == "_add_norm_kernel" and row["case"] == "encoder, float32":
+            assert row["loads"] <= 8, row
+
+
 # What follows runs in a process of its own: with TRITON_INTERPRET set triton cannot compile.
 
 
 def _facts(kernel: Any) -> Row:
     ptx = kernel.asm["ptx"]
     row: Row = {word: ptx.count(word) for word in ("fma", "ftz", "div.full")}
+    row["loads"] = len(re.findall(r"ld\.global", ptx))
     row["stores"] = len(re.findall(r"st\.global", ptx))
     row["stores of 16 bytes"] = len(re.findall(r"st\.global\.v4\.b32", ptx))
     row["stack"] = _stack(kernel.asm["cubin"])
@@ -124,6 +136,7 @@ def _calls(capability: int) -> dict[str, Callable[[], Any]]:
         "noisy": (224, 224, NOISY, half, 0, True),
     }
     sizes: dict[str, Any] = {"heads": (4, 1000, 512, half)}
+    streams: dict[str, Any] = {"encoder": (768, half)}
     if capability == 90:
         for dtype, patch in ((half, 14), (half, 32), (torch.float16, 0), (torch.float32, 0)):
             name = f"aligned, patch {patch}, {dtype}"
@@ -142,6 +155,14 @@ def _calls(capability: int) -> dict[str, Callable[[], Any]]:
             "heads, 64 views": (64, 100, 512, half),
             "heads, large": (8, 20011, 768, half),
         }
+        streams |= {
+            "encoder, float32": (768, torch.float32),
+            "encoder, odd": (769, torch.float16),
+            "encoder, one": (1, half),
+            "encoder, widest": (8192, half),
+            "encoder, in tiles": (9000, torch.float32),
+        }
+    calls |= {name: lambda case=case: _call_encoder(*case) for name, case in streams.items()}
     calls |= {name: lambda case=case: _call_views(*case) for name, case in patches.items()}
     return calls | {name: lambda size=size: _call_heads(*size) for name, size in sizes.items()}
 
@@ -180,8 +201,27 @@ def _call_heads(views: int, classes: int, width: int, dtype: Any) -> None:
     heads.drift_head(features, features[0])
     heads.pseudo_label(features, text, None, 100.0, 0.0, 0.5)
     heads.pseudo_label(features, text, count, 100.0, 0.0, 0.5)
-    heads.margin_head(features, text.new_zeros(2, width), label, text, 100.0)
+    heads.margin_head(features, text.new_zeros(2, width), label, text, None, 100.0)
+    heads.margin_head(features, text.new_zeros(2, width), label, text, count, 100.0)
     heads.mean_logits(features, text, 100.0, -10.0)
+
+
+def _call_encoder(width: int, dtype: Any) -> None:
+    import torch
+
+    from scc_fast.kernels import encoder
+
+    x, row, one = torch.zeros(3, width), torch.zeros(width), torch.zeros(3)
+    y = x.to(dtype)
+    encoder.add_norm(x, y, row, row, 1e-5, dtype)
+    encoder.add_norm(x, None, row, row, 1e-5, dtype)
+    encoder.add_norm_back(y, x, one, one, row, x, dtype)
+    encoder.add_norm_back(y, x, one, one, row, None, dtype)
+    for kind in ("quick", "erf", "tanh"):
+        encoder.gelu(y, row, kind)
+        encoder.gelu(y, None, kind)
+        encoder.gelu_back(y, y, row, kind)
+        encoder.gelu_back(y, y, None, kind)
 
 
 def _compile_all() -> list[Row]:

@@ -14,6 +14,7 @@
 namespace scc_fast {
 
 constexpr float kTiny = 1e-12f;                     // F.normalize divides by no less
+constexpr float kNoCosine = -2.0f;                  // below every cosine
 constexpr int64_t kChunkBytes = int64_t{16} << 20;  // of cosines that are held at a time
 
 inline float* floats(Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }

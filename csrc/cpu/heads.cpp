@@ -97,6 +97,39 @@ Cosines cosines(const Features& features, const Tensor& text, int64_t first, int
   return {first, images, std::move(unit), std::move(lengths), std::move(values)};
 }
 
+// ---- Absent rows --------------------------------------------------------------------------------
+
+// Which rows of the table are classes. Those counted 0 times are not, and are left out of all.
+struct Counts {
+  std::vector<float> times;     // [U], or empty where each is counted once
+  std::vector<int64_t> absent;  // rows counted 0 times
+  int64_t first = 0;            // row that is not absent
+
+  // A cosine below every other, in place of what an absent row's text gives.
+  SCC_INLINE void hide(float* SCC_RESTRICT row) const {
+    for (int64_t k : absent) row[k] = kNoCosine;
+  }
+};
+
+Counts read_count(const char* op, const std::optional<Tensor>& count, int64_t classes) {
+  Counts found;
+  if (!count) return found;
+  check(count->is_cpu() && count->scalar_type() == ScalarType::Long && count->dim() == 1 &&
+            count->size(0) == classes,
+        op, "count must be a (U,) int64 CPU tensor");
+  const Tensor whole = torch::stable::contiguous(*count);
+  const auto* from = static_cast<const int64_t*>(whole.const_data_ptr());
+  for (int64_t k = 0; k < classes; ++k) {
+    check(from[k] >= 0, op, "count must hold numbers >= 0");
+    if (from[k] == 0) found.absent.push_back(k);
+  }
+  // Of no class at all any result will do: that of a table whose rows are all there.
+  if (static_cast<int64_t>(found.absent.size()) == classes) return {};
+  found.times.assign(from, from + classes);
+  while (from[found.first] == 0) ++found.first;
+  return found;
+}
+
 // ---- Margin -------------------------------------------------------------------------------------
 
 struct MarginJob {
@@ -106,6 +139,7 @@ struct MarginJob {
   float* values;                    // [L * images, U]
   const int64_t* label;             // [B]
   int64_t classes;
+  const Counts& counts;
   float factor;    // s / L
   float* along;    // [L * images]
   void* gradient;  // [L, B, D]
@@ -116,10 +150,11 @@ struct MarginJob {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t view = i / chunk.images, image = chunk.first + i % chunk.images;
       float* SCC_RESTRICT cosine = values + i * classes;
-      cosine[label[image]] = -2.0f;  // below every cosine
+      counts.hide(cosine);
+      cosine[label[image]] = kNoCosine;
       const float most = largest(cosine, classes);
       // With no class but the label the maximum counts as 0.
-      const float rival = classes > 1 ? 1.0f : 0.0f;
+      const float rival = most == kNoCosine ? 0.0f : 1.0f;
       const float* SCC_RESTRICT hardest = text + first_equal(cosine, classes, most) * width;
       const float* SCC_RESTRICT u = unit + i * width;
       const float* SCC_RESTRICT target = soft + image * width;
@@ -139,10 +174,11 @@ struct MarginJob {
 
 SCC_DEFINE_RUN(MarginJob)
 
-std::tuple<Tensor, Tensor> margin_head(const Tensor& f,      // [L, B, D]
-                                       const Tensor& soft,   // [B, D]
-                                       const Tensor& label,  // [B]
-                                       const Tensor& text,   // [U, D]
+std::tuple<Tensor, Tensor> margin_head(const Tensor& f,                     // [L, B, D]
+                                       const Tensor& soft,                  // [B, D]
+                                       const Tensor& label,                 // [B]
+                                       const Tensor& text,                  // [U, D]
+                                       const std::optional<Tensor>& count,  // [U]
                                        double scale) {
   const char* op = "margin_head";
   const Features features = read_features(op, f);
@@ -158,6 +194,7 @@ std::tuple<Tensor, Tensor> margin_head(const Tensor& f,      // [L, B, D]
   const Tensor labels = torch::stable::contiguous(label);
   const auto* chosen = static_cast<const int64_t*>(labels.const_data_ptr());
   const int64_t classes = table.size(0);
+  const Counts counts = read_count(op, count, classes);
   for (int64_t b = 0; b < features.batch; ++b) {
     check(chosen[b] >= 0 && chosen[b] < classes, op, "label must be rows of text");
   }
@@ -169,17 +206,10 @@ std::tuple<Tensor, Tensor> margin_head(const Tensor& f,      // [L, B, D]
     const int64_t images = std::min(step, features.batch - first);
     Cosines chunk = cosines(features, table, first, images);
     std::vector<float> along(features.views * images);
-    const MarginJob job{features,
-                        chunk,
-                        floats(std::as_const(chunk.unit)),
-                        floats(table),
-                        floats(targets),
-                        floats(chunk.values),
-                        chosen,
-                        classes,
-                        factor,
-                        along.data(),
-                        gradient.mutable_data_ptr()};
+    const MarginJob job{features,      chunk,           floats(std::as_const(chunk.unit)),
+                        floats(table), floats(targets), floats(chunk.values),
+                        chosen,        classes,         counts,
+                        factor,        along.data(),    gradient.mutable_data_ptr()};
     run(job, features.type(), features.views * images, features.grain());
     for (int64_t b = 0; b < images; ++b) {
       float sum = 0.0f;
@@ -202,9 +232,9 @@ struct LabelJob {
   int64_t views, classes;
   float scale, power;  // s, 1/T
   float* values;       // [L * images, U]
-  const float* count;  // [U], or null
-  float* q;            // [B, U]
-  int64_t* label;      // [B]
+  const Counts& counts;
+  float* q;        // [B, U]
+  int64_t* label;  // [B]
 
   template <class>
   SCC_INLINE void rows(int64_t begin, int64_t end) const {
@@ -213,6 +243,7 @@ struct LabelJob {
       std::fill(mean, mean + classes, 0.0f);
       for (int64_t view = 0; view < views; ++view) {
         float* SCC_RESTRICT row = values + (view * chunk.images + i) * classes;
+        counts.hide(row);
         const float most = scale * largest(row, classes);
         exponentials(row, classes, scale, most);
         const float share = 1.0f / (static_cast<float>(views) * total(row));
@@ -220,18 +251,25 @@ struct LabelJob {
       }
       // Against the largest, so that the power neither overflows nor loses it.
       const float most = largest(mean, classes);
-      label[chunk.first + i] = first_equal(mean, classes, most);
+      label[chunk.first + i] = first_class(first_equal(mean, classes, most));
       for (int64_t k = 0; k < classes; ++k) {
         const float part = std::max(mean[k] / most, 0x1p-126f);
         mean[k] = power == 1.0f ? part : exp_nonpositive(power * log_positive(part));
       }
       const float sum = total(mean);
       for (int64_t k = 0; k < classes; ++k) mean[k] /= sum;
+      for (int64_t k : counts.absent) mean[k] = 0.0f;
     }
   }
 
+  // An absent row is below all classes or, at a scale of 0 and in rows of NaN, equal to all.
+  SCC_INLINE int64_t first_class(int64_t found) const {
+    return counts.times.empty() || counts.times[found] > 0.0f ? found : counts.first;
+  }
+
   SCC_INLINE float total(const float* SCC_RESTRICT row) const {
-    if (!count) {
+    const float* SCC_RESTRICT count = counts.times.data();
+    if (counts.times.empty()) {
       return in_lanes(classes, 0.0f, [&](float& sum, int64_t k) { sum += row[k]; }).sum();
     }
     return in_lanes(classes, 0.0f, [&](float& sum, int64_t k) { sum += count[k] * row[k]; }).sum();
@@ -256,19 +294,6 @@ struct NormaliseJob {
 
 SCC_DEFINE_RUN(NormaliseJob)
 
-std::vector<float> read_count(const std::optional<Tensor>& count, int64_t classes) {
-  if (!count) return {};
-  check(count->is_cpu() && count->scalar_type() == ScalarType::Long && count->dim() == 1 &&
-            count->size(0) == classes,
-        "pseudo_label", "count must be a (U,) int64 CPU tensor");
-  const Tensor whole = torch::stable::contiguous(*count);
-  const auto* from = static_cast<const int64_t*>(whole.const_data_ptr());
-  for (int64_t k = 0; k < classes; ++k) {
-    check(from[k] >= 0, "pseudo_label", "count must hold numbers >= 0");
-  }
-  return {from, from + classes};
-}
-
 std::tuple<Tensor, Tensor, Tensor> pseudo_label(const Tensor& f,                     // [L, B, D]
                                                 const Tensor& text,                  // [U, D]
                                                 const std::optional<Tensor>& count,  // [U]
@@ -279,7 +304,7 @@ std::tuple<Tensor, Tensor, Tensor> pseudo_label(const Tensor& f,                
   check(temperature > 0.0, op, "temperature must be above 0");
   check_not_negative(op, "scale must be a finite number >= 0", {scale});
   const int64_t classes = table.size(0);
-  const std::vector<float> times = read_count(count, classes);
+  const Counts counts = read_count(op, count, classes);
   Tensor q = torch::stable::new_empty(table, {features.batch, classes});
   Tensor label = torch::stable::new_empty(table, {features.batch}, ScalarType::Long);
   const int64_t step = features.chunk(classes);
@@ -293,16 +318,16 @@ std::tuple<Tensor, Tensor, Tensor> pseudo_label(const Tensor& f,                
                        static_cast<float>(scale),
                        static_cast<float>(1.0 / temperature),
                        floats(chunk.values),
-                       times.empty() ? nullptr : times.data(),
+                       counts,
                        floats(q),
                        static_cast<int64_t*>(label.mutable_data_ptr())};
     run(job, ScalarType::Float, images, 1);
   }
   Tensor weights = q;
-  if (!times.empty()) {
+  if (!counts.times.empty()) {
     weights = torch::stable::clone(q);
     float* to = floats(weights);
-    for (int64_t i = 0; i < q.numel(); ++i) to[i] *= times[i % classes];
+    for (int64_t i = 0; i < q.numel(); ++i) to[i] *= counts.times[i % classes];
   }
   Tensor soft = features.batch ? product_transposed(weights, torch::stable::transpose(table, 0, 1))
                                : torch::stable::new_empty(table, {0, features.width});

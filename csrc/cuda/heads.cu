@@ -51,6 +51,12 @@ Shape shape_of(const char* op, const Tensor& features, const Tensor& text) {
   return shape;
 }
 
+void check_count(const char* op, const std::optional<Tensor>& count, const Tensor& features,
+                 const Shape& shape) {
+  check(!count || fits(*count, features, ScalarType::Long, {shape.classes}), op,
+        "count must be (U,) int64 on the device of features");
+}
+
 // Contiguous and out of autograd's sight, which would refuse a product into a given tensor.
 Tensor constant(const Tensor& tensor) {
   std::array<StableIValue, 1> stack{torch::stable::detail::from(tensor)};
@@ -153,8 +159,7 @@ std::tuple<Tensor, Tensor, Tensor> pseudo_label(const Tensor& features,  // [L, 
                                                 double temperature) {
   const char* op = "pseudo_label";
   const Shape shape = shape_of(op, features, text);
-  check(!count || fits(*count, features, ScalarType::Long, {shape.classes}), op,
-        "count must be (U,) int64 on the device of features");
+  check_count(op, count, features, shape);
   check(temperature > 0.0, op, "temperature must be above 0");
   check_not_negative(op, "scale must be a finite number >= 0", {scale});
   const LaunchContext context(features);
@@ -184,10 +189,11 @@ std::tuple<Tensor, Tensor, Tensor> pseudo_label(const Tensor& features,  // [L, 
   return {q, label, soft};
 }
 
-std::tuple<Tensor, Tensor> margin_head(const Tensor& features,  // [L, B, D]
-                                       const Tensor& soft,      // [B, D] float32
-                                       const Tensor& label,     // [B] int64
-                                       const Tensor& text,      // [U, D] float32
+std::tuple<Tensor, Tensor> margin_head(const Tensor& features,              // [L, B, D]
+                                       const Tensor& soft,                  // [B, D] float32
+                                       const Tensor& label,                 // [B] int64
+                                       const Tensor& text,                  // [U, D] float32
+                                       const std::optional<Tensor>& count,  // [U] int64
                                        double scale) {
   const char* op = "margin_head";
   const Shape shape = shape_of(op, features, text);
@@ -195,9 +201,12 @@ std::tuple<Tensor, Tensor> margin_head(const Tensor& features,  // [L, B, D]
         "soft must be (B, D) float32 on the device of features");
   check(fits(label, features, ScalarType::Long, {shape.batch}), op,
         "label must be (B,) int64 on the device of features");
+  check_count(op, count, features, shape);
   const LaunchContext context(features);
   const Tensor from = constant(features), table = constant(text);
   const Tensor target = constant(soft), labels = constant(label);
+  const Tensor held = count ? constant(*count) : table;
+  const int64_t* counts = count ? data<int64_t>(held) : nullptr;
   Tensor value = torch::stable::new_empty(table, {shape.batch});
   Tensor gradient = torch::stable::new_empty(from, from.sizes());
   if (shape.batch == 0) return {value, gradient};
@@ -205,10 +214,11 @@ std::tuple<Tensor, Tensor> margin_head(const Tensor& features,  // [L, B, D]
   products.for_each([&](int64_t first, int64_t images) {
     with_type(from.scalar_type(), [&](auto type) {
       using T = typename decltype(type)::type;
-      margin_kernel<T><<<static_cast<unsigned>(images), kBlock, 0, context.stream>>>(
+      const auto kernel = counts ? margin_kernel<T, true> : margin_kernel<T, false>;
+      kernel<<<static_cast<unsigned>(images), kBlock, 0, context.stream>>>(
           data<T>(from), data<float>(products.dots), data<float>(target), data<int64_t>(labels),
-          data<float>(table), mutable_data<float>(value), mutable_data<T>(gradient), shape, first,
-          products.most, static_cast<float>(scale / shape.views));
+          data<float>(table), counts, mutable_data<float>(value), mutable_data<T>(gradient), shape,
+          first, products.most, static_cast<float>(scale / shape.views));
     });
   });
   return {value, gradient};

@@ -122,13 +122,14 @@ __global__ void __launch_bounds__(kGroup) drift_kernel(const T* __restrict__ fea
 
 // `dots` are of `images` images from `first`, of features as they are: a length does not move the
 // maximum of a row.
-template <typename T>
+template <typename T, bool kCounted>
 __global__ void __launch_bounds__(kBlock)
     margin_kernel(const T* __restrict__ features,      // [L, B, D]
                   const float* __restrict__ dots,      // [L, images, U]
                   const float* __restrict__ softs,     // [B, D]
                   const int64_t* __restrict__ labels,  // [B]
                   const float* __restrict__ text,      // [U, D]
+                  const int64_t* __restrict__ count,   // [U] or null
                   float* __restrict__ value,           // [B]
                   T* __restrict__ gradient,            // [L, B, D]
                   Shape shape, int64_t first, int64_t images, float factor) {
@@ -145,7 +146,8 @@ __global__ void __launch_bounds__(kBlock)
     if (active) {
       const float* scores = dots + (view * images + blockIdx.x) * shape.classes;
       for (int k = rank; k < shape.classes; k += kGroup) {
-        if (k != label) best = Maximum()(best, Best{scores[k], k});
+        const bool present = !kCounted || count[k] > 0;
+        if (k != label && present) best = Maximum()(best, Best{scores[k], k});
       }
     }
     best = reduce<kGroup>(best, Maximum());
@@ -219,6 +221,14 @@ __global__ void __launch_bounds__(kBlock)
                   Shape shape, int64_t first, int64_t images, float scale, float power) {
   __shared__ Softmax softmax[kMaxRows];
   const int64_t image = first + blockIdx.x;
+  if (count) {  // the dots of absent rows give way to one that no softmax sees
+    for (int view = 0; view < shape.views; ++view) {
+      for (int k = threadIdx.x; k < shape.classes; k += kBlock) {
+        if (count[k] <= 0) dots[(view * images + blockIdx.x) * shape.classes + k] = -FLT_MAX;
+      }
+    }
+    __syncthreads();
+  }
   view_softmaxes(features, dots, count, shape, image, images, scale, softmax);
 
   float* row = q + image * shape.classes;
@@ -246,7 +256,16 @@ __global__ void __launch_bounds__(kBlock)
       dots[blockIdx.x * int64_t{shape.classes} + k] = row[k] * static_cast<float>(count[k]);
   }
   best = reduce<kBlock>(best, Maximum());
-  if (threadIdx.x == 0) label[image] = best.index == INT_MAX ? 0 : best.index;  // of NaNs alone
+  if (count) {
+    for (int k = threadIdx.x; k < shape.classes; k += kBlock) {
+      if (count[k] <= 0) row[k] = dots[blockIdx.x * int64_t{shape.classes} + k] = 0.0f;
+    }
+  }
+  if (threadIdx.x != 0) return;
+  int found = best.index == INT_MAX ? 0 : best.index;  // of NaNs alone
+  // An absent row is below all classes or, at a scale of 0 and among NaNs, one of equals.
+  while (count && found < shape.classes - 1 && count[found] <= 0) ++found;
+  label[image] = found;
 }
 
 static __global__ void __launch_bounds__(kGroup)

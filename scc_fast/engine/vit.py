@@ -1,14 +1,17 @@
-"""Our runner for the standard vision transformer on a CPU: forward, and backward to its input.
+"""Our runner for the standard vision transformer: forward, and backward to its input.
 
-No autograd: the forward pass keeps what the backward pass reads, the weights are the model's own,
-and the gradient goes to the rows of the patches, never to a weight. The features are read from the
-first token, so the last block computes that token alone.
+No autograd: the forward pass keeps what the backward pass reads, no weight gets a gradient, and
+the gradient goes to the rows of the patches. Products and attention are in the runner's precision,
+the residual stream and its norms in float32. A residual is added by the norm that reads it.
+
+`Kept` is what a backward pass reads: tensors whose first dimension is the image, nested in tuples,
+so that `narrow` and `take` can have it of some of the images.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,356 +19,380 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from scc_fast import ops
+from scc_fast.ops.encoder import Gelu
+
 _aten = torch.ops.aten
 
+Kept = tuple[Any, ...]
 
-Kept = tuple[Tensor, ...]  # what a backward pass reads
+
+def narrow(kept: Any, images: int) -> Any:
+    """What was kept of the first images alone."""
+    if isinstance(kept, Tensor):
+        # The state of attention's random numbers, which nobody draws, belongs to no image.
+        return kept[:images] if kept.dim() > 1 else kept
+    return tuple(narrow(part, images) for part in kept)
 
 
-@dataclass(frozen=True, eq=False)
-class Linear:
-    """A frozen linear layer."""
+def take(kept: Any, index: Tensor) -> Any:
+    """What was kept of some of the images."""
+    if isinstance(kept, Tensor):
+        return kept[index] if kept.dim() > 1 else kept
+    return tuple(take(part, index) for part in kept)
 
-    weight: Tensor  # (out, in)
-    bias: Tensor | None  # (out,)
 
-    @classmethod
-    def of(cls, weight: Tensor, bias: Tensor | None) -> Linear:
-        return cls(weight.detach(), None if bias is None else bias.detach())
+# ---------------------------------------------------------------------------------------- products
 
-    def outputs(self, first: int, last: int) -> Linear:
-        """The part that computes some of the outputs."""
-        bias = None if self.bias is None else self.bias[first:last]
-        return Linear(self.weight[first:last], bias)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return _product(x, self.weight, self.bias)
-
-    def back(self, gradient: Tensor) -> Tensor:
-        """∂/∂x from ∂/∂y."""
-        return _product(gradient, self.weight.T, None)
+@functools.cache
+def has_onednn(dtype: torch.dtype) -> bool:
+    """Whether oneDNN's product serves a dtype here, by name: torch's choice is slower on AMD."""
+    library = torch.ops.mkldnn
+    if not torch.backends.mkldnn.is_available() or not hasattr(library, "_linear_pointwise"):
+        return False
+    if dtype == torch.bfloat16:
+        return library._is_mkldnn_bf16_supported()
+    return dtype == torch.float32 or library._is_mkldnn_fp16_supported()
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if _has_onednn():
-        # By name: torch's own choice, MKL, is half as fast on AMD processors.
+    if x.device.type == "cpu" and has_onednn(x.dtype):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
 
-@functools.cache
-def _has_onednn() -> bool:
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+@dataclass(frozen=True, eq=False)
+class Linear:
+    """A frozen linear layer; weights of the runner's own are laid out as oneDNN reads them."""
+
+    weight: Tensor  # (out, in)
+    bias: Tensor | None  # (out,)
+    transposed: Tensor  # (in, out), which the way back multiplies with
+    shape: tuple[int, int]  # (out, in): a packed weight does not tell
+
+    @classmethod
+    def of(cls, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Linear:
+        """In `dtype`; on the model's own storage where that is its weight's."""
+        bias = None if bias is None else bias.detach().to(dtype)
+        out, width = weight.shape
+        if weight.dtype == dtype:
+            shared = weight.detach()
+            return cls(shared, bias, shared.T, (out, width))
+        own = weight.detach().to(dtype)
+        if own.device.type != "cpu" or not has_onednn(dtype):
+            return cls(own, bias, own.T, (out, width))
+        packed, transposed = (
+            torch.ops.mkldnn._reorder_linear_weight(w.contiguous()) for w in (own, own.T)
+        )
+        return cls(packed, bias, transposed, (out, width))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return _product(x, self.weight, self.bias)
+
+    def product(self, x: Tensor) -> Tensor:
+        """Without the bias."""
+        return _product(x, self.weight, None)
+
+    def back(self, gradient: Tensor) -> Tensor:
+        """∂/∂x from ∂/∂y."""
+        return _product(gradient, self.transposed, None)
+
+
+# ------------------------------------------------------------------------------------------- norms
 
 
 @dataclass(frozen=True, eq=False)
 class Norm:
-    """A frozen LayerNorm over the last dimension."""
+    """A frozen LayerNorm of the residual stream; `dtype` is what it hands on."""
 
-    weight: Tensor
+    weight: Tensor  # (W,) float32
     bias: Tensor
     epsilon: float
+    dtype: torch.dtype
 
     @classmethod
-    def of(cls, norm: nn.LayerNorm) -> Norm:
-        return cls(norm.weight.detach(), norm.bias.detach(), norm.eps)
+    def of(cls, norm: nn.LayerNorm, dtype: torch.dtype) -> Norm:
+        weight, bias = norm.weight.detach().float(), norm.bias.detach().float()
+        return cls(weight, bias, float(norm.eps), dtype)
 
-    def __call__(self, x: Tensor) -> tuple[Tensor, Kept]:
-        y, mean, scale = _aten.native_layer_norm(
-            x, self.weight.shape, self.weight, self.bias, self.epsilon
+    def __call__(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor, Kept]:
+        """x + y, its norm, and what `back` reads."""
+        total, normed, mean, scale = ops.add_norm(
+            x, y, self.weight, self.bias, self.epsilon, dtype=self.dtype
         )
-        return y, (x, mean, scale)
+        return total, normed, (total, mean, scale)
 
-    def back(self, gradient: Tensor, kept: Kept) -> Tensor:
-        """∂/∂x from ∂/∂y."""
-        shape, only_input = self.weight.shape, [True, False, False]
-        return _aten.native_layer_norm_backward(
-            gradient, kept[0], shape, kept[1], kept[2], self.weight, self.bias, only_input
-        )[0]
-
-
-# ------------------------------------------------------------------------------------- activations
-# Each: (y, what the way back reads), and ∂/∂x from ∂/∂y.
-
-
-def _quick_gelu(x: Tensor) -> tuple[Tensor, Kept]:
-    gate = torch.sigmoid(1.702 * x)
-    return x * gate, (x, gate)
-
-
-def _quick_gelu_back(gradient: Tensor, kept: Kept) -> Tensor:
-    x, gate = kept
-    return gradient * (gate * (1 + 1.702 * x * (1 - gate)))
-
-
-def _gelu(x: Tensor) -> tuple[Tensor, Kept]:
-    return F.gelu(x), (x,)
-
-
-def _gelu_back(gradient: Tensor, kept: Kept) -> Tensor:
-    return _aten.gelu_backward(gradient, kept[0])
-
-
-def _gelu_tanh(x: Tensor) -> tuple[Tensor, Kept]:
-    return F.gelu(x, approximate="tanh"), (x,)
-
-
-def _gelu_tanh_back(gradient: Tensor, kept: Kept) -> Tensor:
-    return _aten.gelu_backward(gradient, kept[0], approximate="tanh")
-
-
-Activation = tuple[Callable[[Tensor], tuple[Tensor, Kept]], Callable[[Tensor, Kept], Tensor]]
-ACTIVATIONS: dict[str, Activation] = {
-    "quick_gelu": (_quick_gelu, _quick_gelu_back),
-    "gelu": (_gelu, _gelu_back),
-    "gelu_tanh": (_gelu_tanh, _gelu_tanh_back),
-}
+    def back(self, gradient: Tensor, kept: Kept, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """∂/∂(x + y), with what reaches it past the norm; in float32, and in `dtype`."""
+        total, mean, scale = kept
+        return ops.add_norm_back(
+            gradient, total, mean, scale, self.weight, residual, dtype=self.dtype
+        )
 
 
 # --------------------------------------------------------------------------------------- attention
 
 
+_SHORT = 200  # tokens up to which a CPU is faster with two products and a softmax
+
+
+def _has_flash(q: Tensor, k: Tensor) -> bool:
+    """Whether torch's flash kernel serves: it exists, and is the faster one (NOTES)."""
+    if q.device.type == "cpu":
+        return q.dtype == torch.float32 and k.shape[2] > _SHORT
+    half = q.dtype in (torch.float16, torch.bfloat16)
+    return q.is_cuda and half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Kept]:
-    """Scaled dot-product attention of (B, H, T, d) tensors, by torch's kernel for CPUs."""
-    o, lse = _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
-    return o, (q, k, v, o, lse)
+    """Scaled dot-product attention of (B, H, T, d) tensors, and what its way back reads."""
+    if not _has_flash(q, k):
+        weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(dim=-1)
+        return weights @ v, (q, k, v, weights)
+    if q.device.type == "cpu":
+        o, lse = _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+        return o, (q, k, v, o, lse)
+    found = _aten._scaled_dot_product_flash_attention(q, k, v)
+    return found[0], (q, k, v, found[0], found[1], found[6], found[7])
 
 
 def attend_back(gradient: Tensor, kept: Kept) -> tuple[Tensor, Tensor, Tensor]:
     """∂/∂q, ∂/∂k, ∂/∂v."""
-    return _aten._scaled_dot_product_flash_attention_for_cpu_backward(gradient, *kept, 0.0, False)
+    if not _has_flash(kept[0], kept[1]):
+        q, k, v, weights = kept
+        slope = _aten._softmax_backward_data(
+            gradient @ v.transpose(-1, -2), weights, -1, weights.dtype
+        )
+        slope = slope * q.shape[-1] ** -0.5
+        return slope @ k, slope.transpose(-1, -2) @ q, weights.transpose(-1, -2) @ gradient
+    if kept[0].device.type == "cpu":
+        flash = _aten._scaled_dot_product_flash_attention_for_cpu_backward
+        return flash(gradient, *kept, 0.0, False)
+    q, k, v, o, lse, *state = kept
+    lengths = q.shape[2], k.shape[2]
+    return _aten._scaled_dot_product_flash_attention_backward(
+        gradient, q, k, v, o, lse, None, None, *lengths, 0.0, False, *state
+    )
+
+
+def _heads(x: Tensor, heads: int) -> Tensor:
+    """(B, T, W) → (B, H, T, d)."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """n tensors (B, H, T, d) → (B, T, n·W)."""
+    return torch.stack([part.transpose(1, 2) for part in parts], dim=2).flatten(2)
 
 
 @dataclass(frozen=True, eq=False)
 class Attention:
-    """Self-attention; `first` computes the first token's output alone."""
+    """Self-attention of all tokens."""
 
     heads: int
     qkv: Linear
     out: Linear
-    first: tuple[Linear, Linear] | None = None  # of q, and of k and v
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Kept]:
-        batch, tokens, width = x.shape
-        shape = (self.heads, width // self.heads)
-        if self.first is None:
-            qkv = self.qkv(x).view(batch, tokens, 3, *shape).permute(2, 0, 3, 1, 4)
-            q, k, v = qkv.unbind(0)
-        else:
-            only_q, both = self.first
-            q = only_q(x[:, :1].contiguous()).view(batch, 1, *shape).transpose(1, 2)
-            kv = both(x).view(batch, tokens, 2, *shape).permute(2, 0, 3, 1, 4)
-            k, v = kv.unbind(0)
+        q, k, v = (_heads(part, self.heads) for part in self.qkv(x).chunk(3, dim=-1))
         o, kept = attend(q, k, v)
-        return self.out(o.transpose(1, 2).reshape(batch, -1, width)), kept
+        return self.out(o.transpose(1, 2).flatten(2)), kept
 
     def back(self, gradient: Tensor, kept: Kept) -> Tensor:
         """∂/∂x from ∂/∂y."""
-        batch, tokens, width = gradient.shape
-        shape = (batch, tokens, self.heads, width // self.heads)
-        dq, dk, dv = attend_back(self.out.back(gradient).view(shape).transpose(1, 2), kept)
-        if self.first is None:
-            packed = torch.stack([dq, dk, dv]).permute(1, 3, 0, 2, 4)
-            return self.qkv.back(packed.reshape(batch, tokens, 3 * width))
-        only_q, both = self.first
-        packed = torch.stack([dk, dv]).permute(1, 3, 0, 2, 4)
-        whole = both.back(packed.reshape(batch, -1, 2 * width))
-        whole[:, :1] += only_q.back(dq.transpose(1, 2).reshape(batch, 1, width))
+        return self.qkv.back(
+            _joined(attend_back(_heads(self.out.back(gradient), self.heads), kept))
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class FirstAttention:
+    """Self-attention of which the first token alone is wanted."""
+
+    heads: int
+    q: Linear
+    kv: Linear
+    out: Linear
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Kept]:
+        q = _heads(self.q(x[:, :1].contiguous()), self.heads)
+        k, v = (_heads(part, self.heads) for part in self.kv(x).chunk(2, dim=-1))
+        o, kept = attend(q, k, v)
+        return self.out(o.transpose(1, 2).flatten(2)), kept
+
+    def back(self, gradient: Tensor, kept: Kept) -> Tensor:
+        """∂/∂x, for all tokens, from ∂/∂y of the first."""
+        dq, dk, dv = attend_back(_heads(self.out.back(gradient), self.heads), kept)
+        whole = self.kv.back(_joined((dk, dv)))
+        whole[:, :1] += self.q.back(dq.transpose(1, 2).flatten(2))
         return whole
 
 
 @dataclass(frozen=True, eq=False)
 class Mlp:
-    """Two linear layers with an activation between."""
+    """Two linear layers with a GELU between, which adds the first one's bias."""
 
     up: Linear
     down: Linear
-    activation: str
+    kind: Gelu
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Kept]:
-        y, kept = ACTIVATIONS[self.activation][0](self.up(x))
-        return self.down(y), kept
+        wide = self.up.product(x)
+        return self.down(ops.gelu(wide, self.up.bias, kind=self.kind)), (wide,)
 
     def back(self, gradient: Tensor, kept: Kept) -> Tensor:
         """∂/∂x from ∂/∂y."""
-        return self.up.back(ACTIVATIONS[self.activation][1](self.down.back(gradient), kept))
+        (wide,) = kept
+        slope = ops.gelu_back(self.down.back(gradient), wide, self.up.bias, kind=self.kind)
+        return self.up.back(slope)
 
 
-# ------------------------------------------------------------------------------------ the tower
+# --------------------------------------------------------------------------------------- the tower
 
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """x + attention(norm(x)), then x + mlp(norm(x)); pre-norm, as CLIP and SigLIP have it."""
+    """x + attention(norm(x)), then x + mlp(norm(x)): pre-norm, as CLIP and SigLIP have it."""
 
     before: Norm
-    attention: Attention
+    attention: Attention | FirstAttention
     between: Norm
     mlp: Mlp
 
-    def __call__(self, x: Tensor) -> tuple[Tensor, tuple[Kept, ...]]:
-        normed, first = self.before(x)
+    def __call__(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor, Kept]:
+        """From the stream x + y, the new one as a sum of two again."""
+        x, normed, first = self.before(x, y)
         y, second = self.attention(normed)
-        y = y + (x if self.attention.first is None else x[:, :1])
-        normed, third = self.between(y)
+        if isinstance(self.attention, FirstAttention):
+            x = x[:, :1].contiguous()
+        x, normed, third = self.between(x, y)
         z, fourth = self.mlp(normed)
-        return z.add_(y), (first, second, third, fourth)
+        return x, z, (first, second, third, fourth)
 
-    def back(self, gradient: Tensor, kept: tuple[Kept, ...]) -> Tensor:
-        """∂/∂x from ∂/∂y."""
+    def back(self, whole: Tensor, low: Tensor, kept: Kept) -> tuple[Tensor, Tensor]:
+        """∂/∂ of the stream before from ∂/∂ of the stream after, as Norm.back has them."""
         first, second, third, fourth = kept
-        middle = self.between.back(self.mlp.back(gradient, fourth), third).add_(gradient)
-        whole = self.before.back(self.attention.back(middle, second), first)
-        if self.attention.first is None:
-            return whole.add_(middle)
-        whole[:, :1] += middle
-        return whole
+        whole, low = self.between.back(self.mlp.back(low, fourth), third, whole)
+        gradient = self.attention.back(low, second)
+        if isinstance(self.attention, FirstAttention):
+            whole = F.pad(whole, (0, 0, 0, gradient.shape[1] - 1))
+        return self.before.back(gradient, first, whole)
+
+
+@dataclass(frozen=True, eq=False)
+class FirstToken:
+    """CLIP's end: the norm of the first token, projected."""
+
+    norm: Norm
+    projection: Linear | None
+
+    def __call__(self, x: Tensor, y: Tensor) -> tuple[Tensor, Kept]:
+        _, normed, kept = self.norm(x[:, :1].contiguous(), y[:, :1].contiguous())
+        return (normed if self.projection is None else self.projection(normed))[:, 0], kept
+
+    def back(self, gradient: Tensor, kept: Kept) -> tuple[Tensor, Tensor]:
+        """∂/∂ of the first token of the stream, as Norm.back has it."""
+        gradient = gradient[:, None]
+        if self.projection is not None:
+            gradient = self.projection.back(gradient)
+        return self.norm.back(gradient, kept, None)
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionPool:
+    """SigLIP's end: a learnt query attends to the normed tokens; then a residual MLP.
+
+    `query` is the probe after its linear layer, (1, H, 1, d).
+    """
+
+    norm: Norm
+    query: Tensor
+    kv: Linear
+    out: Linear
+    between: Norm
+    mlp: Mlp
+    projection: Linear | None
+
+    def __call__(self, x: Tensor, y: Tensor) -> tuple[Tensor, Kept]:
+        _, normed, first = self.norm(x, y)
+        heads = self.query.shape[1]
+        k, v = (_heads(part, heads) for part in self.kv(normed).chunk(2, dim=-1))
+        o, second = attend(self.query.expand(len(x), -1, -1, -1), k, v)
+        pooled = self.out(o.transpose(1, 2).flatten(2)).float()
+        _, normed, third = self.between(pooled, None)
+        z, fourth = self.mlp(normed)
+        features = pooled + z
+        if self.projection is not None:
+            features = self.projection(features.to(z.dtype))
+        return features[:, 0], (first, second, third, fourth)
+
+    def back(self, gradient: Tensor, kept: Kept) -> tuple[Tensor, Tensor]:
+        """∂/∂ of the stream, as Norm.back has it."""
+        first, second, third, fourth = kept
+        gradient = gradient[:, None]
+        if self.projection is not None:
+            gradient = self.projection.back(gradient)
+        _, low = self.between.back(self.mlp.back(gradient, fourth), third, gradient.float())
+        _, dk, dv = attend_back(_heads(self.out.back(low), self.query.shape[1]), second)
+        return self.norm.back(self.kv.back(_joined((dk, dv))), first, None)
 
 
 @dataclass(frozen=True, eq=False)
 class Tower:
-    """A vision transformer whose features are those of its first token.
+    """A vision transformer.
 
     Args:
         size: a patch's side.
         patch: the patch embedding, on the rows (c, i, j) of patches.
-        prefix: (1, width), the class token plus its position.
-        position: (N, width), added to the embedded patches.
-        start, end: the norms before the blocks and after the pooling.
-        blocks: in order; the last computes the first token alone.
-        projection: to the embedding.
+        prefix: (P, W) float32, tokens before the patches', position included; P may be 0.
+        position: (N, W) float32, added to the embedded patches.
+        start: the norm before the blocks, or None.
+        blocks: in order; one with FirstAttention can only be the last.
+        end: from the stream to the features.
     """
 
     size: int
     patch: Linear
     prefix: Tensor
     position: Tensor
-    start: Norm
+    start: Norm | None
     blocks: Sequence[Block]
-    end: Norm
-    projection: Linear
+    end: FirstToken | AttentionPool
 
-    def __call__(self, rows: Tensor) -> tuple[Tensor, list[Any]]:
-        """Features (B, D) of patch rows (B, N, 3·size²), and what `back` reads."""
-        embedded = self.patch(rows).add_(self.position)
-        first = self.prefix.expand(len(rows), *self.prefix.shape)
-        x, saved = self.start(torch.cat([first, embedded], dim=1))
-        kept: list[Any] = [saved]
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of products: what rows come in."""
+        return self.blocks[0].before.dtype
+
+    def __call__(self, rows: Tensor, keep: bool = True) -> tuple[Tensor, Kept]:
+        """Features (B, D) float32 of patch rows (B, N, 3·size²), and what `back` reads."""
+        extra, tokens = len(self.prefix), len(self.prefix) + len(self.position)
+        x = self.prefix.new_empty(len(rows), tokens, self.prefix.shape[1])
+        x[:, :extra] = self.prefix
+        torch.add(self.patch(rows), self.position, out=x[:, extra:])
+        kept: list[Kept] = []
+        if self.start is not None:
+            _, x, saved = self.start(x, None)
+            kept.append(saved)
+        y: Tensor | None = None
         for block in self.blocks:
-            x, parts = block(x)
-            kept.append(parts)
-        pooled, saved = self.end(x[:, 0])
-        return self.projection(pooled), [*kept, saved]
+            x, y, saved = block(x, y)
+            if keep:
+                kept.append(saved)
+            del saved  # not alive through the next block
+        assert y is not None
+        features, saved = self.end(x, y)
+        return features.float(), (*kept, saved) if keep else ()
 
-    def back(self, gradient: Tensor, kept: list[Any]) -> Tensor:
-        """∂/∂rows (B, N, 3·size²) from ∂/∂features (B, D)."""
-        start, end, middle = kept[0], kept[-1], kept[1:-1]
-        g = self.end.back(self.projection.back(gradient), end)[:, None]
+    def back(self, gradient: Tensor, kept: Kept) -> Tensor:
+        """∂/∂rows (B, N, 3·size²), in `dtype`, from ∂/∂features (B, D)."""
+        *middle, last = kept
+        whole, low = self.end.back(gradient.to(self.dtype), last)
+        first = middle.pop(0) if self.start is not None else None
         for block, saved in zip(reversed(self.blocks), reversed(middle), strict=True):
-            g = block.back(g, saved)
-        return self.patch.back(self.start.back(g, start)[:, 1:].contiguous())
-
-
-def tower_of(model: Any) -> Tower | str:
-    """The runner of a model's image tower, or why it has none.
-
-    So far open_clip's VisionTransformer as CLIP has it, in float32.
-    """
-    module: Any = getattr(model, "module", None)
-    visual: Any = getattr(module, "visual", None)
-    known = ("CLIP", "CustomTextCLIP")  # whose encode_image is the tower and nothing else
-    for part, names in ((module, known), (visual, ("VisionTransformer",))):
-        kind = type(part)
-        if kind.__name__ not in names or not kind.__module__.startswith("open_clip."):
-            return f"{kind.__module__}.{kind.__name__} is not open_clip's {' or '.join(names)}"
-    if any(parameter.dtype != torch.float32 for parameter in visual.parameters()):
-        return "its weights are not float32"
-    blocks = list(visual.transformer.resblocks)
-    plain = (
-        visual.attn_pool is None
-        and visual.pool_type == "tok"
-        and visual.proj is not None
-        and isinstance(visual.ln_pre, nn.LayerNorm)
-        and isinstance(visual.patch_dropout, nn.Identity)
-        and visual.conv1.kernel_size == visual.conv1.stride
-        and visual.conv1.kernel_size[0] == visual.conv1.kernel_size[1]
-        and bool(blocks)
-        and all(_is_plain(block) for block in blocks)
-        and not _has_hooks(module)
-        and "encode_image" not in vars(module)
-        and all(map(_is_known, visual.modules()))
-    )
-    if not plain:
-        return "its transformer has parts that the runner does not know"
-    made = [_block(block, block is blocks[-1]) for block in blocks]
-    position = visual.positional_embedding.detach()
-    return Tower(
-        visual.conv1.kernel_size[0],
-        Linear.of(visual.conv1.weight.flatten(1), visual.conv1.bias),
-        visual.class_embedding.detach() + position[:1],
-        position[1:],
-        Norm.of(visual.ln_pre),
-        made,
-        Norm.of(visual.ln_post),
-        Linear.of(visual.proj.T, None),
-    )
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    """Hooks are the user's: a runner would not call them."""
-    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(part, name) for part in module.modules() for name in names)
-
-
-# A subclass or a wrapper, such as an adapter on a linear layer, may compute something else.
-_KNOWN = {"Conv2d", "Linear", "NonDynamicallyQuantizableLinear", "MultiheadAttention", "GELU"}
-_KNOWN |= {"LayerNorm", "LayerNormFp32", "QuickGELU", "Identity", "Sequential", "ModuleList"}
-_KNOWN |= {"VisionTransformer", "Transformer", "ResidualAttentionBlock"}
-
-
-def _is_known(part: nn.Module) -> bool:
-    kind = type(part)
-    ours = kind.__module__.startswith(("torch.nn.modules.", "open_clip."))
-    return ours and kind.__name__ in _KNOWN and "forward" not in vars(part)
-
-
-def _activation_of(module: nn.Module) -> str | None:
-    if type(module).__name__ == "QuickGELU":
-        return "quick_gelu"
-    if type(module) is nn.GELU:
-        return "gelu_tanh" if module.approximate == "tanh" else "gelu"
-    return None
-
-
-def _is_plain(block: Any) -> bool:
-    attention = getattr(block, "attn", None)
-    return (
-        type(block).__name__ == "ResidualAttentionBlock"
-        and type(attention) is nn.MultiheadAttention
-        and attention.in_proj_weight is not None
-        and attention.in_proj_bias is not None
-        and attention.bias_k is None
-        and not attention.add_zero_attn
-        and isinstance(block.ls_1, nn.Identity)
-        and isinstance(block.ls_2, nn.Identity)
-        and isinstance(block.ln_1, nn.LayerNorm)
-        and isinstance(block.ln_2, nn.LayerNorm)
-        and _activation_of(block.mlp.gelu) is not None
-    )
-
-
-def _block(block: Any, last: bool) -> Block:
-    attention, width = block.attn, block.attn.embed_dim
-    qkv = Linear.of(attention.in_proj_weight, attention.in_proj_bias)
-    out = Linear.of(attention.out_proj.weight, attention.out_proj.bias)
-    first = (qkv.outputs(0, width), qkv.outputs(width, 3 * width)) if last else None
-    up = Linear.of(block.mlp.c_fc.weight, block.mlp.c_fc.bias)
-    down = Linear.of(block.mlp.c_proj.weight, block.mlp.c_proj.bias)
-    kind = _activation_of(block.mlp.gelu)
-    assert kind is not None
-    return Block(
-        Norm.of(block.ln_1),
-        Attention(attention.num_heads, qkv, out, first),
-        Norm.of(block.ln_2),
-        Mlp(up, down, kind),
-    )
+            whole, low = block.back(whole, low, saved)
+        if self.start is not None:
+            assert first is not None
+            _, low = self.start.back(whole, first, None)
+        return self.patch.back(low[:, len(self.prefix) :].to(self.dtype).contiguous())

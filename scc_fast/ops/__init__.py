@@ -165,7 +165,13 @@ def _triton_is_interpreted() -> bool:
     return not isinstance(triton.language.softmax, triton.JITFunction)
 
 
-from scc_fast.ops.heads import (  # noqa: E402  (these need define)
+from scc_fast.ops.encoder import (  # noqa: E402  (these need define)
+    add_norm,
+    add_norm_back,
+    gelu,
+    gelu_back,
+)
+from scc_fast.ops.heads import (  # noqa: E402
     ClassTable,
     drift_head,
     margin_head,
@@ -179,10 +185,14 @@ from scc_fast.ops.views import make_views, make_views_adjoint  # noqa: E402
 __all__ = [
     "BACKENDS",
     "ClassTable",
+    "add_norm",
+    "add_norm_back",
     "backends_of",
     "choose",
     "define",
     "drift_head",
+    "gelu",
+    "gelu_back",
     "make_views",
     "make_views_adjoint",
     "margin_head",

@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from scc_fast.ops import define
@@ -28,9 +29,13 @@ class ClassTable:
     The heads work on them: duplicate prompts then have equal logits to the bit and are never each
     other's negatives, at no cost. Make it with `ClassTable.of(classes)`.
 
+    A row that no class has is absent: but for its column in mean_logits, which no class then reads,
+    the heads give what they would without it. So tables of one size can hold different classes.
+
     Args:
-        text: (U, D) float32, unit length, contiguous.
-        count: (U,) int64, how many classes have each; None where all are different.
+        text: (U, D) float32, unit length, contiguous; of an absent row any finite numbers.
+        count: (U,) int64, how many classes have each, 0 in absent rows, not in all; None where all
+            are different.
         group: (K,) int64, the row of each class; None where all are different.
         scale: s, the model's logit scale.
         bias: b, 0 but for SigLIP.
@@ -58,6 +63,25 @@ class ClassTable:
         group = order.argsort()[unsorted]
         text = classes.distinct[order].contiguous()
         return cls(text, count[order], group, classes.scale, classes.bias)
+
+    def padded(self, rows: int, classes: int) -> ClassTable:
+        """The same classes in a table of `rows` rows, of which those past U are absent.
+
+        `expand` then gives `classes` columns, of which those past K repeat the first.
+        """
+        count, group = self.count, self.group
+        if count is None:
+            count = torch.ones(len(self.text), dtype=torch.int64, device=self.text.device)
+        if group is None:
+            group = torch.arange(len(self.text), device=self.text.device)
+        if rows < len(count):
+            raise ValueError(f"rows: must be at least U = {len(count)}, got {rows}")
+        if classes < len(group):
+            raise ValueError(f"classes: must be at least K = {len(group)}, got {classes}")
+        text = F.pad(self.text, (0, 0, 0, rows - len(count)))
+        count = F.pad(count, (0, rows - len(count)))
+        group = F.pad(group, (0, classes - len(group)))
+        return ClassTable(text, count, group, self.scale, self.bias)
 
     def expand(self, rows: Tensor) -> Tensor:
         """(…, U) → (…, K)."""
@@ -100,7 +124,7 @@ def pseudo_label(
         backend: as drift_head.
 
     Returns:
-        q: (B, U) float32, the probability of one class of each row of the table.
+        q: (B, U) float32, the probability of one class of each row of the table, 0 if absent.
         ŷ: (B,) int64, the first maximiser of q, a row of the table.
         t_soft: (B, D) float32, unit length.
 
@@ -144,7 +168,8 @@ def margin_head(
     _check_like("margin_head", "soft", soft, features, features.shape[1:], torch.float32)
     _check_like("margin_head", "label", label, features, features.shape[1:2], torch.int64)
     scale = float(table.scale)
-    return _margin(features.device, backend, features, soft, label, table.text, scale)
+    given = (features, soft, label, table.text, table.count, scale)
+    return _margin(features.device, backend, *given)
 
 
 def mean_logits(features: Tensor, table: ClassTable, *, backend: str | None = None) -> Tensor:
@@ -221,15 +246,21 @@ def _reference_pseudo(
     bias: float,
     temperature: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    classes = _classes(text, scale, bias, count)
-    q, label, soft = reference.pseudo_label(features.float(), classes, temperature)
-    if count is not None:
-        q, label = q[:, count.cumsum(0) - count], classes.group[label]
-    return q, label, soft
+    wide = features.float()
+    if count is None:
+        return reference.pseudo_label(wide, _classes(text, scale, bias), temperature)
+    # Of a table cut to its classes; one of no class at all is taken whole.
+    (rows,) = torch.where((count > 0) | ~count.any())
+    count = count[rows].clamp(min=1)
+    classes = _classes(text[rows], scale, bias, count)
+    each, label, soft = reference.pseudo_label(wide, classes, temperature)
+    q = each.new_zeros(len(each), len(text))
+    q[:, rows] = each[:, count.cumsum(0) - count]
+    return q, rows[classes.group[label]], soft
 
 
 def _reference_margin(
-    features: Tensor, soft: Tensor, label: Tensor, text: Tensor, scale: float
+    features: Tensor, soft: Tensor, label: Tensor, text: Tensor, count: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     rows = torch.arange(len(text), device=text.device)
     # Asked on the CPU alone, where it costs no wait; CUDA masks no class then.
@@ -237,7 +268,10 @@ def _reference_margin(
     if asked and not ((label >= 0) & (label < len(text))).all():
         raise ValueError(f"margin_head: label must be rows of text, below {len(text)}")
     classes = _classes(text, scale, 0.0)
-    value, gradient = reference.margin_head(features.float(), soft, rows != label[:, None], classes)
+    negatives = rows != label[:, None]
+    if count is not None:
+        negatives &= count > 0
+    value, gradient = reference.margin_head(features.float(), soft, negatives, classes)
     return value, gradient.to(features.dtype)
 
 
@@ -306,8 +340,8 @@ _pseudo = define(
     triton=_triton,
 )
 _margin = define(
-    "margin_head(Tensor features, Tensor soft, Tensor label, Tensor text, float scale) "
-    "-> (Tensor, Tensor)",
+    "margin_head(Tensor features, Tensor soft, Tensor label, Tensor text, Tensor? count, "
+    "float scale) -> (Tensor, Tensor)",
     reference=_reference_margin,
     fake=_fake_margin,
     triton=_triton,

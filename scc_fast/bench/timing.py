@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ Call = Callable[[], Any]
 
 REPLAYS = 200
 _CYCLES_PER_S = 2e9  # at least the clock of any GPU meant here
+_UNKNOWN_CACHE = 64 * 2**20  # bytes
 _LONGEST_HOLD_S = 0.02  # a first call that compiles must not be waited for again
 
 
@@ -94,7 +97,9 @@ class Others:
             return None
         user, nice, system, _, _, irq, soft, steal = map(int, fields)
         busy = (user + nice + system + irq + soft + steal) / os.sysconf("SC_CLK_TCK")
-        return busy, time.process_time(), time.perf_counter()
+        children = os.times()
+        own = time.process_time() + children.children_user + children.children_system
+        return busy, own, time.perf_counter()
 
     def cores(self) -> float | None:
         """None where the system does not tell."""
@@ -118,19 +123,37 @@ class Copy:
         self.out.copy_(self.x)
 
 
-def matmul_rate(kind: str, quick: bool) -> float:
-    """FLOP/s of a square float32 product, the arithmetic the heads are defined in, at its best.
+def matmul_rate(kind: str, quick: bool, dtype: torch.dtype = torch.float32) -> float:
+    """FLOP/s of a square product at its best; in float32 the arithmetic is float32's own.
 
     Of torch's libraries the faster: on AMD processors oneDNN is twice as fast as MKL.
     """
     size = 512 if quick else 2048 if kind == "cpu" else 8192
-    a, b = (torch.randn(size, size, device=kind) for _ in range(2))
+    a, b = (torch.randn(size, size, device=kind).to(dtype) for _ in range(2))
     products: list[Call] = [lambda: a @ b]
     if kind == "cpu" and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         products.append(lambda: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], ""))
     clock = Clock(kind)
     times = [clock(product, "matmul") for _ in range(5 if quick else 8) for product in products]
     return 2 * size**3 / min(times) * 1e3
+
+
+def copy_rate(kind: str, quick: bool) -> float:
+    """Bytes/s that a copy reads and writes together, past the last cache, at its best."""
+    size = 2**25 if quick else 2**28 if kind == "cpu" else 2**31
+    copy, clock = Copy(size, kind), Clock(kind)
+    return copy.bytes / min(clock(copy, "copy") for _ in range(6)) * 1e3
+
+
+def last_cache(kind: str) -> int:
+    """Bytes of the last cache: what is smaller may stay there from one call to the next."""
+    if kind == "cuda":
+        return int(torch.cuda.get_device_properties().L2_cache_size)
+    try:
+        text = Path("/sys/devices/system/cpu/cpu0/cache/index3/size").read_text().strip()
+        return int(text[:-1]) * {"K": 2**10, "M": 2**20, "G": 2**30}[text[-1]]
+    except (OSError, ValueError, IndexError, KeyError):
+        return _UNKNOWN_CACHE
 
 
 def peak_mib(call: Call, kind: str) -> float:
@@ -145,7 +168,10 @@ def peak_mib(call: Call, kind: str) -> float:
         return max(0, peak - _bytes(result)) / 2**20
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with (
+        _no_stderr(),
+        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
+    ):
         result = call()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     now = peak = 0
@@ -153,6 +179,21 @@ def peak_mib(call: Call, kind: str) -> float:
         now += event.nbytes()
         peak = max(peak, now)
     return max(0, peak - _bytes(result)) / 2**20
+
+
+@contextmanager
+def _no_stderr() -> Iterator[None]:
+    """Without what a library writes there past Python: the profiler tells when it starts."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _bytes(result: Any) -> int:

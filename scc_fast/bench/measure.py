@@ -1,0 +1,258 @@
+"""Defenders and other calls, measured in turns: one round is each of them once.
+
+What drives the rounds may be another's, as pytest-benchmark's.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from scc_fast.api import Defender
+from scc_fast.bench import timing
+from scc_fast.bench.machine import Machine
+from scc_fast.bench.rows import NO_TRAFFIC, Row, floored, timings
+from scc_fast.config import SCCConfig, TTCConfig
+from scc_fast.result import DefenseResult
+
+Call = Callable[[], Any]
+# (what comes before each round, the call to be timed, rounds) -> its ms; None: nothing was timed
+Driver = Callable[[Call, Call, int], "list[float] | None"]
+
+_LONG_MS = 4000.0  # on a CPU nothing longer is called once more for its memory alone
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long a case may take: `seconds` of rounds, but at least and at most so many rounds."""
+
+    seconds: float
+    fewest: int = 5
+    most: int = 200
+
+
+@dataclass
+class Side:
+    """One of those who take turns, and what its row says.
+
+    Args:
+        name, model, precision, backend, engine, shape: as in the row.
+        images: pictures of one call.
+        floor: ms than which no implementation is faster; asked once, when the times are known.
+        reach: what is asked of the row.
+        warmup: what compiles and captures, called once before the first round.
+    """
+
+    name: str
+    call: Call
+    model: str
+    images: int
+    precision: str
+    backend: str
+    engine: str
+    shape: str
+    classes: int | None = None
+    floor: Callable[[], float] | None = None
+    reach: dict[str, float] | None = None
+    warmup: Call | None = None
+    times: list[float] = field(default_factory=list)
+    result: Any = None  # of the first call
+
+
+def defense(
+    name: str,
+    defender: Defender,
+    images: Tensor,
+    machine: Machine,
+    *,
+    seeds: int = 1,
+    flagged: int | None = None,
+    reach: dict[str, float] | None = None,
+    work: Defender | None = None,
+) -> Side:
+    """A defender on pictures.
+
+    Args:
+        flagged: how many of them the gate lets through, None for all.
+        work: whose plan and cost the floor counts, where another does the same with less.
+    """
+    batch = len(images)
+
+    def floor() -> float:
+        least = defender if work is None else work
+        plan, cost = least.plan(), least.cost()
+        many = batch if flagged is None else flagged
+        parts = [(plan, many), (plan.clean(), batch - many)]
+        # Not the sum: who reads the weights for some images has read them for the others.
+        return max(machine.floor_ms(p, cost, n, defender.precision) for p, n in parts if n)
+
+    # On a CPU nothing is compiled, and the reference never: the first round is enough.
+    compiles = machine.kind == "cuda" and defender.backend != "reference"
+    return Side(
+        name,
+        lambda: defender(images, seeds),
+        model=defender.model.name,
+        images=batch,
+        classes=len(defender.text_features),
+        precision=defender.precision,
+        backend=defender.backend,
+        engine=defender.engine,
+        shape=f"{'×'.join(map(str, images.shape))}, {setting(defender)}",
+        floor=floor,
+        reach=reach,
+        warmup=(lambda: defender.warmup(batch)) if compiles else None,
+    )
+
+
+def setting(defender: Defender) -> str:
+    """The method and its steps, in words."""
+    config = defender.config
+    views = len(defender.views(min(defender.model.image_size)))
+    said = f"{defender.method}, {views} view{'s' if views > 1 else ''}"
+    if isinstance(config, SCCConfig):
+        semantic = config.semantic_steps if config.semantic else 0
+        said += f", {config.warmup_steps} + {semantic} steps"
+        return said + (f", gate at {config.tau:.3g}" if config.gate else ", gate off")
+    if isinstance(config, TTCConfig):
+        gated = config.tau < math.inf
+        said += f", {config.steps} steps"
+        return said + (f", gate at {config.tau:.3g}" if gated else ", gate off")
+    return said
+
+
+def take_turns(sides: Sequence[Side], timed: int, kind: str, budget: Budget, drive: Driver) -> bool:
+    """Rounds of all sides, into their `times` and `result`; False where nothing was timed.
+
+    The first round warms up and is dropped, unless the case is so slow that the fewest rounds are
+    over the budget anyway.
+    """
+    clock = timing.Clock(kind)
+    first = []
+    for side in sides:
+        first.append(clock.wall(lambda side=side: _first(side)))  # type: ignore[misc]
+    once = sum(first) / 1e3
+    slow = once * budget.fewest > budget.seconds
+    rounds = max(budget.fewest, min(budget.most, int(budget.seconds / max(once, 1e-6))))
+    if slow:
+        for side, ms in zip(sides, first, strict=True):
+            side.times.append(ms)
+        rounds -= 1
+    if rounds < 1:
+        return True
+
+    def others() -> None:
+        for place, side in enumerate(sides):
+            if place != timed:
+                side.times.append(clock.wall(side.call))
+
+    def call() -> None:
+        sides[timed].call()
+        clock.wait()
+
+    found = drive(others, call, rounds)
+    if found is None:
+        return False
+    sides[timed].times += found
+    return True
+
+
+def _first(side: Side) -> None:
+    side.result = side.call()
+
+
+def loop(before: Call, call: Call, rounds: int) -> list[float]:
+    """The driver of who has no other."""
+    found = []
+    for _ in range(rounds):
+        before()
+        started = time.perf_counter()
+        call()
+        found.append((time.perf_counter() - started) * 1e3)
+    return found
+
+
+def measure(
+    sides: Sequence[Side],
+    group: str,
+    machine: Machine,
+    budget: Budget,
+    drive: Driver = loop,
+    timed: int = -1,
+) -> list[Row]:
+    """A row for each side; the first side is the baseline of all. Empty where nothing was timed.
+
+    rows.finished(machine.columns() | row) completes a row.
+    """
+    for side in sides:
+        if side.warmup is not None:
+            side.warmup()
+    neighbours = timing.Others()
+    if not take_turns(sides, timed % len(sides), machine.kind, budget, drive):
+        return []
+    others = neighbours.cores() if machine.kind == "cpu" else None
+    baseline = sides[0]
+    found = []
+    for side in sides:
+        times = timings(side.times, baseline.times, images=side.images, others=others)
+        quick_enough = machine.kind == "cuda" or times["p50_ms"] < _LONG_MS
+        floor = None if side.floor is None else side.floor()
+        found.append(
+            described(side, group, baseline.name)
+            | times
+            | NO_TRAFFIC
+            | floored(times["p50_ms"], floor)
+            | {"peak_mib": timing.peak_mib(side.call, machine.kind) if quick_enough else None}
+        )
+    return found
+
+
+def described(side: Side, group: str, baseline: str) -> Row:
+    """What a row says of who was measured."""
+    return {
+        "group": group,
+        "name": side.name,
+        "model": side.model,
+        "batch": side.images,
+        "classes": side.classes,
+        "precision": side.precision,
+        "shape": side.shape,
+        "backend": side.backend,
+        "engine": side.engine,
+        "baseline": baseline,
+        "reach": side.reach,
+    }
+
+
+def check(want: DefenseResult, got: DefenseResult, precision: str) -> None:
+    """Whether two defenses of the same pictures are the same work; parity is the tests' matter.
+
+    Raises:
+        RuntimeError: they are not.
+    """
+    a, b = (normalize(r.logits - r.logits.mean(-1, keepdim=True), dim=-1) for r in (want, got))
+    alike = float((a * b).sum(-1).mean())
+    least = 0.99 if precision == "fp32" else 0.9
+    if not alike >= least:
+        raise RuntimeError(
+            f"the defense in {precision} and the reference disagree: the cosine of their logits is "
+            f"{alike:.3f}, at least {least} is asked"
+        )
+
+
+def unit_features(classes: int, width: int, device: torch.device | str) -> Tensor:
+    """(classes, width) random text embeddings of unit length, the same in every call."""
+    generator = torch.Generator().manual_seed(0)
+    return normalize(torch.randn(classes, width, generator=generator), dim=-1).to(device)
+
+
+def pictures(batch: int, model: Any) -> Tensor:
+    """(batch, 3, H, W) random pixels in [0, 1] of a model's size, the same in every call."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.rand(batch, 3, *model.image_size, generator=generator).to(model.device)

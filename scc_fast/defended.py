@@ -1,0 +1,85 @@
+"""DefendedCLIP: a defended classifier as a module, for attack tools and any loop."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from scc_fast.api import Defender, image_seeds, one_of
+from scc_fast.config import View
+from scc_fast.images import to_batch
+
+
+class DefendedCLIP(nn.Module):
+    """A defended classifier as a module: images (B, 3, H, W) in [0, 1] -> logits (B, K).
+
+    For AutoAttack, ART or any loop. Attack tools cannot see through a test-time defense by
+    themselves, so `gradient` says what they get:
+
+    - "through": the true gradient of the defended logits as they are computed. The sign steps
+      have zero derivative almost everywhere, so what remains is the gradient at the defended
+      pixels through the projections.
+    - "bpda": the gradient at the defended pixels, passed on as if the repair were the identity.
+    - "identity": the undefended model's gradient at x, beside defended logits.
+
+    Args:
+        defender: the prepared defense.
+        gradient: see above.
+        seed: an int makes the module a function of the image alone (every image gets this seed);
+            None draws fresh noise at every call.
+    """
+
+    is_dynamic = True  # it optimises at inference, whether or not a tool can trace that
+
+    def __init__(
+        self,
+        defender: Defender,
+        gradient: Literal["through", "bpda", "identity"] = "through",
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.defender = defender
+        self.gradient = one_of("gradient", gradient, ("through", "bpda", "identity"))
+        image_seeds(seed, 0)  # refuses what is no seed
+        self.seed = seed
+        # Registered so that tools which ask for parameters, modes or the device find the encoder.
+        self.encoder = getattr(defender.model, "module", None)
+        self.eval()
+
+    @property
+    def is_randomized(self) -> bool:
+        """Whether two calls on the same image can differ."""
+        return self.seed is None and self.defender.is_randomized
+
+    def train(self, mode: bool = True) -> DefendedCLIP:
+        """Stays in eval mode: attack libraries flip modes, and the encoder must not follow."""
+        return super().train(False)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> DefendedCLIP:
+        """Stays on its model's device and dtype: the encoder is shared with the Defender."""
+        return self
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, K), differentiable with respect to images where gradients are on."""
+        x = to_batch(images, self.defender.model, keep_graph=True)
+        if self.seed is None:
+            seeds = image_seeds(None, len(x), x.device)
+        else:
+            seeds = image_seeds(self.seed, 1, x.device).expand(len(x))
+        live = torch.is_grad_enabled() and x.requires_grad
+        # inference_mode(False) turns gradients on by itself.
+        with torch.inference_mode(False), torch.set_grad_enabled(live):
+            pieces = self.defender.pieces(x, seeds)
+            return torch.cat([self._logits(piece, key, live) for piece, key in pieces])
+
+    def _logits(self, x: Tensor, seeds: Tensor, live: bool) -> Tensor:
+        if not live or self.gradient == "through":
+            return self.defender.run(x, seeds).logits
+        with torch.no_grad():
+            outcome = self.defender.run(x.detach(), seeds)
+        if self.gradient == "bpda":
+            return self.defender.view_logits(x + outcome.delta, seeds).mean(dim=0)
+        bare = self.defender.view_logits(x, seeds, (View(),))[0]
+        return outcome.logits + (bare - bare.detach())

@@ -1,0 +1,187 @@
+"""Who runs the encoder: the model's own modules, these compiled, or our runner.
+
+Each gives features of pictures, and with them the way back to the pictures; nothing else of a
+defense knows which it is.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from scc_fast.engine.towers import tower_of
+from scc_fast.engine.vit import Tower, has_onednn, narrow, take
+from scc_fast.models import VisionLanguage
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def is_native(dtype: torch.dtype, kind: str) -> bool:
+    """Whether a device computes in a dtype itself; a CPU may else take 20 times as long."""
+    return kind != "cpu" or dtype == torch.float32 or has_onednn(dtype)
+
+
+class Way:
+    """The way back of a forward pass. It is gone once, and then holds nothing any more.
+
+    Args:
+        back: from ∂J/∂f (n, D) to ∂J/∂pictures, in the encoder's layout.
+        rows: the way of some of its pictures; None where their pass has to be made again.
+    """
+
+    def __init__(
+        self, back: Callable[[Tensor], Tensor], rows: Callable[[Tensor], Way] | None = None
+    ) -> None:
+        self._ways: Any = back, rows
+
+    def back(self, slope: Tensor) -> Tensor:
+        """∂J/∂pictures from ∂J/∂f (n, D)."""
+        (back, _), self._ways = self._ways, None
+        return back(slope)
+
+    def rows(self, index: Tensor) -> Way | None:
+        """The way of some of its pictures, instead of this one; None where there is none."""
+        (_, rows), self._ways = self._ways, None
+        return None if rows is None else rows(index)
+
+
+class Encoder(Protocol):
+    """f, frozen.
+
+    `patch` is the layout that it takes: 0 pictures (n, 3, h, w), else rows of patches of this side
+    (n, N, 3·patch²), as ops.make_views gives them. `dtype` is what they come in.
+    """
+
+    name: str
+    patch: int
+    dtype: torch.dtype
+    graphs: Any  # those captured of it, engine/graph.py's
+
+    def look(self, pictures: Tensor) -> Tensor:
+        """Features (n, D) float32."""
+        ...
+
+    def look_at(self, pictures: Tensor, beside: Tensor | None) -> tuple[Tensor, Tensor | None, Way]:
+        """Features of the pictures, of those beside them, and the way back to the former."""
+        ...
+
+
+class Modules:
+    """The model's own modules, under autograd; under autocast where `dtype` is not theirs."""
+
+    name = "eager"
+    patch = 0
+
+    def __init__(self, model: VisionLanguage, dtype: torch.dtype | None = None) -> None:
+        self.graphs: Any = None
+        self.dtype = held = getattr(model, "dtype", torch.float32)
+        self._autocast = None if dtype in (None, held) else dtype
+        self._encode: Callable[[Tensor], Tensor] = model.encode_image
+
+    def look(self, pictures: Tensor) -> Tensor:
+        if self._autocast is None:
+            return self._encode(pictures)
+        with torch.autocast(pictures.device.type, dtype=self._autocast, cache_enabled=False):
+            return self._encode(pictures)
+
+    def look_at(self, pictures: Tensor, beside: Tensor | None) -> tuple[Tensor, Tensor | None, Way]:
+        with torch.enable_grad():
+            leaf = pictures.detach().requires_grad_()
+            features = self.look(leaf)
+        other = None if beside is None else self.look(beside)
+        return (
+            features.detach(),
+            other,
+            Way(lambda slope: torch.autograd.grad(features, leaf, slope.to(features.dtype))[0]),
+        )
+
+
+class Compiled(Modules):
+    """The modules through torch.compile, forward and backward."""
+
+    name = "compile"
+
+    def __init__(self, model: VisionLanguage, dtype: torch.dtype) -> None:
+        super().__init__(model, dtype)
+        self._encode = torch.compile(model.encode_image, fullgraph=True)
+
+
+class Runner:
+    """Our runner, where the model has a standard vision transformer."""
+
+    name = "runner"
+
+    def __init__(self, tower: Tower) -> None:
+        self.tower, self.patch, self.dtype = tower, tower.size, tower.dtype
+        self.graphs: Any = None
+
+    def look(self, pictures: Tensor) -> Tensor:
+        return self.tower(pictures, keep=False)[0]
+
+    def look_at(self, pictures: Tensor, beside: Tensor | None) -> tuple[Tensor, Tensor | None, Way]:
+        count = len(pictures)
+        features, kept = self.tower(pictures if beside is None else torch.cat([pictures, beside]))
+        if beside is None:
+            return features, None, self._way(kept)
+        return features[:count], features[count:], self._way(narrow(kept, count))
+
+    def _way(self, kept: Any) -> Way:
+        return Way(
+            lambda slope: self.tower.back(slope, kept),
+            lambda index: self._way(take(kept, index)),
+        )
+
+
+# --------------------------------------------------------------------------------------- the choice
+
+_Known = tuple[Any, dict[torch.dtype, Runner]]
+_KNOWN: weakref.WeakKeyDictionary[Any, _Known] = weakref.WeakKeyDictionary()
+_LOCK = threading.RLock()
+
+
+def encoder_of(model: VisionLanguage, engine: str, dtype: torch.dtype) -> Encoder:
+    """The encoder that serves `engine` ("auto", "eager", "compile", "runner", "graph") in `dtype`.
+
+    A runner is kept as long as its model, so that weights are packed and graphs captured once; it
+    is made anew where the weights have changed since.
+
+    Raises:
+        RuntimeError: an engine asked for by name cannot serve this model; says why.
+    """
+    if engine == "compile":
+        return Compiled(model, dtype)
+    # On the model's own storage, and so cheap: asked every time, for hooks may have come since.
+    found = "" if engine == "eager" else tower_of(model, getattr(model, "dtype", torch.float32))
+    if isinstance(found, Tower):
+        return _kept(model, found, dtype)
+    if engine == "runner":
+        raise RuntimeError(
+            f'engine=\'runner\' cannot serve {model.name}: {found}; use engine="eager" or "auto"'
+        )
+    return Modules(model, dtype)
+
+
+def _kept(model: VisionLanguage, found: Tower, dtype: torch.dtype) -> Runner:
+    def make() -> Runner:
+        tower = found if found.dtype == dtype else tower_of(model, dtype)
+        assert isinstance(tower, Tower)  # what is known does not depend on the dtype
+        return Runner(tower)
+
+    module: Any = getattr(model, "module", None)
+    parameters = (*module.parameters(), *module.buffers())
+    weights = tuple((p.data_ptr(), p._version) for p in parameters)
+    with _LOCK:
+        try:
+            known = _KNOWN.get(model)
+            if known is None or known[0] != weights:
+                known = _KNOWN[model] = weights, {}
+        except TypeError:  # a model that cannot be a key is prepared every time
+            return make()
+        if dtype not in known[1]:
+            known[1][dtype] = make()
+        return known[1][dtype]

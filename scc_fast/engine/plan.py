@@ -1,0 +1,141 @@
+"""The passes of a method through the encoder, and the floor under their time.
+
+A pass is one batch through the encoder: all views of a step together. What can be shared is shared:
+f(x) goes with the first views, the pseudo-label reads the first consistency step's features, and
+the last forward pass gives the prediction (METHOD.md, SCC).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from scc_fast.config import MethodConfig, RNConfig, SCCConfig, TTCConfig
+from scc_fast.engine.cost import Cost, cost_of
+
+__all__ = ["Cost", "Pass", "Plan", "cost_of", "plan_of"]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One batch through the encoder.
+
+    Args:
+        name: what it is for.
+        forward, backward: pictures per image that go forward, and of these back to the pixels.
+        head: the ops between the two.
+    """
+
+    name: str
+    forward: int
+    backward: int
+    head: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The passes for one image, in order.
+
+    Args:
+        method, views: what is planned, and its number of views.
+        passes: of an image that is repaired.
+        gate: whether an image taken as clean is left alone: see `clean`.
+    """
+
+    method: str
+    views: int
+    passes: tuple[Pass, ...]
+    gate: bool
+
+    @property
+    def forward(self) -> int:
+        """Pictures per image that go forward: F in METHOD.md's cost."""
+        return sum(one.forward for one in self.passes)
+
+    @property
+    def backward(self) -> int:
+        """Pictures per image that go backward: B in METHOD.md's cost."""
+        return sum(one.backward for one in self.passes)
+
+    def clean(self) -> Plan:
+        """What an image needs that the gate takes as clean: the first pass forward."""
+        first = self.passes[0]
+        alone = Pass(first.name, first.forward, 0, "drift_head, mean_logits")
+        return Plan(self.method, self.views, (alone,), gate=False)
+
+    def flops(self, cost: Cost, batch: int = 1) -> int:
+        """FLOPs of the encoder's products for a batch."""
+        return batch * (self.forward * cost.forward + self.backward * cost.backward)
+
+    def bytes(self, cost: Cost) -> int:
+        """Bytes of weights that the passes read: once for each way that a pass goes."""
+        ways = len(self.passes) + sum(one.backward > 0 for one in self.passes)
+        return ways * cost.weights
+
+    def floor_ms(
+        self, cost: Cost, batch: int, flops_per_s: float, bytes_per_s: float | None
+    ) -> float:
+        """No implementation is faster: the larger of FLOPs / matmul rate and bytes / bandwidth.
+
+        `bytes_per_s` None leaves the bytes out, where the weights may stay in a cache.
+        """
+        memory = 0.0 if bytes_per_s is None else self.bytes(cost) / bytes_per_s
+        return 1e3 * max(memory, self.flops(cost, batch) / flops_per_s)
+
+    def describe(
+        self,
+        cost: Cost,
+        batch: int = 1,
+        flops_per_s: float | None = None,
+        bytes_per_s: float | None = None,
+    ) -> str:
+        """The plan as a table: passes, pictures forward and back, FLOPs, bytes, and the floor.
+
+        The floor needs the rates of a device.
+        """
+        lines = [f"{self.method}, {self.views} views, batch {batch}"]
+        form = "{:<20} {:>4} {:>4} {:>9} {:>9}  {}".format
+        lines.append(form("pass", "F", "B", "GFLOP", "MB", "head"))
+
+        def row(name: str, part: Plan, head: str) -> str:
+            gflop = f"{part.flops(cost, batch) / 1e9:.2f}"
+            return form(
+                name, part.forward, part.backward, gflop, f"{part.bytes(cost) / 1e6:.1f}", head
+            )
+
+        for one in self.passes:
+            part = Plan(self.method, self.views, (one,), gate=False)
+            lines.append(row(one.name, part, one.head))
+        lines.append(row("together", self, ""))
+        if self.gate:
+            lines.append(row("clean, by the gate", self.clean(), ""))
+        if flops_per_s is not None:
+            rates = f"{flops_per_s / 1e9:.0f} GFLOP/s"
+            rates += "" if bytes_per_s is None else f", {bytes_per_s / 1e9:.1f} GB/s"
+            floor = self.floor_ms(cost, batch, flops_per_s, bytes_per_s)
+            lines.append(f"floor {floor:.3g} ms at {rates}")
+        return "\n".join(lines)
+
+
+def plan_of(config: MethodConfig, views: int) -> Plan:
+    """The plan of a method that looks at `views` views."""
+    if isinstance(config, SCCConfig):
+        semantic = config.semantic_steps if config.semantic else 0
+        return _ascent("scc", views, config.warmup_steps, semantic, config.gate)
+    if isinstance(config, TTCConfig):
+        return _ascent("ttc", views, config.steps, 0, gate=True)
+    method = "rn" if isinstance(config, RNConfig) else "tte" if views > 1 else "none"
+    return Plan(method, views, (Pass("predict", views, 0, "mean_logits"),), gate=False)
+
+
+def _ascent(method: str, views: int, warm_up: int, semantic: int, gate: bool) -> Plan:
+    steps = [(f"warm-up {t + 1}", views, "drift_head") for t in range(warm_up)]
+    steps += [(f"semantic {s + 1}", views, "margin_head") for s in range(semantic)]
+    steps += [("predict", 0, "mean_logits")]
+    passes = []
+    for place, (name, backward, head) in enumerate(steps):
+        if name == "semantic 1":
+            head = f"pseudo_label, {head}"
+        if place == 0:
+            name, head = f"f(x), {name}", head if head == "drift_head" else f"drift_head, {head}"
+        passes.append(Pass(name, views + (place == 0), backward, head))
+    return Plan(method, views, tuple(passes), gate)
