@@ -3,6 +3,7 @@
     python benchmarks/tiny_accuracy.py sweep     # validation split, chooses nothing by itself
     python benchmarks/tiny_accuracy.py test      # test split, everything the README quotes
     python benchmarks/tiny_accuracy.py gate      # drift of validation pictures beside tau
+    python benchmarks/tiny_accuracy.py precision # the runner's labels beside the reference's
 
 Either can be interrupted; the same command goes on. A JSON and a Markdown table land in
 benchmarks/results/cpu/.
@@ -23,7 +24,7 @@ from scc_fast import attacks, tiny
 from scc_fast.api import Defender
 from scc_fast.config import format_epsilon
 from scc_fast.evaluate.report import atomic, markdown, table, write_json
-from scc_fast.evaluate.runner import Attack, Row, evaluate
+from scc_fast.evaluate.runner import Attack, Row, evaluate, wilson
 
 RESULTS = Path(__file__).parent / "results" / "cpu"
 CHUNK = 20
@@ -105,6 +106,47 @@ def gate(model: scc_fast.VisionLanguage, n: int, seed: int) -> None:
     write_json(RESULTS / "tiny-gate.json", {"tau": scc_fast.TTCConfig().tau, "pgd_10": found})
 
 
+def precision(model: scc_fast.VisionLanguage, n: int, seed: int) -> None:
+    """SCC's accuracy on the runner, and how many of its labels are the reference's."""
+    prompts = tiny.prompts()
+    defenders = {"reference, fp32": Defender(model, prompts, backend="reference")}
+    for name in ("fp32", "bf16"):
+        defenders[f"runner, {name}"] = Defender(model, prompts, engine="runner", precision=name)
+    rows: list[Row] = []
+    keys = scc_fast.image_seeds(seed, n)
+    with Progress(console=Console(stderr=True)) as bar:
+        task = bar.add_task("precision", total=2 * -(-n // CHUNK))
+        for epsilon in (0.0, 4 / 255):
+            right, same = dict.fromkeys(defenders, 0), dict.fromkeys(defenders, 0)
+            for start in range(0, n, CHUNK):
+                x, labels = tiny.generate("test", range(start, min(start + CHUNK, n)))
+                key = keys[start : start + CHUNK]
+                if epsilon:
+                    x = attacks.pgd(next(iter(defenders.values())), x, labels, key, epsilon=epsilon)
+                found = {name: one(x, key + 1).labels for name, one in defenders.items()}
+                first = next(iter(found.values()))
+                for name, got in found.items():
+                    right[name] += int((got == labels).sum())
+                    same[name] += int((got == first).sum())
+                bar.advance(task)
+            attack = f"pgd 10 {format_epsilon(epsilon)}, oblivious" if epsilon else "clean"
+            for name in defenders:
+                share = {"n": n, "right": right[name], "wilson_95": list(wilson(right[name], n))}
+                rows.append({"encoder": name, "attack": attack, **share, "same": same[name]})
+    lines = ["| encoder | attack | right | 95 % | labels as the reference |"]
+    lines.append("| --- | --- | --: | --: | --: |")
+    for row in rows:
+        low, high = (100 * end for end in row["wilson_95"])
+        lines.append(
+            f"| {row['encoder']} | {row['attack']} | {100 * row['right'] / n:.1f} "
+            f"| [{low:.1f}, {high:.1f}] | {100 * row['same'] / n:.1f} % |"
+        )
+    write_json(RESULTS / "tiny-precision.json", {"n": n, "seed": seed, "rows": rows})
+    title = f"# Bundled model, SCC, test pictures, n = {n}: precision of the encoder"
+    with atomic(RESULTS / "tiny-precision.md") as partial:
+        partial.write_text("\n".join([title, "", *lines, ""]))
+
+
 def save(name: str, rows: list[Row], title: str) -> None:
     """JSON and Markdown side by side, and the table on the terminal."""
     machine = {
@@ -123,7 +165,7 @@ def save(name: str, rows: list[Row], title: str) -> None:
 def main() -> None:
     """Parse and run."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("sweep", "test", "gate"))
+    parser.add_argument("what", choices=("sweep", "test", "gate", "precision"))
     parser.add_argument("--n", type=int, help="pictures; 500 for the sweep, 1000 for the test")
     parser.add_argument("--adaptive-n", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
@@ -132,6 +174,9 @@ def main() -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
     if options.what == "gate":
         gate(model, options.n or 500, options.seed)
+        return
+    if options.what == "precision":
+        precision(model, options.n or 1000, options.seed)
         return
     if options.what == "sweep":
         n = options.n or 500
