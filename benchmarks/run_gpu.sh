@@ -107,7 +107,8 @@ say "run_gpu: $root to $out, $("$python" -V 2>&1)"
 
 if [ "$device" = no ]; then
   why=--no-device
-  for name in device wheels build "build without extension" "gpu tests" memcheck benchmarks; do
+  for name in device wheels build "build without extension" "gpu tests of the engine" benchmarks \
+    "gpu tests of the ops" memcheck; do
     skip "$name" "$why"
   done
   bench "smoke of the benchmarks on the CPU" 50 cpu --quick \
@@ -152,9 +153,21 @@ fi
 # Triton compiles a kernel for every shape of the tests: side by side where pytest-xdist is there.
 workers=()
 "$python" -c 'import xdist' 2> /dev/null && workers=(-n 8)
-step "gpu tests" 200 env SCC_FAST_TEST_BACKENDS=cpp,triton OMP_NUM_THREADS=2 \
-  "$python" -m pytest tests -m gpu -q -p no:cacheprovider --continue-on-collection-errors \
-  --durations=5 "${workers[@]}"
+gpu_tests() { # name limit arguments of pytest…
+  step "$1" "$2" env SCC_FAST_TEST_BACKENDS=cpp,triton OMP_NUM_THREADS=2 \
+    "$python" -m pytest -m gpu -q -p no:cacheprovider --continue-on-collection-errors \
+    --durations=5 "${workers[@]}" "${@:3}"
+}
+whole=(tests/test_graph.py tests/test_engine.py tests/test_vit.py tests/test_towers.py)
+gpu_tests "gpu tests of the engine" 90 "${whole[@]}"
+
+# Cases get fewer rounds as the time passes; what torch.compile makes comes last.
+bench benchmarks 200 cuda --budget=0.3 --max-seconds=170
+
+# The ops one by one: as many as there is time for.
+spent=$((deadline - SECONDS))
+gpu_tests "gpu tests of the ops" $((spent > 60 ? spent - 40 : spent)) tests \
+  "${whole[@]/#/--ignore=}"
 
 sanitizer=$(command -v compute-sanitizer || echo "${CUDA_HOME:-}/bin/compute-sanitizer")
 if [ ! -x "$sanitizer" ]; then
@@ -177,6 +190,4 @@ else # slow: as many of the op tests as there is time for. Triton's kernels are 
   report false
 fi
 
-# Cases get fewer rounds as the time passes; what torch.compile makes comes last.
-bench benchmarks 170 cuda --budget=0.3 --max-seconds=140
 finish true "$failed"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import secrets
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -12,13 +14,14 @@ from torch import Tensor
 
 from scc_fast import _classes, ops
 from scc_fast.config import (
+    METHODS,
     MethodConfig,
-    NoneConfig,
     RNConfig,
     SCCConfig,
     TTCConfig,
     TTEConfig,
     View,
+    method_config,
     resolve_views,
 )
 from scc_fast.engine import methods, serve
@@ -27,7 +30,7 @@ from scc_fast.engine.encoder import Modules
 from scc_fast.engine.plan import Plan, plan_of
 from scc_fast.engine.serve import Engine, Stage
 from scc_fast.images import to_batch
-from scc_fast.models import VisionLanguage, with_progress
+from scc_fast.models import with_progress
 from scc_fast.reference import baselines, heads, philox
 from scc_fast.reference.heads import Classes
 from scc_fast.reference.scc import scc
@@ -35,13 +38,6 @@ from scc_fast.reference.ttc import Outcome, Setting, look, ttc
 from scc_fast.reference.views import preprocess
 from scc_fast.result import DefenseResult
 
-METHODS: dict[str, type[MethodConfig]] = {
-    "scc": SCCConfig,
-    "ttc": TTCConfig,
-    "tte": TTEConfig,
-    "rn": RNConfig,
-    "none": NoneConfig,
-}
 Seeds = int | Tensor | None
 
 
@@ -97,7 +93,7 @@ class Defender:
     ) -> None:
         self.model = _classes.as_model(model)
         self.method = one_of("method", method, tuple(METHODS))
-        self.config = method_config(self.model, method, config)
+        self.config = method_config(self.model.defaults, method, config)
         one_of("precision", precision, ("auto", *serve.PRECISIONS))
         backend = "auto" if backend is None else backend
         one_of("backend", backend, ("auto", *ops.BACKENDS))
@@ -182,8 +178,8 @@ class Defender:
                     views = len(self.views(min(x.shape[-2:])))
                     raise serve.out_of_memory(piece, views, self.memory_estimate) from error
         result = DefenseResult.concatenate(parts)
-        if x.is_cuda:
-            torch.cuda.synchronize(x.device)
+        if x.is_cuda:  # the stream, not the device: another thread may be capturing on it
+            torch.cuda.current_stream(x.device).synchronize()
         done = time.perf_counter()
         result.timings.update(input=loaded - started, defense=done - loaded, total=done - started)
         return result
@@ -198,7 +194,9 @@ class Defender:
         return zip(x.split(size), seeds.split(size), strict=True)
 
     def _piece(self, size: tuple[int, int]) -> int:
-        return max(1, self.max_batch // len(self.views(min(size))))
+        piece = max(1, self.max_batch // len(self.views(min(size))))
+        # A graph's bucket would be filled up beyond it.
+        return 1 << (piece.bit_length() - 1) if self.serves(size) == "graph" else piece
 
     def run(self, x: Tensor, seeds: Tensor) -> Outcome:
         """The method itself on x (B, 3, H, W) in [0, 1], seeds (B,): unchecked, not split.
@@ -270,7 +268,8 @@ class Defender:
     def warmup(self, batch: int = 1) -> float:
         """Make the first call like the later ones: compile, capture and fill caches.
 
-        With graphs, every bucket up to `batch` is captured: the gate may need the smaller ones.
+        With graphs and a gate every bucket up to `batch` is captured: flagged images alone may
+        need the smaller ones. Call it before threads that synchronise the device on their own.
         Compiled kernels stay on disk for the next process (Triton's and Inductor's caches); graphs
         belong to this one.
 
@@ -282,7 +281,8 @@ class Defender:
         began = time.perf_counter()
         largest = min(batch, self._piece(self.model.image_size))
         sizes = [largest]
-        while self.engine == "graph" and sizes[-1] > 1:
+        gated = isinstance(self.config, TTCConfig) or getattr(self.config, "gate", False)
+        while self.engine == "graph" and gated and sizes[-1] > 1:
             sizes.append((sizes[-1] + 1) // 2)
         for count in with_progress(sizes, "warming up"):
             x = torch.full((count, 3, *self.model.image_size), 0.5, device=self.model.device)
@@ -349,24 +349,23 @@ def image_seeds(seeds: Seeds, batch: int, device: torch.device | str = "cpu") ->
         raise TypeError(f"seeds must be None, an int or an int64 tensor, got {seeds!r}")
     elif seeds is not None and not -(1 << 63) <= seeds < 1 << 64:
         raise ValueError(f"seeds must fit into 64 bits, got {seeds}")
-    return philox.image_seeds(seeds, batch, device)
+    if isinstance(seeds, Tensor):
+        return philox.image_seeds(seeds, batch, device)
+    # On the host, then one copy: on a GPU the hash is 165 launches.
+    return _host_seeds(seeds, batch).to(device, copy=True)
 
 
-def method_config(
-    model: VisionLanguage, method: str, config: MethodConfig | dict[str, Any] | None
-) -> MethodConfig:
-    """The config a Defender of this model uses for `method`."""
-    kind = METHODS[method]
-    if isinstance(config, MethodConfig):
-        if not isinstance(config, kind):
-            raise TypeError(
-                f"config must be a {kind.__name__} for method={method!r}, "
-                f"got {type(config).__name__}"
-            )
-        return config
-    if config is not None and not isinstance(config, dict):
-        raise TypeError(f"config must be a {kind.__name__}, a dict or None, got {config!r}")
-    return kind.from_dict({**model.defaults.get(method, {}), **(config or {})})
+def _host_seeds(seeds: int | None, batch: int) -> Tensor:
+    if seeds is None:
+        drawn = bytearray(secrets.token_bytes(8 * batch))
+        return torch.frombuffer(drawn, dtype=torch.int64) if batch else torch.empty(0).long()
+    return _hashed(seeds, batch)
+
+
+@functools.lru_cache(maxsize=32)
+def _hashed(seeds: int, batch: int) -> Tensor:
+    with torch.inference_mode(False):
+        return philox.image_seeds(seeds, batch)
 
 
 def one_of(name: str, value: Any, choices: tuple[str, ...]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Literal, TypeVar
@@ -241,3 +242,31 @@ class SCCConfig(MethodConfig):
     spatial: bool = True
     gate: bool = True
     flip: bool | None = None
+
+
+METHODS: dict[str, type[MethodConfig]] = {
+    "scc": SCCConfig,
+    "ttc": TTCConfig,
+    "tte": TTEConfig,
+    "rn": RNConfig,
+    "none": NoneConfig,
+}
+
+
+def method_config(
+    defaults: Mapping[str, dict[str, Any]],
+    method: str,
+    config: MethodConfig | dict[str, Any] | None,
+) -> MethodConfig:
+    """The config of `method`, from an object, a dict or None, over a model's own defaults."""
+    kind = METHODS[method]
+    if isinstance(config, MethodConfig):
+        if not isinstance(config, kind):
+            raise TypeError(
+                f"config must be a {kind.__name__} for method={method!r}, "
+                f"got {type(config).__name__}"
+            )
+        return config
+    if config is not None and not isinstance(config, dict):
+        raise TypeError(f"config must be a {kind.__name__}, a dict or None, got {config!r}")
+    return kind.from_dict({**defaults.get(method, {}), **(config or {})})

@@ -19,6 +19,7 @@ from scc_fast.engine.encoder import PRECISIONS, Runner
 from scc_fast.engine.towers import tower_of
 from scc_fast.engine.vit import Tower
 from scc_fast.images import to_batch
+from scc_fast.reference import philox
 from scc_fast.reference import step as reference_step
 
 PROMPTS = tiny.prompts()[:20]
@@ -269,6 +270,16 @@ def test_half_precision_does_not_underflow(model: Any) -> None:
         assert not slope[:, 0].half().any()
         gradient = sight.back(begun.way, slope)
     assert ((gradient != 0).flatten(1).float().mean(dim=1) > 0.9).all()
+
+
+def test_fresh_seeds_differ_and_given_ones_are_the_references() -> None:
+    drawn = scc_fast.image_seeds(None, 64)
+    assert len(set(drawn.tolist())) == 64
+    assert scc_fast.image_seeds(None, 0).shape == (0,)
+    for seed in (0, 5, -3, 2**64 - 1):
+        assert torch.equal(scc_fast.image_seeds(seed, 9), philox.image_seeds(seed, 9))
+    scc_fast.image_seeds(0, 9).zero_()  # a copy: what is kept of it stays
+    assert torch.equal(scc_fast.image_seeds(0, 9), philox.image_seeds(0, 9))
 
 
 def test_compiled_modules_give_the_same_defense() -> None:

@@ -33,7 +33,7 @@ class Called:
 
     made = 0
 
-    def __init__(self, call: Callable[[], Any], pool: Any) -> None:
+    def __init__(self, call: Callable[[], Any], pool: Any, final: Any = None) -> None:
         Called.made += 1
         self.call = call
         for _ in range(2):  # the calls before a capture
@@ -49,7 +49,7 @@ def uncaptured(monkeypatch: pytest.MonkeyPatch) -> None:
     Called.made = 0
     monkeypatch.setattr(graph, "Captured", Called)
     monkeypatch.setattr(graph, "on", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(graph, "new_pool", lambda: None)
+    monkeypatch.setattr(graph, "Pool", lambda device: None)
     monkeypatch.setattr(graph, "record", lambda: None)
 
 
@@ -111,6 +111,18 @@ def test_the_gate_sends_flagged_images_to_a_smaller_bucket(
     assert set(slots) == ({8, 2} if flagged == 2 else {8})
 
 
+def test_a_flagged_majority_stays_in_its_bucket(model: Any, uncaptured: None) -> None:
+    x = pictures(4)
+    drift = Defender(model, PROMPTS, config={"tau": 0.0})(x, 3).drift
+    defender = Defender(model, PROMPTS, config={"tau": float(drift.max()) - 1e-6})
+    graphs = Graphs()
+    want, got = both(defender, graphs, x)
+    same(want, got)
+    assert int(got.flagged.sum()) == 3
+    (_, slots), *_ = graphs._sets.values()
+    assert set(slots) == {4}
+
+
 def test_other_classes_are_copied_in_and_not_captured(model: Any, uncaptured: None) -> None:
     graphs, x = Graphs(), pictures(2)
     lists = [PROMPTS, tiny.prompts()[60:100], [*tiny.prompts()[5:40], PROMPTS[7]]]
@@ -170,6 +182,32 @@ def test_threads_take_turns(model: Any, uncaptured: None) -> None:
     assert Called.made == 2
 
 
+def test_a_failed_capture_is_told_and_leaves_nothing(
+    model: Any, uncaptured: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graphs, x = Graphs(), pictures(1)
+    defender = Defender(model, PROMPTS, config={"gate": False})
+
+    def failing(*_: Any) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(graph, "Captured", failing)
+        with pytest.raises(RuntimeError, match=r"engine='graph': .*runner.*not permitted.*eager"):
+            both(defender, graphs, x)
+    assert not graphs._sets
+    same(*both(defender, graphs, x))
+
+
+def test_buckets_stay_within_max_batch(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    defender = Defender(model, PROMPTS, max_batch=100)
+    assert defender._piece((64, 64)) == 25
+    monkeypatch.setattr(defender._engine, "name", "graph")
+    assert defender._piece((64, 64)) == 16
+    assert defender._piece((80, 80)) == 25  # not of the encoder's size: not captured
+    assert defender.serves((80, 80)) == "runner"
+
+
 def test_graphs_do_not_keep_a_model_alive(uncaptured: None) -> None:
     import gc
     import weakref
@@ -212,6 +250,7 @@ def test_what_is_captured_asks_the_device_nothing(
     weights = Numbers(step.iterate_weights(2, 2.0).tolist())
     monkeypatch.setattr(step, "iterate_weights", lambda *_: weights)
     monkeypatch.setattr(vit, "has_onednn", lambda dtype: False)  # no packed weights
+    monkeypatch.setattr(vit, "_is_ampere", lambda device: True)
     tower = tower_of(model, PRECISIONS[precision])
     with FakeTensorMode(), torch.no_grad():
         x = torch.empty(3, 3, 64, 64, device="cuda")

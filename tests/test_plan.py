@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import scc_fast
 from scc_fast import Defender, SCCConfig, TTCConfig, tiny
-from scc_fast.api import method_config
+from scc_fast.config import method_config
 from scc_fast.engine import cost, serve, vit
 from scc_fast.engine.cost import Cost
 from scc_fast.engine.encoder import Modules
@@ -207,5 +207,5 @@ def test_warmup_and_waterfall(model: Any) -> None:
 
 def test_the_model_carries_its_own_config(model: Any) -> None:
     defender = Defender(model, PROMPTS)
-    assert defender.plan() == plan_of(method_config(model, "scc", None), 4)
+    assert defender.plan() == plan_of(method_config(model.defaults, "scc", None), 4)
     assert defender.plan((100, 80)).views == 4

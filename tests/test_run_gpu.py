@@ -22,9 +22,10 @@ DEVICE_STEPS = [
     "wheels",
     "build",
     "build without extension",
-    "gpu tests",
-    "memcheck",
+    "gpu tests of the engine",
     "benchmarks",
+    "gpu tests of the ops",
+    "memcheck",
 ]
 SMOKE = "smoke of the benchmarks on the CPU"
 

@@ -8,6 +8,7 @@ outlives a call in it but what the call returns, as copies.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import threading
 from collections import OrderedDict
@@ -34,24 +35,47 @@ def bucket(count: int, least: int = 1) -> int:
     return max(least, 1 << max(0, count - 1).bit_length())
 
 
+class Pool:
+    """Memory that the graphs of one encoder share, and the stream they are captured on.
+
+    One stream, or the allocator would not give one graph what another has freed.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.handle = device, torch.cuda.graph_pool_handle()
+        self.stream = torch.cuda.Stream(device)
+
+
+_CAPTURING = threading.Lock()  # torch allows one capture in a process
+
+
 class Captured:
     """A CUDA graph of `call`, after the calls that compile and choose its kernels.
 
-    `result` lies in the graph's own memory, and is rewritten by every replay.
+    `result` lies in the graph's own memory, and is rewritten by every replay. `final`, where it is
+    given, is captured instead: it may use up what `call` must leave for the next call.
     """
 
-    def __init__(self, call: Callable[[], Any], pool: Any) -> None:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+    def __init__(
+        self, call: Callable[[], Any], pool: Pool, final: Callable[[], Any] | None = None
+    ) -> None:
+        before = torch.cuda.current_stream(pool.device)
+        self._graph = torch.cuda.CUDAGraph()
+        with _CAPTURING, torch.cuda.stream(pool.stream):
+            pool.stream.wait_stream(before)
             for _ in range(3):
                 call()
-        torch.cuda.current_stream().wait_stream(side)
-        self._graph = torch.cuda.CUDAGraph()
-        # Another thread may go on with its own work meanwhile.
-        mode = "thread_local"
-        with torch.cuda.graph(self._graph, pool=pool, stream=side, capture_error_mode=mode):
-            self.result = call()
+            # Another thread may go on with its own work meanwhile.
+            options: Any = {"stream": pool.stream, "capture_error_mode": "thread_local"}
+            try:
+                with torch.cuda.graph(self._graph, pool=pool.handle, **options):
+                    self.result = (final or call)()
+            except BaseException:
+                # Else the allocator goes on as if it were captured.
+                with contextlib.suppress(RuntimeError):
+                    torch._C._cuda_endAllocateToPool(pool.device.index or 0, pool.handle)
+                raise
+        before.wait_stream(pool.stream)
 
     def __call__(self) -> Any:
         self._graph.replay()
@@ -110,7 +134,7 @@ class First:
 class Slot:
     """The graphs of one bucket: the first pass with its prediction, and the repair."""
 
-    def __init__(self, setting: Setting, key: Key, batch: int, x: Tensor, pool: Any) -> None:
+    def __init__(self, setting: Setting, key: Key, batch: int, x: Tensor, pool: Pool) -> None:
         self.batch = batch
         # Real pictures: the calls before the capture compute with them.
         place = torch.arange(batch, device=x.device) % len(x)
@@ -133,12 +157,17 @@ class Slot:
             # A way can be gone once, but this is called several times before it is captured.
             return methods.repair(self.sight, ascent, replace(begun, way=copy.copy(begun.way)))
 
+        def final() -> tuple[Tensor, Tensor]:
+            begun = self.first.result.begun
+            # From here on nothing holds it, so that what the first pass kept is free as soon as its
+            # way back is gone: for the rest of the repair, and for graphs captured later. Nothing
+            # reads it but the repair, which always comes right after the first pass.
+            self.first.result = replace(self.first.result, begun=None)
+            return methods.repair(self.sight, ascent, begun)
+
         self.first = Captured(first, pool)
         self.first()  # the repair's first calls read what this has written
-        self.repair = Captured(repair, pool)
-        # The rest is free for the graphs captured after this: nothing reads it but the repair,
-        # which always comes right after the first pass.
-        self.first.result = replace(self.first.result, begun=None)
+        self.repair = Captured(repair, pool, final)
 
     def load(self, x: Tensor, seeds: Tensor) -> None:
         """Copy pictures in; the rest of the bucket repeats the first."""
@@ -155,7 +184,7 @@ class Graphs:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._pool: Any = None
+        self._pool: Pool | None = None
         self._last: Any = None  # an event: the end of the last call, on whatever stream it was
         self._sets: OrderedDict[Key, tuple[Classes, dict[int, Slot]]] = OrderedDict()
 
@@ -166,11 +195,15 @@ class Graphs:
         table = setting.table
         numbers = (table.scale, table.bias)
         key = Key(config, tuple(views), setting.backend, Classes.size(table), numbers)
-        with self._lock, on(x.device):
-            self._after_the_last()
-            slots = self._slots(setting, key)
-            outcome = self._run(setting, key, slots, x, seeds)
-            self._last = record()
+        # Fixed memory serves callers in every autograd mode.
+        with self._lock, on(x.device), torch.inference_mode(False), torch.no_grad():
+            if self._last is not None:
+                torch.cuda.current_stream().wait_event(self._last)
+            try:
+                slots = self._slots(setting, key)
+                outcome = self._run(setting, key, slots, x, seeds)
+            finally:
+                self._last = record()
         count = len(table.text) if table.group is None else len(table.group)
         return replace(outcome, logits=outcome.logits[:, :count])
 
@@ -178,6 +211,8 @@ class Graphs:
         if key not in self._sets:
             self._sets[key] = Classes(setting.table), {}
             if len(self._sets) > _KEPT:
+                if self._last is not None:
+                    self._last.synchronize()  # a replay on another stream may still read it
                 self._sets.popitem(last=False)
         self._sets.move_to_end(key)
         classes, slots = self._sets[key]
@@ -190,13 +225,16 @@ class Graphs:
         size = bucket(len(x))
         if size not in slots:
             if self._pool is None:
-                self._pool = new_pool()
+                self._pool = Pool(x.device)
             fixed = replace(setting, table=self._sets[key][0].table)
             try:
                 slots[size] = Slot(fixed, key, size, x, self._pool)
-            except torch.OutOfMemoryError:
-                raise
             except RuntimeError as error:
+                # What is left of the pool after a capture that failed is nobody's.
+                self._sets.clear()
+                self._pool = None
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
                 raise RuntimeError(
                     f"engine='graph': a pass through the {setting.encoder.name} encoder could not "
                     f'be captured: {error}; use engine="runner" or "eager"'
@@ -224,7 +262,11 @@ class Graphs:
             delta, logits = slot.repair()
             return Outcome(logits[:count].clone(), delta[:count].clone(), drift, flagged)
         logits, delta = first.logits[:count].clone(), first.delta[:count].clone()
-        if repaired:
+        if repaired and bucket(repaired) == slot.batch:
+            mended, answer = slot.repair()
+            delta = torch.where(flagged.view(-1, 1, 1, 1), mended[:count], delta)
+            logits = torch.where(flagged.view(-1, 1), answer[:count], logits)
+        elif repaired:
             # The next smaller bucket makes the first pass of the flagged ones once more.
             index = flagged.nonzero().squeeze(1)
             slot = self._slot(setting, key, slots, x[index], seeds[index])
@@ -234,19 +276,10 @@ class Graphs:
             logits.index_copy_(0, index, answer[:repaired])
         return Outcome(logits, delta, drift, flagged)
 
-    def _after_the_last(self) -> None:
-        if self._last is not None:
-            torch.cuda.current_stream().wait_event(self._last)
-
 
 def on(device: torch.device) -> Any:
     """The device as the current one."""
     return torch.cuda.device(device)
-
-
-def new_pool() -> Any:
-    """A pool of memory for graphs."""
-    return torch.cuda.graph_pool_handle()
 
 
 def record() -> Any:

@@ -228,7 +228,8 @@ def repair(sight: Sight, config: TTCConfig | SCCConfig, begun: Begun) -> tuple[T
         return found, back
 
     steps = config.warmup_steps if isinstance(config, SCCConfig) else config.steps
-    weights = step.iterate_weights(steps, config.beta).tolist()
+    with torch.device("cpu"):  # the host's numbers, whatever the default device is
+        weights = step.iterate_weights(steps, config.beta).tolist()
     weighted = weights[0] * delta
     for t in range(steps):
         features, way = look()

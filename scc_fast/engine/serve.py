@@ -91,7 +91,11 @@ class Engine:
         if precision == "auto":
             # Half the weights to read, and tensor cores, where there is a GPU; bfloat16 is as wide
             # as float32, so that nothing underflows. The model's own modules stay as they are.
-            reduced = kind == "cuda" and held == "fp32" and torch.cuda.is_bf16_supported()
+            reduced = (
+                kind == "cuda"
+                and held == "fp32"
+                and torch.cuda.is_bf16_supported(including_emulation=False)
+            )
             precision = "bf16" if reduced and isinstance(self.encoder, Runner) else held
         self.precision = precision
         if precision != held:
@@ -99,7 +103,7 @@ class Engine:
         if isinstance(self.encoder, Runner):
             self.name = "graph" if kind == "cuda" and engine in ("auto", "graph") else "runner"
         else:
-            self.name = engine if engine in ("compile", "graph") else "eager"
+            self.name = "compile" if engine == "compile" else "eager"
             if precision == "fp32" and held != "fp32":
                 raise RuntimeError(
                     f"precision='fp32' cannot be had of {model.name}, whose modules are in {held}: "
@@ -219,8 +223,7 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 def free_memory(device: torch.device) -> int | None:
     """Bytes that are free on a device; None where that cannot be told."""
     if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + cached
+        return torch.cuda.mem_get_info(device)[0]  # what torch has cached may be a graph's
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         return 1024 * int(next(line for line in lines if "MemAvailable" in line).split()[1])

@@ -142,7 +142,13 @@ def _has_flash(q: Tensor, k: Tensor) -> bool:
     if q.device.type == "cpu":
         return q.dtype == torch.float32 and k.shape[2] > _SHORT
     half = q.dtype in (torch.float16, torch.bfloat16)
-    return q.is_cuda and half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+    return half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256 and _is_ampere(q.device)
+
+
+@functools.cache
+def _is_ampere(device: torch.device) -> bool:
+    """Whether it is a CUDA device that the flash kernels are made for."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Kept]:
