@@ -3,8 +3,8 @@
     isa.py _C.abi3.so
 
 Outside the clones for x86-64-v3 and -v4 no instruction may need more than SSE2; in them the loops
-of views, step, heads and Philox must have stayed loops over vectors. That the baseline's code
-computes right is proven elsewhere: the build under the sanitizers has no clones.
+of views, step, heads, attention and Philox must have stayed loops over vectors. That the baseline's
+code computes right is proven elsewhere: the build under the sanitizers has no clones.
 """
 
 from __future__ import annotations
@@ -31,8 +31,16 @@ ARITHMETIC = {
     "fill_uniform": ("vmulps",),
 }
 ENCODER = ("AddNormJob", "AddNormBackJob", "GeluJob", "GeluBackJob")
+# Products multiply and add in one instruction, as nothing else may.
+ATTENTION = {
+    "product": ("vfmadd",),
+    "weigh": ("vfn?madd", "vmaxps"),
+    "slope": ("vfn?madd",),
+    "widen_Float32": ("vmulps",),
+    "narrow_Float32": ("vmulps",),
+}
 HEADS = ("MeanJob", "UnitJob", "DriftJob", "MarginJob", "LabelJob", "NormaliseJob")
-JOBS = (*ARITHMETIC, *ENCODER, *HEADS)
+JOBS = (*ARITHMETIC, *ENCODER, *ATTENTION, *HEADS)
 FORMATS = ("float32", "float16", "bfloat16")  # of pictures; what a head reads varies
 
 
@@ -70,11 +78,12 @@ def main(library: str) -> None:
                 for name, code in kinds.items():
                     # A head may sum in registers of half the width.
                     wide = "%[yz]mm" if job in HEADS else register
-                    for word in ARITHMETIC.get(job, ("v(add|mul|sub)ps",)):
+                    words = {**ARITHMETIC, **ATTENTION}.get(job, ("v(add|mul|sub)ps",))
+                    for word in words:
                         if not any(re.match(rf"{word}\w* .*{wide}", line) for line in code):
                             wrong.append(f"{name}: no {word} on {wide}")
     clones = sum(name.endswith(".arch_x86_64_v4") for name in found)
-    sse = sum(name.endswith(".default") for name in found)
+    sse = sum(f"{name.removesuffix('.default')}.arch_x86_64_v4" in found for name in found)
     if wrong or not clones or clones != sse:
         raise SystemExit("\n".join([f"{clones} clones, {sse} defaults", *wrong[:20]]))
     print(f"{len(found)} functions: {clones} with vectorised clones, the rest for any x86-64")

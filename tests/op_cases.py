@@ -29,8 +29,11 @@ DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
 # Tolerances, in units in the last place of the dtype, against a float64 evaluation.
 ULPS = {torch.float32: 4, torch.bfloat16: 1, torch.float16: 1}
 
-# Ops without a CUDA source: there Triton serves, and no promise of C++ holds.
-WITHOUT_CUDA = ("add_norm", "add_norm_back", "gelu", "gelu_back")
+# Ops without a CUDA source: there Triton serves, or torch's own attention, and no promise of C++
+# holds; nor one of Triton for what has no kernel there.
+ATTENTION = ("attention", "attention_back")
+ENCODER = ("add_norm", "add_norm_back", "gelu", "gelu_back")
+WITHOUT_CUDA = (*ENCODER, *ATTENTION)
 
 PROMISED = frozenset(filter(None, os.environ.get("SCC_FAST_TEST_BACKENDS", "").split(",")))
 if not PROMISED.issubset(ops.BACKENDS):
@@ -49,6 +52,7 @@ def backends_under_test(op: str, backends: tuple[str, ...] = ops.BACKENDS) -> It
             why_not = ops.backends_of(op, device)[backend]
             promised = backend in PROMISED and (backend != "triton" or device == triton_device)
             promised &= not (backend == "cpp" and device == "cuda" and op in WITHOUT_CUDA)
+            promised &= not (backend == "triton" and op in ATTENTION)
             marks = [pytest.mark.gpu] if device == "cuda" else []
             if why_not is not None and not promised:
                 marks.append(pytest.mark.skip(reason=f"{backend} on {device}: {why_not}"))

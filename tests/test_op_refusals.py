@@ -201,10 +201,51 @@ ENCODER = [
 ]
 ENCODER += [row for op, valid in ENCODER_VALID.items() for row in _encoder_errors(op, valid)]
 
+# ---- Attention: q of four tokens, k and v of six -------------------------------------------------
+
+Q, K = random(2, 3, 4, 5), random(2, 3, 6, 5)
+ATTENTION_VALID = {
+    "attention": {"q": Q, "k": K, "v": K},
+    "attention_back": {"gradient": Q, "q": Q, "k": K, "v": K, "lse": Q[..., 0]},
+}
+ATTENTION = [
+    (op, *row)
+    for op in ATTENTION_VALID
+    for row in (
+        ({"q": [1.0]}, TypeError, "q must be a tensor, got list"),
+        ({"q": Q.double()}, TypeError, "q must be one of .*, got torch.float64"),
+        ({"q": Q[0]}, ValueError, r"q must be \(B, H, Tq, d\) with d >= 1, got shape \(3, 4, 5\)"),
+        ({"q": Q[..., :0]}, ValueError, r"q must be \(B, H, Tq, d\) with d >= 1, got shape"),
+        ({"k": None}, TypeError, "k must be a tensor, got NoneType"),
+        ({"k": K.half()}, TypeError, "k must be torch.float32, got torch.float16"),
+        ({"k": K[0]}, ValueError, r"k must be \(B, H, Tk, d\), got shape \(3, 6, 5\)"),
+        ({"k": K[:1]}, ValueError, r"k must be \(2, 3, 6, 5\), got shape \(1, 3, 6, 5\)"),
+        ({"k": K.to("meta")}, ValueError, "k must be on cpu, got meta"),
+        ({"v": 0.5}, TypeError, "v must be a tensor, got float"),
+        ({"v": K.bfloat16()}, TypeError, "v must be torch.float32, got torch.bfloat16"),
+        ({"v": K[:, :, :5]}, ValueError, r"v must be \(2, 3, 6, 5\), got shape \(2, 3, 5, 5\)"),
+        ({"v": K.to("meta")}, ValueError, "v must be on cpu, got meta"),
+    )
+]
+ATTENTION += [
+    ("attention_back", *row)
+    for row in (
+        ({"gradient": None}, TypeError, "gradient must be a tensor, got NoneType"),
+        ({"gradient": Q.half()}, TypeError, "gradient must be torch.float32, got torch.float16"),
+        ({"gradient": K}, ValueError, r"gradient must be \(2, 3, 4, 5\), got shape"),
+        ({"gradient": Q.to("meta")}, ValueError, "gradient must be on cpu, got meta"),
+        ({"lse": None}, TypeError, "lse must be a tensor, got NoneType"),
+        ({"lse": Q[..., 0].half()}, TypeError, "lse must be torch.float32, got torch.float16"),
+        ({"lse": Q}, ValueError, r"lse must be \(2, 3, 4\), got shape"),
+        ({"lse": Q[..., 0].to("meta")}, ValueError, "lse must be on cpu, got meta"),
+    )
+]
+
 SEEDS, VIEWS = torch.arange(2), [View()]
 VALID = {
     **HEADS_VALID,
     **ENCODER_VALID,
+    **ATTENTION_VALID,
     "make_views": {"x": X, "delta": X, "seeds": SEEDS, "views": VIEWS},
     "make_views_adjoint": {"gradient": X, "x": X, "delta": X, "seeds": SEEDS, "views": VIEWS},
     "pgd_step_": {"delta": X.clone(), "gradient": X, "x": X, "seeds": SEEDS, "views": VIEWS,
@@ -218,7 +259,7 @@ ERRORS = [
 ERRORS += [("make_views", *row) for row in VIEWS_BOTH + VIEWS_ALONE]
 ERRORS += [("make_views_adjoint", *row) for row in VIEWS_BOTH + ADJOINT_ALONE]
 ERRORS += [("pgd_step_", *row) for row in STEP]
-ERRORS += ENCODER
+ERRORS += ENCODER + ATTENTION
 
 
 @pytest.mark.parametrize(("op", "change", "error", "message"), ERRORS)

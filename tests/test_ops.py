@@ -71,8 +71,12 @@ def arguments(op: str, batch: int = 2, patch: int = 0) -> dict[str, Any]:
         return {**first, "count": count, "scale": 20.0}
     if op == "mean_logits":
         return {"features": rows, "text": text, "scale": 20.0, "bias": -1.0}
-    if op in op_cases.WITHOUT_CUDA:
+    if op in op_cases.ENCODER:
         return encoder_arguments(op, batch)
+    if op in op_cases.ATTENTION:
+        q, k, v = (op_cases.random(batch, 3, tokens, 5, seed=tokens) for tokens in (4, 6, 6))
+        back = {"gradient": q + 1, "q": q, "k": k, "v": v, "lse": 2 + q[..., 0]}
+        return back if op == "attention_back" else {"q": q, "k": k, "v": v}
     raise LookupError(f"op_cases.arguments knows no {op}: add its case here")
 
 
@@ -107,7 +111,12 @@ def samples(op: str) -> list[dict[str, Any]]:
             several.append({**first, name: first[name].bfloat16()})
     if op == "make_views":
         several.append({**first, "dtype": torch.float16})
-    if op in op_cases.WITHOUT_CUDA:
+    if op in op_cases.ATTENTION:
+        half = {name: first[name].half() for name in first if name != "lse"}
+        strided = {name: first[name].mT.contiguous().mT for name in half}
+        several = [*several[:3], {**first, **half}, {**first, **strided}]
+        several += [{**first, "k": first["k"][:, :, :0], "v": first["v"][:, :, :0]}]
+    if op in op_cases.ENCODER:
         several = several[:3]
         optional = {"add_norm": "y", "add_norm_back": "residual"}.get(op, "bias")
         several.append({**first, optional: None})
@@ -184,6 +193,12 @@ def mistakes(op: str) -> dict[str, dict[str, Any]]:
     if op == "gelu":  # any shape that ends in the bias is right
         wrong.pop("x one row longer")
         wrong.pop("gradient of another format")
+    if op in op_cases.ATTENTION:
+        wrong["v one key longer"] = {"v": torch.cat([good["v"], good["v"][:, :, :1]], dim=2)}
+        wrong["k of another format"] = {"k": good["k"].half()}
+        wrong["no width"] = {name: good[name][..., :0] for name in good if name != "lse"}
+    if op == "attention_back":
+        wrong["gradient one query shorter"] = {"gradient": good["gradient"][:, :, 1:]}
     if op == "add_norm":
         wrong["epsilon below zero"] = {"epsilon": -1.0}
         wrong["epsilon NaN"] = {"epsilon": float("nan")}

@@ -111,7 +111,7 @@ def test_flops_of_the_runner(model: Any, monkeypatch: pytest.MonkeyPatch) -> Non
     tower = tower_of(model)
     assert isinstance(tower, Tower)
     monkeypatch.setattr(vit, "has_onednn", lambda dtype: False)  # whose products it does not know
-    monkeypatch.setattr(vit, "_has_flash", lambda q, k: False)
+    monkeypatch.setattr(vit, "kernel_of", lambda *_: "plain")
     rows = torch.randn(1, len(tower.position), tower.patch.shape[1])
     with torch.no_grad():
         with FlopCounterMode(display=False) as forward:

@@ -185,8 +185,10 @@ def test_half_precision_weights_in_a_float32_runner(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_without_onednn_and_without_flash(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a device that has neither."""
+def test_without_onednn_and_with_plain_attention(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a device that has neither it, nor our op, nor flash kernels."""
     monkeypatch.setattr(vit, "has_onednn", lambda dtype: False)
-    monkeypatch.setattr(vit, "_has_flash", lambda q, k: False)
+    monkeypatch.setattr(vit, "kernel_of", lambda *_: "plain")
     check(load(perturbed(FAMILIES[family]())), 2)

@@ -13,6 +13,7 @@
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && \
     !defined(SCC_FAST_NO_CLONES)
 #define SCC_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#define SCC_HAS_CLONES
 #else
 #define SCC_CLONES
 #endif

@@ -34,6 +34,10 @@ struct Sixteen {
     for (float& each : one.lane) each -= other;
     return one;
   }
+  friend Sixteen operator*(Sixteen one, float other) {
+    for (float& each : one.lane) each *= other;
+    return one;
+  }
   friend Sixteen operator*(Sixteen one, const Sixteen& other) {
     for (int i = 0; i < kLanes; ++i) one.lane[i] *= other.lane[i];
     return one;

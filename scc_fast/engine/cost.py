@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from scc_fast.engine.vit import AttentionPool, FirstAttention, FirstToken, Linear, Mlp, Tower
+from scc_fast.engine.vit import (
+    AttentionPool,
+    FirstAttention,
+    FirstToken,
+    Linear,
+    Mlp,
+    Tower,
+    kernel_of,
+)
 from scc_fast.models import VisionLanguage
 
 
@@ -90,8 +98,11 @@ def _of_tower(tower: Tower) -> Cost:
         total.product(attention.out, rows)
         total.mlp(block.mlp, rows)
         # Two sums of the stream; q, k, v and o; the wide part of the MLP.
-        block_kept = 4 * width * (tokens + rows) + size * width * 2 * (tokens + rows)
-        kept += block_kept + size * rows * wide
+        kept += 4 * width * (tokens + rows) + size * width * 2 * (tokens + rows)
+        kept += size * rows * wide
+        device, heads = tower.prefix.device, attention.heads
+        if kernel_of(device, tower.dtype, width // heads) == "plain":
+            kept += size * heads * rows * tokens
     end = tower.end
     if isinstance(end, AttentionPool):
         total.product(end.kv, tokens)

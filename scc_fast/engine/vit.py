@@ -134,15 +134,12 @@ class Norm:
 # --------------------------------------------------------------------------------------- attention
 
 
-_SHORT = 200  # tokens up to which a CPU is faster with two products and a softmax
-
-
-def _has_flash(q: Tensor, k: Tensor) -> bool:
-    """Whether torch's flash kernel serves: it exists, and is the faster one (NOTES)."""
-    if q.device.type == "cpu":
-        return q.dtype == torch.float32 and k.shape[2] > _SHORT
-    half = q.dtype in (torch.float16, torch.bfloat16)
-    return half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256 and _is_ampere(q.device)
+def kernel_of(device: torch.device, dtype: torch.dtype, width: int) -> str:
+    """What serves heads of a width: our op on a CPU, torch's "flash", or "plain" products."""
+    if device.type == "cpu":
+        return "op"
+    fits = dtype.itemsize == 2 and width in range(8, 257, 8)
+    return "flash" if fits and _is_ampere(device) else "plain"
 
 
 @functools.cache
@@ -153,32 +150,30 @@ def _is_ampere(device: torch.device) -> bool:
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Kept]:
     """Scaled dot-product attention of (B, H, T, d) tensors, and what its way back reads."""
-    if not _has_flash(q, k):
-        weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(dim=-1)
+    kernel = kernel_of(q.device, q.dtype, q.shape[-1])
+    if kernel == "op":
+        o, lse = ops.attention(q, k, v)
+        return o, (q, k, v, lse)
+    if kernel == "plain":
+        weights = (q @ k.mT * q.shape[-1] ** -0.5).softmax(dim=-1)
         return weights @ v, (q, k, v, weights)
-    if q.device.type == "cpu":
-        o, lse = _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
-        return o, (q, k, v, o, lse)
     found = _aten._scaled_dot_product_flash_attention(q, k, v)
     return found[0], (q, k, v, found[0], found[1], found[6], found[7])
 
 
 def attend_back(gradient: Tensor, kept: Kept) -> tuple[Tensor, Tensor, Tensor]:
     """∂/∂q, ∂/∂k, ∂/∂v."""
-    if not _has_flash(kept[0], kept[1]):
+    kernel = kernel_of(gradient.device, gradient.dtype, gradient.shape[-1])
+    if kernel == "op":
+        return ops.attention_back(gradient, *kept)
+    if kernel == "plain":
         q, k, v, weights = kept
-        slope = _aten._softmax_backward_data(
-            gradient @ v.transpose(-1, -2), weights, -1, weights.dtype
-        )
+        slope = _aten._softmax_backward_data(gradient @ v.mT, weights, -1, weights.dtype)
         slope = slope * q.shape[-1] ** -0.5
-        return slope @ k, slope.transpose(-1, -2) @ q, weights.transpose(-1, -2) @ gradient
-    if kept[0].device.type == "cpu":
-        flash = _aten._scaled_dot_product_flash_attention_for_cpu_backward
-        return flash(gradient, *kept, 0.0, False)
+        return slope @ k, slope.mT @ q, weights.mT @ gradient
     q, k, v, o, lse, *state = kept
-    lengths = q.shape[2], k.shape[2]
     return _aten._scaled_dot_product_flash_attention_backward(
-        gradient, q, k, v, o, lse, None, None, *lengths, 0.0, False, *state
+        gradient, q, k, v, o, lse, None, None, q.shape[2], k.shape[2], 0.0, False, *state
     )
 
 

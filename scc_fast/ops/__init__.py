@@ -165,7 +165,11 @@ def _triton_is_interpreted() -> bool:
     return not isinstance(triton.language.softmax, triton.JITFunction)
 
 
-from scc_fast.ops.encoder import (  # noqa: E402  (these need define)
+from scc_fast.ops.attention import (  # noqa: E402  (these need define)
+    attention,
+    attention_back,
+)
+from scc_fast.ops.encoder import (  # noqa: E402
     add_norm,
     add_norm_back,
     gelu,
@@ -187,6 +191,8 @@ __all__ = [
     "ClassTable",
     "add_norm",
     "add_norm_back",
+    "attention",
+    "attention_back",
     "backends_of",
     "choose",
     "define",
