@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+import encoder_work
 from op_work import Case, Work, work
 from scc_fast import ops
 from scc_fast.bench import rows, timing
@@ -50,6 +51,15 @@ def cases(kind: str) -> list[Case]:
         philox = {"ratio": 0.7} if batch == 64 and not cuda else {}
         found.append(Case("philox_uniform", batch, baseline="torch.rand", reach=philox))
         found.append(Case("philox_normal", batch, baseline="torch.randn"))
+    for batch, precision in ((1, "fp32"), (1, "bf16"), (16, "fp32"), (16, "bf16")):
+        for op in encoder_work.OPS:
+            if op.startswith("attention") and cuda:
+                continue  # torch's own serves there
+            width = 3072 if op.startswith("gelu") else 768
+            tokens = encoder_work.TOKENS
+            found.append(
+                Case(op, batch, precision, tokens=tokens, width=width, baseline="torch, eager")
+            )
     many = {"classes": 20_011, "width": 768, "reach": {"peak_mib": 64.0}}
     return found + [Case(op, 128, **many) for op in HEADS]
 
@@ -67,7 +77,8 @@ def graph_cases() -> list[Case]:
 def quickened(case: Case) -> Case:
     """The same case, small, with nothing to reach."""
     classes = case.classes and min(case.classes, 100)
-    return dataclasses.replace(case, batch=min(case.batch, 4), size=64, classes=classes, reach={})
+    small = dataclasses.replace(case, batch=min(case.batch, 4), size=64, classes=classes, reach={})
+    return dataclasses.replace(small, width=128) if case.tokens else small
 
 
 def backends(case: Case, kind: str) -> list[str]:
@@ -94,7 +105,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def bench_op(benchmark: Any, session: Session, case: Case, backend: str) -> None:
     """The op called from Python."""
-    job = work(case, session.kind)
+    job = (encoder_work.work if case.tokens else work)(case, session.kind)
     job.check(backend)
     copy = timing.Copy(job.bytes_moved, session.kind)
     for i in range(WARM_UP):
@@ -108,7 +119,7 @@ def bench_op(benchmark: Any, session: Session, case: Case, backend: str) -> None
 
 def bench_graph(benchmark: Any, session: Session, case: Case, backend: str) -> None:
     """The op replayed from a CUDA graph many times in a row: its time without launches."""
-    job = work(case, session.kind)
+    job = (encoder_work.work if case.tokens else work)(case, session.kind)
     job.check(backend)
     copy = timing.Copy(job.bytes_moved, session.kind)
     ours = timing.Graph(lambda: job.ours(backend, 0))

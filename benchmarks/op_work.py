@@ -40,6 +40,7 @@ class Case:
     precision: str = "fp32"  # of the views, their gradient, or the features
     patch: int = 0
     classes: int | None = None
+    tokens: int = 0  # of an encoder's stream
     width: int = 512
     baseline: str = "eager reference"
     size: int = 224
@@ -54,6 +55,8 @@ class Case:
     @property
     def shape(self) -> str:
         """For people."""
+        if self.tokens:
+            return f"{self.count * self.batch}×{self.tokens}×{self.width}"
         if self.classes:
             return f"L·B {self.count * self.batch}, K {self.classes}, D {self.width}"
         if self.op.startswith("philox"):
@@ -66,6 +69,7 @@ class Case:
         parts = [self.op, f"b{self.batch}", self.precision]
         parts += [f"p{self.patch}"] if self.patch else []
         parts += [f"k{self.classes}"] if self.classes else []
+        parts += [f"t{self.tokens}"] if self.tokens else []
         parts += [] if self.baseline == "eager reference" else [self.baseline.split()[0]]
         return "-".join(parts)
 
