@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from scc_fast.bench import measure
-from scc_fast.bench.machine import DTYPES
+from scc_fast.engine.encoder import PRECISIONS
 from scc_fast.engine.plan import Pass, Plan, cost_of
 from scc_fast.engine.towers import tower_of
 from scc_fast.reference.views import to_patches
@@ -52,8 +52,8 @@ def bench_encoder(benchmark: Any, session: Session, name: str, pictures: int, ba
 
     def side(who: str, call: measure.Call, engine: str, tower: Any, precision: str) -> measure.Side:
         # The modules' floor is that of the least work, too.
-        least = tower_of(model, DTYPES[precision]) if tower is None else tower
-        cost = cost_of(model, None if isinstance(least, str) else least, DTYPES[precision])
+        least = tower_of(model, PRECISIONS[precision]) if tower is None else tower
+        cost = cost_of(model, None if isinstance(least, str) else least, PRECISIONS[precision])
         return measure.Side(
             f"{who}, {way}",
             call,
@@ -76,7 +76,7 @@ def bench_encoder(benchmark: Any, session: Session, name: str, pictures: int, ba
 
     sides = [side("modules", modules, "eager", None, "fp32")]
     for precision in ("bf16",) if session.kind == "cuda" else ("bf16", "fp32"):
-        tower = tower_of(model, DTYPES[precision])
+        tower = tower_of(model, PRECISIONS[precision])
         if isinstance(tower, str):
             pytest.skip(f"no runner for {name}: {tower}")
         rows = to_patches(pixels, tower.size).to(tower.dtype).contiguous()

@@ -19,7 +19,8 @@ LOCK = threading.RLock()
 _NAMED: dict[str, VisionLanguage] = {}
 _Wrapped = tuple[tuple[tuple[int, int], ...], VisionLanguage]
 _WRAPPED: weakref.WeakKeyDictionary[nn.Module, _Wrapped] = weakref.WeakKeyDictionary()
-_TEXT: weakref.WeakKeyDictionary[Any, dict[tuple[str, ...], Tensor]] = weakref.WeakKeyDictionary()
+_Text = dict[tuple[tuple[str, ...], Any], Tensor]
+_TEXT: weakref.WeakKeyDictionary[Any, _Text] = weakref.WeakKeyDictionary()
 
 
 def as_model(model: Any) -> VisionLanguage:
@@ -30,12 +31,19 @@ def as_model(model: Any) -> VisionLanguage:
                 _NAMED[model] = load_model(model)
             return _NAMED[model]
         if isinstance(model, nn.Module) and missing_members(model):
-            weights = tuple((p.data_ptr(), p._version) for p in model.parameters())
+            weights = weights_of(model)
             known = _WRAPPED.get(model)
             if known is None or known[0] != weights:  # trained or moved since: embed anew
                 known = _WRAPPED[model] = weights, load_model(model)
             return known[1]
     return load_model(model)
+
+
+def weights_of(module: Any) -> tuple[tuple[int, int], ...]:
+    """Where the weights of a module are, and how often they have been written (not by `.data`)."""
+    if not isinstance(module, nn.Module):
+        return ()
+    return tuple((p.data_ptr(), p._version) for p in (*module.parameters(), *module.buffers()))
 
 
 def checked(classes: Sequence[str] | None) -> tuple[str, ...] | None:
@@ -78,10 +86,11 @@ def embedded(
                 known = _TEXT.setdefault(model, {})
             except TypeError:  # a model that cannot be a key is embedded every time
                 known = {}
-            if classes not in known:
+            key = classes, weights_of(getattr(model, "module", None))
+            if key not in known:
                 known.clear()  # one class list per model bounds the memory
-                known[classes] = model.encode_text(classes).to(model.device)
-            return known[classes]
+                known[key] = model.encode_text(classes).to(model.device)
+            return known[key]
     if not isinstance(given, Tensor) or given.ndim != 2 or given.shape[1] != model.embed_dim:
         came = tuple(given.shape) if isinstance(given, Tensor) else given
         raise ValueError(f"text_features must be (K, {model.embed_dim}), got {came!r}")

@@ -57,7 +57,7 @@ class Defender:
             model's own defaults where it carries some (the bundled one does), else METHOD.md's.
         precision: of the encoder's products: "fp32", "bf16" or "fp16"; δ, the residual stream and
             the heads stay float32. "auto" is that of the model's weights, and on a GPU "bf16" for
-            weights in float32.
+            weights in float32. Calls with gradients on are in that of the weights.
         backend: who serves the ops: "cpp", "triton", "reference" (plain PyTorch throughout), or
             "auto", for each op the best that is there (scc-fast doctor shows which). Calls with
             gradients on, such as an attacker's, always take the reference, which computes the
@@ -69,9 +69,10 @@ class Defender:
             runner on a GPU, the runner on a CPU, and the modules where the runner does not know
             the model. Calls with gradients on are served by the modules; pictures of another size
             than the encoder's are resized outside graphs.
-        max_batch: the encoder sees at most this many pictures at once, an image's views counted
-            one by one; larger batches are split. None: 64 on a CPU; on a GPU 1024, or as many as
-            fit into half of what is free.
+        max_batch: at most this many views at once, an image's counted one by one; larger batches
+            are split. (The first pass has each image itself beside them, and one image's views
+            are never split.) None: 64 on a CPU; on a GPU 1024, or as many as fit into half of what
+            is free.
 
     Raises:
         ValueError, TypeError: naming the argument, what came and what would be right.
@@ -189,7 +190,7 @@ class Defender:
         return self._engine.serves(size)
 
     def pieces(self, x: Tensor, seeds: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """x and seeds in pieces of which the encoder sees at most max_batch views at once."""
+        """x and seeds in pieces of at most max_batch views, but at least one image."""
         size = self._piece((x.shape[-2], x.shape[-1]))
         return zip(x.split(size), seeds.split(size), strict=True)
 
@@ -242,8 +243,8 @@ class Defender:
 
     def plan(self, size: tuple[int, int] | None = None) -> Plan:
         """The passes that the method makes for pictures (height, width); None: the encoder's."""
-        height, width = size or self.model.image_size
-        return plan_of(self.config, len(self.views(min(height, width))))
+        sides = serve.size_of(size, self.model)
+        return plan_of(self.config, len(self.views(min(sides))))
 
     def cost(self) -> Cost:
         """What one picture costs the encoder: FLOPs, bytes of weights, memory."""
@@ -258,7 +259,7 @@ class Defender:
         """
         if type(batch) is not int or batch < 0:
             raise ValueError(f"batch must be a whole number of images >= 0, got {batch!r}")
-        size = (size[0], size[1]) if size else self.model.image_size
+        size = serve.size_of(size, self.model)
         piece = min(batch, self._piece(size))
         at_once = self._engine.memory(self.plan(size), piece, size, len(self._classes.text))
         # Of the images before and after: pixels, δ and logits.
@@ -290,13 +291,20 @@ class Defender:
         return time.perf_counter() - began
 
     def waterfall(self, images: Any, seeds: Seeds = 0) -> list[Stage]:
-        """Where the time of one defense goes: its parts in order, with their milliseconds.
+        """Where the time of one defense goes: its parts in order, of a batch's first piece.
 
         Graphs cannot be looked into: with them the same work is timed outside, launches included.
+
+        Raises:
+            ValueError, RuntimeError: an empty batch; backend="reference", which has no parts.
         """
+        if self.backend == "reference":
+            raise RuntimeError('waterfall times the engine; backend="reference" does not run it')
         with torch.inference_mode(False), torch.no_grad(), _no_autocast(self.model.device):
             x = to_batch(images, self.model)
-            keys = image_seeds(seeds, len(x), x.device)
+            if len(x) == 0:
+                raise ValueError("images: an empty batch has no times")
+            x, keys = next(iter(self.pieces(x, image_seeds(seeds, len(x), x.device))))
             views = self.views(min(x.shape[-2:]))
             return self._engine.waterfall(self._fast, self.config, x, keys, views)
 

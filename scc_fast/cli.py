@@ -155,7 +155,9 @@ def bench(
     precision: Annotated[Precision, typer.Option(help="Of the encoder.")] = Precision.auto,
     engine: Annotated[EngineName, typer.Option(help="Who runs the encoder.")] = EngineName.auto,
     device: Annotated[Device | None, typer.Option(help="Default: CUDA where it is.")] = None,
-    seconds: Annotated[float, typer.Option(help="Of rounds, a batch size.", min=0.01)] = 3.0,
+    seconds: Annotated[
+        float, typer.Option(help="Of rounds, a batch size.", min=0.01, max=3600)
+    ] = 3.0,
     reference: Annotated[bool, typer.Option(help="Measure the eager reference, too.")] = True,
     figure: Annotated[
         Path, typer.Option(help="Writes STEM-latency.png, STEM-waterfall.png.", metavar="STEM")
@@ -171,8 +173,10 @@ def bench(
 
     if method is Method.none:
         raise typer.BadParameter('--method none is the row "undefended" of every other method')
-    if figure.suffix.lower() in (".png", ".pdf", ".svg"):
-        raise typer.BadParameter(f"--figure is how both names begin, without {figure.suffix}")
+    if figure.suffix.lower() in (".png", ".pdf", ".svg") or not figure.name:
+        raise typer.BadParameter(f"--figure is how both names begin, as in out/bench; got {figure}")
+    if json is not None and json.is_dir():
+        raise typer.BadParameter(f"--json must be a file, {json} is a folder")
     _device_is_there(device)
     asked = Options(
         model=model,
@@ -221,6 +225,10 @@ def doctor(
     from scc_fast import doctor as examination
     from scc_fast.evaluate.report import write_json
 
+    if plan is None and (batch != 1 or precision is not Precision.auto):
+        raise typer.BadParameter("--batch and --precision are of a plan: add --plan scc")
+    if model is None and pretrained is not None:
+        raise typer.BadParameter("--pretrained is of a model: add --model")
     found = examination.report()
     if model is not None or plan is not None:
         from scc_fast.models import load_model

@@ -14,7 +14,7 @@ import scc_fast
 from scc_fast import DefendedCLIP, ops, tiny
 from scc_fast.api import Defender
 from scc_fast.config import View
-from scc_fast.engine import encoder, methods
+from scc_fast.engine import encoder, methods, serve
 from scc_fast.engine.encoder import PRECISIONS, Runner
 from scc_fast.engine.towers import tower_of
 from scc_fast.engine.vit import Tower
@@ -143,11 +143,12 @@ def test_ops_of_a_defense_are_ops() -> None:
     assert set(methods.OPS) <= set(ops.names())
 
 
+@pytest.mark.parametrize("size", [64, 80], ids=["fits", "resized"])
 @pytest.mark.parametrize("mode", ["through", "bpda", "identity"])
 @pytest.mark.parametrize("views", ["geometric", "paper"])
-def test_an_attacker_gets_the_true_gradient(model: Any, mode: Any, views: Any) -> None:
+def test_an_attacker_gets_the_true_gradient(model: Any, mode: Any, views: Any, size: int) -> None:
     """The fast path's gradients are those of the reference, in every mode."""
-    x = pictures(2, 64, model.device)
+    x = pictures(2, size, model.device)
     found = []
     for backend in ("reference", None):
         defender = Defender(model, PROMPTS, config={"gate": False, "views": views}, backend=backend)
@@ -163,8 +164,9 @@ def test_an_attacker_gets_the_true_gradient(model: Any, mode: Any, views: Any) -
     assert slope.abs().max() > 0
 
 
-def test_view_logits_are_the_references(model: Any) -> None:
-    x = pictures(2, 64, model.device)
+@pytest.mark.parametrize("size", [64, 80], ids=["fits", "resized"])
+def test_view_logits_are_the_references(model: Any, size: int) -> None:
+    x = pictures(2, size, model.device)
     seeds = torch.arange(2, device=model.device)
     both = [
         Defender(model, PROMPTS, backend=backend).view_logits(x, seeds)
@@ -270,6 +272,74 @@ def test_half_precision_does_not_underflow(model: Any) -> None:
         assert not slope[:, 0].half().any()
         gradient = sight.back(begun.way, slope)
     assert ((gradient != 0).flatten(1).float().mean(dim=1) > 0.9).all()
+
+
+class Bare:
+    """A model that is nothing but what VisionLanguage asks for."""
+
+    def __init__(self, inner: Any) -> None:
+        for name in scc_fast.VisionLanguage.__annotations__:
+            setattr(self, name, getattr(inner, name))
+        self.encode_image, self.encode_text = inner.encode_image, inner.encode_text
+        self.info = inner.info
+
+
+def test_a_model_without_a_module() -> None:
+    inner = scc_fast.load_model("tiny", device="cpu")
+    x = pictures(2, 64, inner.device)
+    want = Defender(inner, PROMPTS, config={"gate": False})(x, 7)
+    for precision in ("fp32", *HALF):
+        one = Defender(Bare(inner), PROMPTS, config={"gate": False}, precision=precision)
+        assert torch.equal(one(x, 7).labels, want.labels)
+        assert one.cost().forward > 0
+        assert one.memory_estimate(2) > 0
+
+
+@pytest.mark.parametrize("precision", ["fp32", *HALF])
+def test_changed_weights_are_seen_by_a_new_defender(precision: str) -> None:
+    model = scc_fast.load_model("tiny", device="cpu")
+    x = pictures(2, 64, model.device)
+    options: dict[str, Any] = {"config": {"gate": False}, "precision": precision}
+    before = Defender(model, PROMPTS, **options)(x, 7)
+    with torch.no_grad():
+        for parameter in model.module.parameters():  # type: ignore[attr-defined]
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    after = Defender(model, PROMPTS, **options)
+    plain = Defender(model, PROMPTS, config={"gate": False}, backend="reference")
+    assert torch.equal(after.text_features, model.encode_text(PROMPTS))
+    torch.testing.assert_close(after(x, 7).logits, plain(x, 7).logits, rtol=1e-2, atol=1.0)
+    assert (after(x, 7).logits - before.logits).abs().max() > 3.0
+
+
+def test_modules_in_fp16_do_not_underflow_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = scc_fast.load_model("tiny", device="cpu")
+    monkeypatch.setattr(serve, "is_native", lambda dtype, kind: True)
+    defender = Defender(model, PROMPTS, precision="fp16", engine="eager")
+    sight = methods.Sight(defender._fast, pictures(1, 64, model.device), torch.arange(1), (View(),))
+    seen: list[Tensor] = []
+    way = encoder.Way(lambda slope: seen.append(slope) or slope)  # type: ignore[func-returns-value]
+    sight.back(way, torch.full((1, 1, 8), 1e-9))
+    assert 0.5 < float(seen[0].abs().max()) <= 2.0
+
+
+def test_a_model_without_a_gradient_is_told() -> None:
+    inner = scc_fast.load_model("tiny", device="cpu")
+    deaf = Bare(inner)
+    deaf.encode_image = lambda pixels: inner.encode_image(pixels).detach()
+    defender = Defender(deaf, PROMPTS)
+    if defender.backend == "reference":
+        pytest.skip("no compiled ops: the reference serves")
+    with pytest.raises(RuntimeError, match=r"encode_image of .* passes no gradient"):
+        defender(pictures(1, 64, inner.device), 0)
+
+
+def test_the_runner_whatever_the_default_dtype_is() -> None:
+    model = scc_fast.load_model("tiny", device="cpu")
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert isinstance(tower_of(model), Tower)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_fresh_seeds_differ_and_given_ones_are_the_references() -> None:

@@ -205,6 +205,31 @@ def test_warmup_and_waterfall(model: Any) -> None:
     assert all(stage.ms > 0 for stage in stages)
 
 
+def test_a_waterfall_of_a_batch_that_is_flagged_in_part(model: Any) -> None:
+    """Modules make the first pass of the flagged ones again: still the same pass of the plan."""
+    x = tiny.generate("test", range(4))[0]
+    drift = Defender(model, PROMPTS, config={"tau": 0.0})(x, 0).drift
+    config = {"tau": float(drift.median()) + 1e-6}
+    for engine in ("eager", "runner"):
+        defender = Defender(model, PROMPTS, config=config, engine=engine)
+        stages = defender.waterfall(x)
+        backward = [stage.step for stage in stages if stage.part == "backward"]
+        assert backward == [one.name for one in defender.plan().passes[:-1]]
+        assert stages[-1].step == "predict"
+        with pytest.raises(ValueError, match="empty batch"):
+            defender.waterfall(x[:0])
+    with pytest.raises(RuntimeError, match="reference"):
+        Defender(model, PROMPTS, backend="reference").waterfall(x)
+
+
+@pytest.mark.parametrize("size", [64, (3, 64, 64), ("a", "b"), (0, 0), (-5, 3)])
+def test_refused_sizes(model: Any, size: Any) -> None:
+    defender = Defender(model, PROMPTS)
+    for call in (lambda: defender.plan(size), lambda: defender.memory_estimate(2, size)):
+        with pytest.raises(ValueError, match=r"size must be \(height, width\)"):
+            call()
+
+
 def test_the_model_carries_its_own_config(model: Any) -> None:
     defender = Defender(model, PROMPTS)
     assert defender.plan() == plan_of(method_config(model.defaults, "scc", None), 4)

@@ -14,9 +14,8 @@ import torch
 import scc_fast
 from scc_fast.bench import timing
 from scc_fast.bench.rows import Row
+from scc_fast.engine.encoder import PRECISIONS
 from scc_fast.engine.plan import Cost, Plan
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Machine:
@@ -46,7 +45,7 @@ class Machine:
     def flops_per_s(self, precision: str = "fp32") -> float:
         """The matmul rate in a precision."""
         if precision not in self._matmul:
-            rate = timing.matmul_rate(self.kind, self.quick, DTYPES[precision])
+            rate = timing.matmul_rate(self.kind, self.quick, PRECISIONS[precision])
             self._matmul[precision] = rate
             self.environment[f"matmul_{precision}_gflop_per_s"] = round(rate / 1e9, 1)
         return self._matmul[precision]

@@ -93,8 +93,9 @@ def defense(
         # Not the sum: who reads the weights for some images has read them for the others.
         return max(machine.floor_ms(p, cost, n, defender.precision) for p, n in parts if n)
 
-    # On a CPU nothing is compiled, and the reference never: the first round is enough.
-    compiles = machine.kind == "cuda" and defender.backend != "reference"
+    # On a CPU only torch.compile compiles, and for the reference nobody: a first round is enough.
+    compiles = machine.kind == "cuda" or defender.engine == "compile"
+    compiles = compiles and defender.backend != "reference"
     return Side(
         name,
         lambda: defender(images, seeds),

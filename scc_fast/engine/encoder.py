@@ -16,7 +16,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from scc_fast.engine.towers import tower_of
+from scc_fast._classes import weights_of
+from scc_fast.engine.towers import module_of, tower_of
 from scc_fast.engine.vit import Tower, has_onednn, narrow, take
 from scc_fast.models import VisionLanguage
 
@@ -62,6 +63,7 @@ class Encoder(Protocol):
     name: str
     patch: int
     dtype: torch.dtype
+    products: torch.dtype  # what its products are in: under autocast not what it takes
     graphs: Any  # those captured of it, engine/graph.py's
 
     def look(self, pictures: Tensor) -> Tensor:
@@ -83,6 +85,8 @@ class Modules:
         self.graphs: Any = None
         self.dtype = held = getattr(model, "dtype", torch.float32)
         self._autocast = None if dtype in (None, held) else dtype
+        self.products = dtype or held
+        self._name = model.name
         self._encode: Callable[[Tensor], Tensor] = model.encode_image
 
     def look(self, pictures: Tensor) -> Tensor:
@@ -95,6 +99,11 @@ class Modules:
         with torch.enable_grad():
             leaf = pictures.detach().requires_grad_()
             features = self.look(leaf)
+        if not features.requires_grad:
+            raise RuntimeError(
+                f"model: encode_image of {self._name} passes no gradient to its pixels, which "
+                f"scc and ttc need; is there a no_grad or a detach() in it?"
+            )
         other = None if beside is None else self.look(beside)
         return (
             features.detach(),
@@ -129,7 +138,8 @@ class Runner:
     name = "runner"
 
     def __init__(self, tower: Tower) -> None:
-        self.tower, self.patch, self.dtype = tower, tower.size, tower.dtype
+        self.tower, self.patch = tower, tower.size
+        self.dtype = self.products = tower.dtype
         self.graphs: Any = None
 
     def look(self, pictures: Tensor) -> Tensor:
@@ -159,8 +169,8 @@ _LOCK = threading.RLock()
 def encoder_of(model: VisionLanguage, engine: str, dtype: torch.dtype) -> Encoder:
     """The encoder that serves `engine` ("auto", "eager", "compile", "runner", "graph") in `dtype`.
 
-    A runner is kept as long as its model, so that weights are packed and graphs captured once; it
-    is made anew where the weights have changed since.
+    A runner with weights or graphs of its own is kept as long as its model, so that they are packed
+    and captured once; it is made anew where the weights have changed since.
 
     Raises:
         RuntimeError: an engine asked for by name cannot serve this model; says why.
@@ -184,9 +194,9 @@ def _kept(model: VisionLanguage, found: Tower, dtype: torch.dtype) -> Runner:
         assert isinstance(tower, Tower)  # what is known does not depend on the dtype
         return Runner(tower)
 
-    module: Any = getattr(model, "module", None)
-    parameters = (*module.parameters(), *module.buffers())
-    weights = tuple((p.data_ptr(), p._version) for p in parameters)
+    if model.device.type == "cpu" and found.dtype == dtype:
+        return Runner(found)
+    weights = weights_of(module_of(model))
     with _LOCK:
         try:
             known = _KNOWN.get(model)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from scc_fast import ops
-from scc_fast.config import IDENTITY, RNConfig, SCCConfig, TTCConfig, View
+from scc_fast.config import IDENTITY, MethodConfig, RNConfig, SCCConfig, TTCConfig, View
 from scc_fast.engine.encoder import Encoder, Way
 from scc_fast.models import VisionLanguage
 from scc_fast.reference import philox, step
@@ -113,7 +113,7 @@ class Sight:
 
     def back(self, way: Way, slope: Tensor) -> Tensor:
         """The gradient that `step` takes, from ∂J/∂f (L, B, D)."""
-        if self.setting.encoder.dtype == torch.float16:
+        if self.setting.encoder.products == torch.float16:
             # Its sign is all that is asked, so an image's own power of two may lift it.
             largest = slope.abs().amax(dim=(0, 2), keepdim=True).clamp_min(1e-30)
             slope = slope * torch.exp2(-torch.floor(torch.log2(largest)))
@@ -164,11 +164,12 @@ class Sight:
             options |= {"dtype": encoder.dtype, "patch": encoder.patch}
             return ops.make_views(self.x, delta, self.seeds, self.views, **options), None
         views = ops.make_views(self.x, delta, self.seeds, self.views, fill=setting.mean, **options)
+        live = torch.is_grad_enabled()  # a caller who differentiates goes through the views
         with torch.enable_grad():
-            leaf = views.requires_grad_()
+            leaf = views if live else views.requires_grad_()
             mean, std = (views.new_tensor(values) for values in (setting.mean, setting.std))
             sized = preprocess(leaf, setting.size, mean, std)
-        pictures = sized.detach()
+        pictures = sized if live else sized.detach()
         if encoder.patch:
             pictures = to_patches(pictures, encoder.patch)
 
@@ -304,7 +305,9 @@ def _rows(begun: Begun, sight: Sight, index: Tensor) -> Begun:
     pictures = torch.arange(views, device=index.device)[:, None] * batch + index
     way = begun.way.rows(pictures.flatten())
     if way is None:
-        features, _, way = sight.look_at(delta)
+        quiet = replace(sight, setting=replace(sight.setting, mark=_unmarked))
+        features, _, way = quiet.look_at(delta)
+        sight.setting.mark("forward")  # of the pass before, still
     return Begun(
         delta, begun.drift[index], features, begun.anchor[index], begun.slope[:, index], way
     )
@@ -317,3 +320,10 @@ def control(sight: Sight, config: RNConfig | None) -> Outcome:
     drift = logits.new_full((len(logits),), torch.nan)
     flagged = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
     return Outcome(logits, torch.zeros_like(sight.x) if delta is None else delta, drift, flagged)
+
+
+def run(sight: Sight, config: MethodConfig) -> Outcome:
+    """The method of a config."""
+    if isinstance(config, SCCConfig | TTCConfig):
+        return ascent(sight, config)
+    return control(sight, config if isinstance(config, RNConfig) else None)

@@ -104,19 +104,20 @@ class Engine:
             self.name = "graph" if kind == "cuda" and engine in ("auto", "graph") else "runner"
         else:
             self.name = "compile" if engine == "compile" else "eager"
-            if precision == "fp32" and held != "fp32":
+            if precision != held != "fp32":  # autocast casts down from float32 alone
                 raise RuntimeError(
-                    f"precision='fp32' cannot be had of {model.name}, whose modules are in {held}: "
-                    f'load it with precision="fp32", or use precision="{held}"'
+                    f"precision={precision!r} cannot be had of {model.name}, whose modules are in "
+                    f'{held}: load it with precision="fp32", or use precision="{held}"'
                 )
         if self.name == "graph" and self.encoder.graphs is None:
             self.encoder.graphs = graph.Graphs()
 
     def _refuse(self, refused: bool, asked: str, instead: str) -> None:
         if refused:
+            why = "with backend='reference'" if self.backend else "here, where no op is compiled"
             raise RuntimeError(
-                f"{asked} cannot serve {self.model.name} with backend='reference', which is "
-                f'scc_fast.reference on the model\'s modules; use {instead} or "auto"'
+                f"{asked} cannot serve {self.model.name} {why}: scc_fast.reference does, on the "
+                f'model\'s modules (scc-fast doctor); use {instead} or "auto"'
             )
 
     def serves(self, size: tuple[int, int]) -> str:
@@ -135,15 +136,10 @@ class Engine:
         views: Sequence[View],
     ) -> Outcome:
         """The method on x (B, 3, H, W) in [0, 1] with seeds (B,), without gradients."""
-        if isinstance(config, SCCConfig) and not config.spatial:
-            views = views[:1]
         if self._is_captured((x.shape[-2], x.shape[-1])):
             known = config if isinstance(config, SCCConfig | TTCConfig | RNConfig) else None
             return self.encoder.graphs.run(setting, x, seeds, views, known)
-        sight = Sight(setting, x.contiguous(), seeds, views)
-        if isinstance(config, SCCConfig | TTCConfig):
-            return methods.ascent(sight, config)
-        return methods.control(sight, config if isinstance(config, RNConfig) else None)
+        return methods.run(Sight(setting, x.contiguous(), seeds, views), config)
 
     def waterfall(
         self,
@@ -157,10 +153,7 @@ class Engine:
         clock = _Recorder(x.device)
         sight = Sight(replace(setting, mark=clock.mark), x.contiguous(), seeds, views)
         clock.mark("")
-        if isinstance(config, SCCConfig | TTCConfig):
-            methods.ascent(sight, config)
-        else:
-            methods.control(sight, config if isinstance(config, RNConfig) else None)
+        methods.run(sight, config)
         return clock.stages(plan_of(config, len(views)))
 
     @functools.cached_property
@@ -209,6 +202,16 @@ class _Recorder:
             ms = before.elapsed_time(after) if on_gpu else 1e3 * (after - before)
             found.append(Stage(plan.passes[min(place, len(plan.passes) - 1)].name, part, ms))
         return found
+
+
+def size_of(size: Any, model: VisionLanguage) -> tuple[int, int]:
+    """(height, width) checked; None is the encoder's."""
+    if size is None:
+        return model.image_size
+    pair = tuple(size) if isinstance(size, list | tuple) else ()
+    if len(pair) != 2 or not all(type(side) is int and side > 0 for side in pair):
+        raise ValueError(f"size must be (height, width) in pixels or None, got {size!r}")
+    return pair[0], pair[1]
 
 
 # ---------------------------------------------------------------------------------------- memory

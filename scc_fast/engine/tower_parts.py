@@ -181,7 +181,7 @@ _KINDS: tuple[Literal["quick", "erf", "tanh"], ...] = ("quick", "erf", "tanh")
 def _kind_of(activation: Any) -> Literal["quick", "erf", "tanh"]:
     """By its values: some classes hold their function in an attribute."""
     expect(activation, *_ACTIVATIONS)
-    x = torch.linspace(-6, 6, 97)
+    x = torch.linspace(-6, 6, 97, dtype=torch.float32, device="cpu")
     with torch.no_grad():
         for kind in _KINDS:
             ours = ops.gelu(x, None, kind=kind)

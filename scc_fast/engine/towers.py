@@ -32,7 +32,7 @@ def tower_of(model: Any, dtype: torch.dtype = torch.float32) -> Tower | str:
     model has them apart.
     """
     try:
-        module = _module_of(model)
+        module = module_of(model)
         expect(module, *_FAMILIES)
         unchanged(module, "model")
         return _FAMILIES[name_of(module)](module, model.image_size, dtype)
@@ -42,7 +42,7 @@ def tower_of(model: Any, dtype: torch.dtype = torch.float32) -> Tower | str:
         return f"its library is not of a release that the runner knows: {reason}"
 
 
-def _module_of(model: Any) -> Any:
+def module_of(model: Any) -> Any:
     """The module that a model encodes with; a wrapper may hand on an adapter's encode_image."""
     encode = getattr(model, "encode_image", None)
     ours = getattr(encode, "__func__", None) is FrozenModel.encode_image
