@@ -184,6 +184,9 @@ def test_a_file_of_something_else_is_left_alone(tmp_path: Path) -> None:
         (("--method", "none"), "undefended"),
         (("--seconds", "0"), "--seconds"),
         (("--figure", "f.png"), ".png"),
+        (("--figure", "."), "--figure"),
+        (("--json", "."), "--json"),
+        (("--seconds", "inf"), "--seconds"),
         (("--nonsense",), "--nonsense"),
     ],
 )

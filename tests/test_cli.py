@@ -295,8 +295,12 @@ def test_wrong_usage_of_the_commands(run: Run) -> None:
     assert run("--nonsense")[0] == 2
     code, out, _ = run("--help")
     assert code == 0
-    for command in ("demo", "defend", "doctor"):
+    for command in ("demo", "defend", "bench", "doctor"):
         assert command in out
+    for option in (("--pretrained", "x"), ("--batch", "3"), ("--precision", "bf16")):
+        code, out, err = run("doctor", *option)
+        assert (code, out) == (2, "")
+        assert option[0] in err
 
 
 def test_a_failure_is_one_line_and_debug_shows_more(run: Run) -> None:
@@ -328,6 +332,17 @@ def test_doctor(run: Run) -> None:
         assert row["why not"][row["served by"]] is None
         assert row["op"] in out
     assert version in out
+    assert found["model"]["encoder"] in (
+        "runner",
+        "graph",
+        "eager, its own modules: no op is compiled",
+    )
+    code, out, _ = run("doctor", "--plan", "scc", "--batch", "2", "--json", "p.json")
+    assert code == 0
+    lines = strict(Path("p.json"))["plan"].splitlines()
+    assert lines[1] == "scc, 4 views, batch 2"
+    assert lines[-2].startswith("floor ")
+    assert lines[1] in out
     code, _, err = run("doctor", "--model", "no-such-model")
     assert code == 1
     assert len(err.strip().splitlines()) == 1
