@@ -52,14 +52,15 @@ SCC_HOST_DEVICE float log_positive(float value) {
 SCC_HOST_DEVICE float exp_nonpositive(float value) {
   const float x = clamp(value, -87.0f, 0.0f);
   const float rounder = 12582912.0f;  // added and taken off again, it rounds to a whole number
-  const float n = (x * 0x1.715476p+0f + rounder) - rounder;
+  const float shifted = x * 0x1.715476p+0f + rounder;
+  const float n = shifted - rounder;
   const float r = (x - n * 0x1.63p-1f) + n * 0x1.bd0106p-13f;
   const float p =
       0x1.0p-1f + r * (0x1.555554p-3f +
                        r * (0x1.555382p-5f +
                             r * (0x1.11121p-7f + r * (0x1.6e879cp-10f + r * 0x1.a0d2cep-13f))));
   const float small = 1.0f + (r + r * r * p);
-  return small * float_of(static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23);
+  return small * float_of((bits_of(shifted) << 23) + 0x3F800000);  // NaN stays, as it is no int
 }
 
 // 2^x for x <= 0, within 2 ulp; 0 below -126, and NaN stays. What it is given there is not clamped:
