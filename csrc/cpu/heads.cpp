@@ -70,9 +70,12 @@ struct UnitJob {
   SCC_INLINE void rows(int64_t begin, int64_t end) const {
     for (int64_t i = begin; i < end; ++i) {
       const auto* SCC_RESTRICT from = features.row<Number>(i / images, first + i % images);
-      lengths[i] = std::max(length<Number>(from, features.width), kTiny);
       float* SCC_RESTRICT to = unit + i * features.width;
-      for (int64_t k = 0; k < features.width; ++k) to[k] = Number::load(from[k]) / lengths[i];
+      // Widened first: of a row of halves g++ does not make the sum below a loop over vectors.
+      for (int64_t k = 0; k < features.width; ++k) to[k] = Number::load(from[k]);
+      const float size = std::max(length<Float32>(to, features.width), kTiny);
+      for (int64_t k = 0; k < features.width; ++k) to[k] = to[k] / size;
+      lengths[i] = size;
     }
   }
 };
