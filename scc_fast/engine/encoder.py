@@ -169,8 +169,8 @@ _LOCK = threading.RLock()
 def encoder_of(model: VisionLanguage, engine: str, dtype: torch.dtype) -> Encoder:
     """The encoder that serves `engine` ("auto", "eager", "compile", "runner", "graph") in `dtype`.
 
-    A runner with weights or graphs of its own is kept as long as its model, so that they are packed
-    and captured once; it is made anew where the weights have changed since.
+    A runner is kept as long as its model, so that weights are packed and graphs captured once, and
+    all Defenders round alike; made anew where the weights have changed since (not by `.data`).
 
     Raises:
         RuntimeError: an engine asked for by name cannot serve this model; says why.
@@ -194,8 +194,6 @@ def _kept(model: VisionLanguage, found: Tower, dtype: torch.dtype) -> Runner:
         assert isinstance(tower, Tower)  # what is known does not depend on the dtype
         return Runner(tower)
 
-    if model.device.type == "cpu" and found.dtype == dtype:
-        return Runner(found)
     weights = weights_of(module_of(model))
     with _LOCK:
         try:
