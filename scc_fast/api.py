@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-import secrets
+import copy
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -24,21 +23,20 @@ from scc_fast.config import (
     method_config,
     resolve_views,
 )
-from scc_fast.engine import methods, serve
+from scc_fast.engine import calls, methods, serve
+from scc_fast.engine.calls import Seeds, image_seeds
 from scc_fast.engine.cost import Cost
 from scc_fast.engine.encoder import Modules
 from scc_fast.engine.plan import Plan, plan_of
 from scc_fast.engine.serve import Engine, Stage
 from scc_fast.images import to_batch
 from scc_fast.models import with_progress
-from scc_fast.reference import baselines, heads, philox
+from scc_fast.reference import baselines, heads
 from scc_fast.reference.heads import Classes
 from scc_fast.reference.scc import scc
 from scc_fast.reference.ttc import Outcome, Setting, look, ttc
 from scc_fast.reference.views import preprocess
 from scc_fast.result import DefenseResult
-
-Seeds = int | Tensor | None
 
 
 class Defender:
@@ -114,9 +112,15 @@ class Defender:
             self._mean = torch.tensor(self.model.mean, device=self.model.device)
             self._std = torch.tensor(self.model.std, device=self.model.device)
             table = ops.ClassTable.of(self._classes)
-        self._setting = Setting(self.encode, self._classes, self._mean)
-        self._fast = methods.Setting.of(self.model, self._engine.encoder, table, asked)
+        self._reference = Setting(self.encode, self._classes, self._mean)
+        self.setting = methods.Setting.of(self.model, self._engine.encoder, table, asked)
         self.max_batch = self._default_max_batch() if max_batch is None else max_batch
+
+    def variant(self, config: MethodConfig) -> Defender:
+        """The same method, encoder and classes with another config of the same kind."""
+        other = copy.copy(self)
+        other.config = method_config({}, self.method, config)
+        return other
 
     @property
     def is_randomized(self) -> bool:
@@ -160,34 +164,15 @@ class Defender:
             DefenseResult. Image i depends on its pixels and its seed alone (a matrix product may
             round its logits differently in another batch).
         """
-        started = time.perf_counter()
-        with torch.inference_mode(False), torch.no_grad(), _no_autocast(self.model.device):
-            x = to_batch(images, self.model, is_normalized=is_normalized)
-            if isinstance(images, Tensor) and x.data_ptr() == images.data_ptr():
-                x = x.clone()  # the result keeps its inputs; the caller may reuse the buffer
-            keys = image_seeds(seeds, len(x), x.device)
-            if keys is seeds:
-                keys = keys.clone()
-            loaded = time.perf_counter()
-            parts = []
-            for piece, key in self.pieces(x, keys):
-                try:
-                    parts.append(_result(self, self.run(piece, key), piece, key))
-                except RuntimeError as error:
-                    if not serve.is_out_of_memory(error):
-                        raise
-                    views = len(self.views(min(x.shape[-2:])))
-                    raise serve.out_of_memory(piece, views, self.memory_estimate) from error
-        result = DefenseResult.concatenate(parts)
-        if x.is_cuda:  # the stream, not the device: another thread may be capturing on it
-            torch.cuda.current_stream(x.device).synchronize()
-        done = time.perf_counter()
-        result.timings.update(input=loaded - started, defense=done - loaded, total=done - started)
-        return result
+        return calls.call(self, images, seeds, is_normalized=is_normalized)
 
     def serves(self, size: tuple[int, int]) -> str:
         """The engine that serves pictures (height, width)."""
         return self._engine.serves(size)
+
+    def out_of_memory(self, x: Tensor) -> RuntimeError:
+        """What a call raises where x, one of its pieces, did not fit."""
+        return serve.out_of_memory(x, len(self.views(min(x.shape[-2:]))), self.memory_estimate)
 
     def pieces(self, x: Tensor, seeds: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """x and seeds in pieces of at most max_batch views, but at least one image."""
@@ -205,14 +190,14 @@ class Defender:
         Follows the caller's autograd mode: with gradients on, the logits are differentiable with
         respect to x.
         """
-        config, setting = self.config, self._setting
+        config, setting = self.config, self._reference
         if len(x) == 0:
             rows = x.new_zeros(0)
             return Outcome(x.new_zeros(0, len(self._classes.text)), x, rows, rows.bool())
         views = self.views(min(x.shape[-2:]))
         with _no_autocast(x.device):
             if self.backend != "reference" and not torch.is_grad_enabled():
-                return self._engine.run(self._fast, config, x, seeds, views)
+                return self._engine.run(self.setting, config, x, seeds, views)
             match config:
                 case SCCConfig():
                     return scc(setting, x, seeds, views, config)
@@ -233,9 +218,9 @@ class Defender:
         views = self.views(min(x.shape[-2:])) if views is None else views
         with _no_autocast(x.device):
             if self.backend == "reference":
-                features = look(self._setting, x, seeds, views)
+                features = look(self._reference, x, seeds, views)
             else:
-                modules = replace(self._fast, encoder=Modules(self.model))  # under autograd
+                modules = replace(self.setting, encoder=Modules(self.model))  # under autograd
                 features = methods.Sight(modules, x, seeds, views).look(None)
             return heads.logits(features, self._classes)
 
@@ -306,7 +291,7 @@ class Defender:
                 raise ValueError("images: an empty batch has no times")
             x, keys = next(iter(self.pieces(x, image_seeds(seeds, len(x), x.device))))
             views = self.views(min(x.shape[-2:]))
-            return self._engine.waterfall(self._fast, self.config, x, keys, views)
+            return self._engine.waterfall(self.setting, self.config, x, keys, views)
 
     def _default_max_batch(self) -> int:
         if self.model.device.type != "cuda":
@@ -345,55 +330,10 @@ def defend(
     return defender(images, seeds, is_normalized=is_normalized)
 
 
-def image_seeds(seeds: Seeds, batch: int, device: torch.device | str = "cpu") -> Tensor:
-    """The (B,) int64 seeds a call with this `seeds` argument uses."""
-    if isinstance(seeds, Tensor):
-        if seeds.dtype != torch.int64 or seeds.shape != (batch,):
-            raise ValueError(
-                f"seeds must be an int64 tensor of shape ({batch},), one per image; got "
-                f"{seeds.dtype} of shape {tuple(seeds.shape)}"
-            )
-    elif seeds is not None and type(seeds) is not int:
-        raise TypeError(f"seeds must be None, an int or an int64 tensor, got {seeds!r}")
-    elif seeds is not None and not -(1 << 63) <= seeds < 1 << 64:
-        raise ValueError(f"seeds must fit into 64 bits, got {seeds}")
-    if isinstance(seeds, Tensor):
-        return philox.image_seeds(seeds, batch, device)
-    # On the host, then one copy: on a GPU the hash is 165 launches.
-    return _host_seeds(seeds, batch).to(device, copy=True)
-
-
-def _host_seeds(seeds: int | None, batch: int) -> Tensor:
-    if seeds is None:
-        drawn = bytearray(secrets.token_bytes(8 * batch))
-        return torch.frombuffer(drawn, dtype=torch.int64) if batch else torch.empty(0).long()
-    return _hashed(seeds, batch)
-
-
-@functools.lru_cache(maxsize=32)
-def _hashed(seeds: int, batch: int) -> Tensor:
-    with torch.inference_mode(False):
-        return philox.image_seeds(seeds, batch)
-
-
 def one_of(name: str, value: Any, choices: tuple[str, ...]) -> str:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
     return value
-
-
-def _result(defender: Defender, outcome: Outcome, x: Tensor, seeds: Tensor) -> DefenseResult:
-    return DefenseResult(
-        logits=outcome.logits,
-        delta=outcome.delta,
-        inputs=x,
-        drift=outcome.drift,
-        flagged=outcome.flagged,
-        seeds=seeds,
-        method=defender.method,
-        backend=defender.backend,
-        engine=defender.serves((x.shape[-2], x.shape[-1])),
-    )
 
 
 def _no_autocast(device: torch.device) -> torch.autocast:

@@ -257,9 +257,13 @@ def method_config(
     defaults: Mapping[str, dict[str, Any]],
     method: str,
     config: MethodConfig | dict[str, Any] | None,
+    kind: type[MethodConfig] | None = None,
 ) -> MethodConfig:
-    """The config of `method`, from an object, a dict or None, over a model's own defaults."""
-    kind = METHODS[method]
+    """The config of `method`, from an object, a dict or None, over a model's own defaults.
+
+    `kind` is its class; None: that of Defender's methods.
+    """
+    kind = kind or METHODS[method]
     if isinstance(config, MethodConfig):
         if not isinstance(config, kind):
             raise TypeError(

@@ -96,7 +96,9 @@ class Sight:
         self.setting.mark("forward")
         return features
 
-    def look_at(self, delta: Tensor, anchor: bool = False) -> tuple[Tensor, Tensor | None, Way]:
+    def look_at(
+        self, delta: Tensor | None, anchor: bool = False
+    ) -> tuple[Tensor, Tensor | None, Way]:
         """As look; f(x) with them where `anchor` is asked for; and the way back to the views.
 
         The way takes ∂J/∂f (L·B, D) to what `step` takes.
@@ -140,12 +142,14 @@ class Sight:
             epsilon=config.epsilon,
             weighted=weighted,
             weight=weight,
-            patch=self.setting.encoder.patch if self._fits() else 0,
+            patch=self.setting.encoder.patch if self.fits else 0,
             backend=self.setting.backend,
         )
         self.setting.mark("step")
 
-    def _fits(self) -> bool:
+    @property
+    def fits(self) -> bool:
+        """Whether the images have the encoder's size, so that nothing is resized."""
         return tuple(self.x.shape[-2:]) == self.setting.size
 
     def _stacked(self, features: Tensor) -> Tensor:
@@ -159,7 +163,7 @@ class Sight:
         setting = self.setting
         encoder = setting.encoder
         options: dict[str, Any] = {"backend": setting.backend}
-        if self._fits():
+        if self.fits:
             options |= {"mean": setting.mean, "std": setting.std}
             options |= {"dtype": encoder.dtype, "patch": encoder.patch}
             return ops.make_views(self.x, delta, self.seeds, self.views, **options), None

@@ -1,0 +1,125 @@
+"""What every attack is: its settings, whom it is made against, and the ascent they share.
+
+An attack is told the true labels, and seeds of its own: never those a defense is judged with.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from scc_fast.config import format_epsilon, parse_budget
+from scc_fast.defenses.base import Defense, Look
+from scc_fast.reference import philox, step
+
+# (x, step) -> gradient of the loss to ascend, the shape of x.
+Gradient = Callable[[Tensor, int], Tensor]
+# logits (B, K) -> the loss to ascend, (B,).
+Loss = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Attack(ABC):
+    """One attack with its settings; subclasses add theirs as fields.
+
+    Args:
+        epsilon: budget, L-infinity, pixel units in [0, 1).
+
+    Attributes:
+        name: as a command line spells it.
+        aware: it knows the defense, and is made against each; else once, on the undefended model,
+            and shown to all.
+        conclusive: a working one must bring the undefended model down; one that need not
+            (black boxes, controls) says so.
+    """
+
+    epsilon: float = 4 / 255
+
+    name: ClassVar[str]
+    aware: ClassVar[bool] = False
+    conclusive: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name in ("epsilon", "alpha") and value is not None:
+                object.__setattr__(self, field.name, parse_budget(field.name, value))
+            elif field.name in ("steps", "eot", "queries", "restarts") and (
+                type(value) is not int or value < 1
+            ):
+                raise ValueError(f"{field.name} must be a whole number >= 1, got {value!r}")
+
+    @property
+    def title(self) -> str:
+        """As a table shows it, without the budget: "PGD-10"."""
+        return self.name
+
+    def suits(self, target: Defense) -> bool:
+        """Whether it can be made against this defense (a gate attack needs a gate)."""
+        return True
+
+    @abstractmethod
+    def run(self, target: Defense, x: Tensor, labels: Tensor, seeds: Tensor) -> Tensor:
+        """The attacked images.
+
+        Args:
+            target: the defense; one that is not `aware` uses no more than target.bare.
+            x: (B, 3, H, W) float32 in [0, 1] on the model's device.
+            labels: (B,) int64 true classes.
+            seeds: (B,) int64, the attacker's own.
+
+        Returns:
+            (B, 3, H, W) float32 in [0, 1], within epsilon of x.
+        """
+
+    def settings(self) -> dict[str, Any]:
+        """Name and fields, the budget as "4/255"."""
+        fields = dataclasses.asdict(self)
+        return {"attack": self.name, **fields, "epsilon": format_epsilon(self.epsilon)}
+
+
+def slope(
+    target: Defense, look: Callable[[Tensor], Look], point: Tensor, loss: Loss
+) -> tuple[Tensor, Tensor]:
+    """What is read off a look at `point`, and the gradient of the summed loss of it: like point.
+
+    `look` makes the pictures of a point; what it does not pass a gradient through counts as
+    constant.
+    """
+    with torch.enable_grad():
+        leaf = point.detach().requires_grad_()
+        answer = target.answer(look(leaf))
+        value = loss(answer).sum()
+    return answer.detach(), torch.autograd.grad(value, leaf)[0]
+
+
+def ascend(
+    gradient: Gradient,
+    x: Tensor,
+    seeds: Tensor,
+    *,
+    epsilon: float,
+    steps: int,
+    alpha: float = 1 / 255,
+) -> Tensor:
+    """Signed gradient ascent in the ball and the box: random start, last iterate.
+
+    The protocol of TTC and SCC (Madry et al., arXiv 1706.06083).
+    """
+    if len(x) == 0:
+        return x.clone()
+    # A backward pass too would follow the caller's autocast.
+    plain = torch.autocast(x.device.type, enabled=False)
+    with torch.inference_mode(False), torch.no_grad(), plain:
+        x = x.detach().clone()
+        start = 2 * philox.uniform_like(x, seeds, philox.ATTACK_START) - 1
+        delta = step.project(start * epsilon, x, epsilon)
+        for at in range(steps):
+            delta = step.pgd_step(delta, gradient(x + delta, at), x, alpha, epsilon)
+        return (x + delta).clamp(0, 1)

@@ -1,0 +1,134 @@
+"""The methods that scc_fast.Defender itself serves: none, rn, views, ttc and scc."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scc_fast import ops
+from scc_fast.api import Defender
+from scc_fast.config import MethodConfig, NoneConfig, RNConfig, SCCConfig, TTCConfig, TTEConfig
+from scc_fast.defenses.base import Defense, Look, Repair, Traits
+from scc_fast.reference import heads, step
+from scc_fast.reference.ttc import Outcome
+
+
+class Served(Defense):
+    """A method of Defender; `method` is its name there."""
+
+    served: str
+    source: str
+
+    def __init__(
+        self,
+        model: Any,
+        classes: Sequence[str] | None = None,
+        *,
+        config: MethodConfig | dict[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        self.defender = Defender(
+            model, classes, method=self.served, config=self._own(config), **options
+        )
+        super().__init__(self.defender.model, classes, config=self.defender.config, **options)
+
+    @classmethod
+    def _own(
+        cls, config: MethodConfig | dict[str, Any] | None
+    ) -> MethodConfig | dict[str, Any] | None:
+        """What Defender gets: with a dict or None a model's own defaults come in."""
+        return config
+
+    @property
+    def traits(self) -> Traits:
+        plan = self.defender.plan()
+        ascent = isinstance(self.config, SCCConfig | TTCConfig)
+        return Traits(
+            forward=plan.forward,
+            backward=plan.backward,
+            random=self.defender.is_randomized,
+            dynamic=ascent,
+            text=isinstance(self.config, SCCConfig) and self.config.semantic,
+            gradients=ascent,
+            source=self.source,
+        )
+
+    def run(self, x: Tensor, seeds: Tensor) -> Outcome:
+        with torch.inference_mode(False), torch.no_grad():
+            return self.defender.run(x, seeds)
+
+    def repair(self, x: Tensor, seeds: Tensor) -> Repair:
+        found = self.run(x.detach(), seeds)
+        look = self._views(x + found.delta, seeds)
+        return Repair(look.pictures, look.read, found.delta, found.drift, found.flagged)
+
+    def views(self, x: Tensor, seeds: Tensor) -> Look:
+        return self._views(x, seeds)
+
+    def gate(self, x: Tensor, seeds: Tensor) -> Look | None:
+        config = self.config
+        if not isinstance(config, SCCConfig | TTCConfig) or not getattr(config, "gate", True):
+            return None
+        delta = step.initial_delta(x.detach(), seeds, config.epsilon)
+
+        def read(features: Tensor) -> Tensor:
+            return config.tau - heads.relative_drift(features[1], features[0])
+
+        return Look(torch.stack([x, (x + delta).clamp(0, 1)]), read)
+
+    def guess(self, x: Tensor, seeds: Tensor) -> Look | None:
+        """The views of x_w, the image after the warm-up (SCC's step 2)."""
+        if not isinstance(self.config, SCCConfig) or not self.config.semantic:
+            return None
+        warm_up = self.defender.variant(replace(self.config, semantic=False))
+        with torch.no_grad():
+            delta = warm_up.run(x.detach(), seeds).delta
+        return self._views(x + delta, seeds)
+
+    def _views(self, x: Tensor, seeds: Tensor) -> Look:
+        views = self.defender.views(min(x.shape[-2:]))
+        pictures = ops.make_views(x.clamp(0, 1), None, seeds, views, fill=self.model.mean)
+        return Look(pictures.unflatten(0, (len(views), len(x))), self.mean_logits)
+
+
+class Undefended(Served):
+    """The model's own prediction."""
+
+    name, served, Config = "none", "none", NoneConfig
+    source = "the model itself"
+
+
+class RandomNoise(Served):
+    """Uniform noise: TTC with no step."""
+
+    name, served, Config = "rn", "rn", RNConfig
+    source = "control of arXiv 2503.03613"
+
+
+class Views(Served):
+    """SCC's views averaged, without a perturbation."""
+
+    name, served, Config = "views", "tte", TTEConfig
+    source = "control: SCC without its perturbation"
+
+
+class TTC(Served):
+    """Test-time counterattack, with the published values whatever the model carries."""
+
+    name, served, Config = "ttc", "ttc", TTCConfig
+    source = "arXiv 2503.03613"
+
+    @classmethod
+    def _own(cls, config: MethodConfig | dict[str, Any] | None) -> MethodConfig:
+        return cls._configured(config)
+
+
+class SCC(Served):
+    """Self-calibrated consistency."""
+
+    name, served, Config = "scc", "scc", SCCConfig
+    source = "arXiv 2510.22785"

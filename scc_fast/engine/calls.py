@@ -1,0 +1,131 @@
+"""How a call on images goes, whatever the defense: input, seeds, pieces, memory, result."""
+
+from __future__ import annotations
+
+import functools
+import secrets
+import time
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from scc_fast.engine import serve
+from scc_fast.images import to_batch
+from scc_fast.models import VisionLanguage
+from scc_fast.reference import philox
+from scc_fast.reference.ttc import Outcome
+from scc_fast.result import DefenseResult
+
+Seeds = int | Tensor | None
+
+
+class Callee(Protocol):
+    """What a call asks of a defense."""
+
+    @property
+    def model(self) -> VisionLanguage:
+        """Whose pictures they are."""
+        ...
+
+    @property
+    def method(self) -> str:
+        """The method's name."""
+        ...
+
+    @property
+    def backend(self) -> str:
+        """Who serves the ops."""
+        ...
+
+    def pieces(self, x: Tensor, seeds: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """x and seeds in pieces that fit."""
+        ...
+
+    def run(self, x: Tensor, seeds: Tensor) -> Outcome:
+        """The defense of one piece."""
+        ...
+
+    def serves(self, size: tuple[int, int]) -> str:
+        """The engine that serves pictures (height, width)."""
+        ...
+
+    def out_of_memory(self, x: Tensor) -> RuntimeError:
+        """What is raised where a piece did not fit."""
+        ...
+
+
+def call(callee: Callee, images: Any, seeds: Seeds, *, is_normalized: bool) -> DefenseResult:
+    """Defend a batch; arguments and result as for Defender.__call__."""
+    started = time.perf_counter()
+    device = callee.model.device
+    plain = torch.autocast(device.type, enabled=False)
+    with torch.inference_mode(False), torch.no_grad(), plain:
+        x = to_batch(images, callee.model, is_normalized=is_normalized)
+        if isinstance(images, Tensor) and x.data_ptr() == images.data_ptr():
+            x = x.clone()  # the result keeps its inputs; the caller may reuse the buffer
+        keys = image_seeds(seeds, len(x), x.device)
+        if keys is seeds:
+            keys = keys.clone()
+        loaded = time.perf_counter()
+        parts = []
+        for piece, key in callee.pieces(x, keys):
+            try:
+                outcome = callee.run(piece, key)
+            except RuntimeError as error:
+                if not serve.is_out_of_memory(error):
+                    raise
+                raise callee.out_of_memory(piece) from error
+            parts.append(_result(callee, outcome, piece, key))
+    result = DefenseResult.concatenate(parts)
+    if x.is_cuda:  # the stream, not the device: another thread may be capturing on it
+        torch.cuda.current_stream(x.device).synchronize()
+    done = time.perf_counter()
+    result.timings.update(input=loaded - started, defense=done - loaded, total=done - started)
+    return result
+
+
+def image_seeds(seeds: Seeds, batch: int, device: torch.device | str = "cpu") -> Tensor:
+    """The (B,) int64 seeds a call with this `seeds` argument uses."""
+    if isinstance(seeds, Tensor):
+        if seeds.dtype != torch.int64 or seeds.shape != (batch,):
+            raise ValueError(
+                f"seeds must be an int64 tensor of shape ({batch},), one per image; got "
+                f"{seeds.dtype} of shape {tuple(seeds.shape)}"
+            )
+    elif seeds is not None and type(seeds) is not int:
+        raise TypeError(f"seeds must be None, an int or an int64 tensor, got {seeds!r}")
+    elif seeds is not None and not -(1 << 63) <= seeds < 1 << 64:
+        raise ValueError(f"seeds must fit into 64 bits, got {seeds}")
+    if isinstance(seeds, Tensor):
+        return philox.image_seeds(seeds, batch, device)
+    # On the host, then one copy: on a GPU the hash is 165 launches.
+    return _host_seeds(seeds, batch).to(device, copy=True)
+
+
+def _host_seeds(seeds: int | None, batch: int) -> Tensor:
+    if seeds is None:
+        drawn = bytearray(secrets.token_bytes(8 * batch))
+        return torch.frombuffer(drawn, dtype=torch.int64) if batch else torch.empty(0).long()
+    return _hashed(seeds, batch)
+
+
+@functools.lru_cache(maxsize=32)
+def _hashed(seeds: int, batch: int) -> Tensor:
+    with torch.inference_mode(False):
+        return philox.image_seeds(seeds, batch)
+
+
+def _result(callee: Callee, outcome: Outcome, x: Tensor, seeds: Tensor) -> DefenseResult:
+    return DefenseResult(
+        logits=outcome.logits,
+        delta=outcome.delta,
+        inputs=x,
+        drift=outcome.drift,
+        flagged=outcome.flagged,
+        seeds=seeds,
+        method=callee.method,
+        backend=callee.backend,
+        engine=callee.serves((x.shape[-2], x.shape[-1])),
+    )

@@ -1,0 +1,1 @@
+"""Labelled pictures: the papers' data sets, the protocols they are prepared with, and prompts."""
