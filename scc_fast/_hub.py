@@ -1,4 +1,4 @@
-"""Files of the hub and tokenizers: what may need the network, and says so when there is none."""
+"""Files of the hub, tokenizers and processors: what needs the network says so without one."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ from torch import Tensor
 _NEEDS_TRANSFORMERS = 'transformers is not installed; run: pip install "scc_fast[transformers]"'
 CLIP_VOCABULARY = 49408  # the merges that open_clip ships; the number names the vocabulary
 _PROBE_SECONDS = 10.0
+_LOCAL_HINT = (
+    "pass a local file, load_model(name, pretrained='/path/to/file.safetensors'), or a folder, "
+    "load_model('local-dir:/path/to/folder')"
+)
 
 
 def build_tokenizer(
@@ -63,7 +67,9 @@ def stand_in_tokenizer(text: Mapping[str, Any]) -> Callable[..., Any]:
     return tokenize
 
 
-def fetch(repo: str, files: Sequence[str], cache_dir: Any, what: str) -> Path:
+def fetch(
+    repo: str, files: Sequence[str], cache_dir: Any, what: str, hint: str = _LOCAL_HINT
+) -> Path:
     """The first of ``files`` in the cache, else from the hub; fails within about ten seconds."""
     import huggingface_hub as hub
     from huggingface_hub.utils import EntryNotFoundError
@@ -86,10 +92,36 @@ def fetch(repo: str, files: Sequence[str], cache_dir: Any, what: str) -> Path:
         cause = error
     raise RuntimeError(
         f"{what}: not found. Looked for {' or '.join(files)} of https://huggingface.co/{repo} in "
-        f"the cache folder {cache} and on the network ({short(cause)}). Without a network, pass "
-        "a local file, load_model(name, pretrained='/path/to/file.safetensors'), or a folder, "
-        "load_model('local-dir:/path/to/folder')"
+        f"the cache folder {cache} and on the network ({short(cause)}). Without a network, {hint}"
     ) from cause
+
+
+def named_folder(name: str, folder: Path | None) -> Path | None:
+    """The folder that a config calls a repository: from the root, or beside the config."""
+    place = Path(name).expanduser()
+    if folder is not None and (folder / place).is_dir():
+        return folder / place
+    if place.is_absolute():
+        raise ValueError(f"model: no folder {name!r}, named in open_clip_config.json")
+    return None
+
+
+def split_processor(processor: Any, tokenizer: Any, path: str) -> tuple[Any, Callable[..., Any]]:
+    """(image processor or None, tokenizer) of a transformers processor, a pair, or loose parts."""
+    if isinstance(processor, (tuple, list)) and len(processor) == 2:
+        image, text = processor
+    else:
+        image = getattr(processor, "image_processor", None)
+        text = getattr(processor, "tokenizer", None)
+    text = tokenizer if tokenizer is not None else text
+    if processor is None and text is None:
+        raise ValueError(f"processor: needed; pass AutoProcessor.from_pretrained({path!r})")
+    if not callable(text) or (image is not None and not hasattr(image, "image_mean")):
+        raise TypeError(
+            "processor: a transformers processor or (image_processor, tokenizer) is needed, got "
+            f"{type(processor).__name__}"
+        )
+    return image, text
 
 
 def need_transformers() -> None:

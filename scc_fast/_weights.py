@@ -14,12 +14,15 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from scc_fast._checkpoints import unwrap
 from scc_fast._hub import (
     CLIP_VOCABULARY,
     build_tokenizer,
     fetch,
+    named_folder,
     need_transformers,
     short,
+    split_processor,
     stand_in_tokenizer,
 )
 
@@ -45,14 +48,6 @@ class Found:
     preprocess: Mapping[str, Any] = field(default_factory=dict)  # open_clip's preprocess_cfg
     image_processor: Any = None
     extras: dict[str, Any] = field(default_factory=dict)  # flip, templates, defaults
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside torch.compile's and the data-parallel wrappers."""
-    model = getattr(model, "_orig_mod", model)
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        model = cast(nn.Module, model.module)
-    return model
 
 
 def from_object(model: nn.Module, tokenizer: Any, processor: Any) -> Found:
@@ -100,24 +95,6 @@ def from_object(model: nn.Module, tokenizer: Any, processor: Any) -> Found:
     return Found(model, tokenizer, name, "object", preprocess=config)
 
 
-def split_processor(processor: Any, tokenizer: Any, path: str) -> tuple[Any, Callable[..., Any]]:
-    """(image processor or None, tokenizer) of a transformers processor, a pair, or loose parts."""
-    if isinstance(processor, (tuple, list)) and len(processor) == 2:
-        image, text = processor
-    else:
-        image = getattr(processor, "image_processor", None)
-        text = getattr(processor, "tokenizer", None)
-    text = tokenizer if tokenizer is not None else text
-    if processor is None and text is None:
-        raise ValueError(f"processor: needed; pass AutoProcessor.from_pretrained({path!r})")
-    if not callable(text) or (image is not None and not hasattr(image, "image_mean")):
-        raise TypeError(
-            "processor: a transformers processor or (image_processor, tokenizer) is needed, got "
-            f"{type(processor).__name__}"
-        )
-    return image, text
-
-
 def from_name(
     name: str,
     pretrained: str | Path | None,
@@ -138,8 +115,7 @@ def from_name(
         found.name, found.source = "tiny", "bundled with scc_fast"
         return found
     if prefix == "hf-hub" and rest:
-        config = fetch(rest, ("open_clip_config.json",), cache_dir, name)
-        weights = fetch(rest, _HUB_WEIGHTS, cache_dir, name)
+        config, weights = _snapshot(rest, cache_dir, name)
         # A snapshot folder is a local folder, but its tokenizer may live in another repository
         found = from_folder(
             config.parent, tokenizer, None, precision, weights=weights, cache_dir=cache_dir
@@ -147,16 +123,29 @@ def from_name(
         found.name, found.source = name, str(weights)
         return found
     if prefix == "local-dir" and rest:
-        return from_folder(Path(rest).expanduser(), tokenizer, processor, precision)
+        folder = Path(rest).expanduser()
+        return from_folder(folder, tokenizer, processor, precision, cache_dir=cache_dir)
     import open_clip
 
     clean = name.replace("/", "-")
     if clean in open_clip.list_models():
         return _from_architecture(clean, pretrained, tokenizer, cache_dir, precision)
-    if Path(name).expanduser().is_dir():
-        return from_folder(Path(name).expanduser(), tokenizer, processor, precision)
+    if (folder := Path(name).expanduser()).is_dir():
+        return from_folder(folder, tokenizer, processor, precision, cache_dir=cache_dir)
     _config_of(clean)
     raise AssertionError("unreachable")
+
+
+def _snapshot(repo: str, cache_dir: Any, what: str) -> tuple[Path, Path]:
+    """Config and weights of a hub repository, of one and the same revision."""
+    for _ in range(2):  # half of an old revision in the cache: its other half came in a new one
+        config = fetch(repo, ("open_clip_config.json",), cache_dir, what)
+        weights = fetch(repo, _HUB_WEIGHTS, cache_dir, what)
+        if config.parent == weights.parent:
+            return config, weights
+    raise RuntimeError(
+        f"{what}: the cache holds {config} and {weights}, two revisions; delete the older one"
+    )
 
 
 def _config_of(name: str) -> dict[str, Any]:
@@ -236,16 +225,29 @@ def _from_architecture(
     if tokenizer is None or isinstance(tokenizer, str):
         text = _config_of(tokenizer)["text_cfg"] if isinstance(tokenizer, str) else text
         tokenizer = build_tokenizer(text, None, cache_dir)
-    _check_text_tower(config, name)
-    module = _create(name, path, precision, {k: known[k] for k in keys if known.get(k)}, cache_dir)
+    text = _text_tower(config["text_cfg"], None, cache_dir, name)
+    usual = {k: known[k] for k in keys if known.get(k)}
+    module = _create(name, path, precision, usual, cache_dir, text)
     return Found(module, tokenizer, name, source, preprocess=module.visual.preprocess_cfg)
 
 
-def _check_text_tower(config: Mapping[str, Any], what: str) -> None:
-    # open_clip asks transformers for the tower's config: fail before its long retries
-    if repo := config["text_cfg"].get("hf_model_name"):
-        need_transformers()
-        fetch(repo, ("config.json",), None, f"text tower of {what}")
+def _text_tower(
+    text: Mapping[str, Any], folder: Path | None, cache_dir: Any, what: str
+) -> dict[str, Any]:
+    """text_cfg on which open_clip builds a tower of transformers without the network.
+
+    open_clip asks transformers for the tower's config.json: it is found here, before long retries.
+    """
+    name = text.get("hf_model_name")
+    if not name:
+        return {}
+    need_transformers()
+    if (place := named_folder(name, folder)) is None:
+        hint = "give its folder as hf_model_name in open_clip_config.json"
+        place = fetch(name, ("config.json",), cache_dir, f"text tower of {what}", hint).parent
+    elif not (place / "config.json").is_file():
+        raise ValueError(f"model: {str(place)!r}, hf_model_name of {what}, has no config.json")
+    return {**text, "hf_model_name": str(place), "hf_model_pretrained": False}
 
 
 def _tags(name: str) -> list[str]:
@@ -269,7 +271,12 @@ def _check_quickgelu(
 
 
 def _create(
-    name: str, weights: Path | None, precision: str, preprocess: dict[str, Any], cache_dir: Any
+    name: str,
+    weights: Path | None,
+    precision: str,
+    preprocess: dict[str, Any],
+    cache_dir: Any,
+    text: dict[str, Any],
 ) -> Any:
     import open_clip
 
@@ -281,6 +288,7 @@ def _create(
             force_preprocess_cfg=preprocess,
             pretrained_text=False,
             cache_dir=None if cache_dir is None else str(cache_dir),
+            **({"text_cfg": text} if text else {}),
         )
     except torch.OutOfMemoryError:
         raise
@@ -317,15 +325,17 @@ def from_folder(
     ):
         raise ValueError(f"model: {str(folder)!r} holds no weights (*.safetensors, *.bin, *.pth)")
     if (folder / "defaults.json").is_file():
-        declared = _json(folder / "defaults.json")
-        extras = {k: declared[k] for k in ("defaults", "flip", "templates") if k in declared}
+        known = _json(folder / "defaults.json")
+        extras = {k: known[k] for k in ("defaults", "flip", "templates") if k in known}
+    declared = config["model_cfg"]["text_cfg"]
     if tokenizer is None or isinstance(tokenizer, str):
-        text = _config_of(tokenizer) if isinstance(tokenizer, str) else config["model_cfg"]
-        tokenizer = build_tokenizer(
-            text["text_cfg"], folder if weights is None else None, cache_dir
-        )
-    _check_text_tower(config["model_cfg"], str(folder))
-    module = _create(f"local-dir:{folder}", None, precision, {}, None)
+        text = _config_of(tokenizer)["text_cfg"] if isinstance(tokenizer, str) else declared
+        place = folder if weights is None else None
+        if named := text.get("hf_tokenizer_name"):
+            place = named_folder(named, folder) or place
+        tokenizer = build_tokenizer(text, place, cache_dir)
+    tower = _text_tower(declared, folder, cache_dir, str(folder))
+    module = _create(f"local-dir:{folder}", None, precision, {}, None, tower)
     return Found(
         module,
         tokenizer,

@@ -1,4 +1,4 @@
-"""The command line: scc-fast demo, defend, bench and doctor."""
+"""The command line: scc-fast demo, defend, evaluate, report, bench and doctor."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from scc_fast import _options as options
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -80,16 +82,18 @@ def demo(
     from scc_fast.evaluate.demo import Demo
     from scc_fast.evaluate.report import table, write_json
 
-    _figure_format(figure)
+    options.figure_format(figure)
     show = Demo(n=n, adaptive_n=min(n, adaptive_n), seed=seed)
     with _progress() as bar:
-        task = bar.add_task("attacking and defending", total=show.chunks() + 1)
-        rows, defenders = show.run(lambda: bar.advance(task))
-        show.figure(figure, defenders)
+        task = bar.add_task("attacking and defending", total=None)
+        rows, times = show.run(
+            lambda total: bar.update(task, total=total + 1), lambda: bar.advance(task)
+        )
+        show.figure(figure)
         bar.advance(task)
-    out.print(table(rows, f"bundled model, test split, seed {seed}"))
+    out.print(table(rows, f"bundled model, test split, seed {seed}", times))
     out.print(
-        "An oblivious attacker (PGD) does not know the defense. View-aware and adaptive ones do: "
+        "An oblivious attacker (PGD) does not know the defense. View-aware and BPDA ones do: "
         "read those columns before you rely on it."
     )
     out.print(f"figure: {figure}", markup=False)
@@ -116,9 +120,9 @@ def defend(
     from scc_fast.evaluate.pictures import defend_files
 
     if figure is not None:
-        _figure_format(figure)
-    classes = _classes(labels, model)
-    config = _config(method.value, epsilon)
+        options.figure_format(figure)
+    classes = options.classes(labels, model)
+    config = options.config(method.value, epsilon)
     with _progress() as bar:
         task = bar.add_task("defending", total=len(pictures))
         defended = defend_files(
@@ -139,6 +143,107 @@ def defend(
         )
     if defended.failed:
         raise typer.Exit(1)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[
+        str, typer.Option(help='"tiny", NAME@TAG (+FILE.pth.tar), hf-hub:… or local-dir:…')
+    ] = "tiny",
+    dataset: Annotated[str, typer.Option(help="As clip-benchmark spells it; or emoji.")] = "emoji",
+    defense: Annotated[str, typer.Option(help="Such as none,ttc:steps=5,scc.")] = "none,ttc,scc",
+    attack: Annotated[str, typer.Option(help="Such as pgd10,aa,adaptive.")] = "pgd10,adaptive",
+    eps: Annotated[str, typer.Option(help="Budgets, such as 1/255,4/255.")] = "1/255",
+    n_samples: Annotated[int | None, typer.Option(help="Default: all.", min=1)] = None,
+    adaptive_n: Annotated[
+        int | None, typer.Option(help="Of these, under attacks that know the defense.", min=1)
+    ] = None,
+    folder: Annotated[
+        Path, typer.Option("--out", help="Folder; the same command goes on in it.")
+    ] = Path("scc_fast_results"),
+    protocol: Annotated[str, typer.Option(help="ttc or open_clip.")] = "ttc",
+    dataset_root: Annotated[Path | None, typer.Option(help="Where the data sets are.")] = None,
+    split: Annotated[str | None, typer.Option(help="Default: the paper's.")] = None,
+    download: Annotated[bool, typer.Option(help="Let torchvision fetch what is missing.")] = False,
+    seeds: Annotated[str, typer.Option(help="Of the noise; several give mean and spread.")] = "0",
+    batch: Annotated[int, typer.Option(help="Images at a time.", min=1)] = 50,
+    precision: Annotated[Precision, typer.Option(help="Of the encoder.")] = Precision.auto,
+    engine: Annotated[
+        str, typer.Option(help="local, or ray: many GPUs and machines.", metavar="ENGINE")
+    ] = "local",
+    workers: Annotated[int | None, typer.Option(help="With ray: actors.", min=1)] = None,
+    cores: Annotated[int, typer.Option(help="With ray: cores of an actor.", min=1)] = 1,
+    gpus: Annotated[float, typer.Option(help="With ray: GPUs of an actor.", min=0.0)] = 0.0,
+    ray_address: Annotated[str | None, typer.Option(help="With ray: of a cluster.")] = None,
+    device: Annotated[Device | None, typer.Option(help="Default: CUDA where it is.")] = None,
+    allow_weak_attack: Annotated[
+        bool, typer.Option(help="Go on where the undefended model withstands an attack.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Robust accuracy of defenses under attacks, into a folder that `report` makes tables of."""
+    from scc_fast.evaluate import command
+    from scc_fast.evaluate.report import table
+
+    if engine not in ("local", "ray"):
+        raise typer.BadParameter(f"--engine must be local or ray, got {engine!r}")
+    options.device_is_there(None if device is None else device.value)
+    try:
+        asked = command.Asked(
+            command.listed("--defense", defense),
+            command.listed("--attack", attack),
+            command.budgets(eps),
+            adaptive_n,
+            allow_weak_attack,
+        )
+        numbers = command.seeds_of(seeds)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    settings = [
+        command.Setting(
+            model=model,
+            dataset=dataset,
+            split=split,
+            protocol=protocol,
+            root=dataset_root,
+            download=download,
+            n_samples=n_samples,
+            seed=seed,
+            batch=batch,
+            precision=precision.value,
+            device=None if device is None else device.value,
+        )
+        for seed in numbers
+    ]
+    cluster = command.Cluster(workers, cores, gpus, ray_address) if engine == "ray" else None
+    with _progress() as bar:
+        task = bar.add_task("loading", total=None)
+
+        def start(name: str, total: int, done: int) -> None:
+            bar.reset(task, description=name, total=total, completed=done)
+
+        def tick(what: str) -> None:
+            bar.update(task, description=what, advance=1)
+
+        outcomes = command.run_all(settings, asked, folder, cluster, start=start, tick=tick)
+    for outcome in outcomes:
+        out.print(table(outcome.rows, outcome.folder.name, outcome.times))
+    out.print(f"results: {folder}; tables and figures: scc-fast report {folder}", markup=False)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="What evaluate wrote.")],
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for the report; default: FOLDER/report.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Tables in the papers' layout, figures and one page from the results below FOLDER."""
+    from scc_fast.evaluate.report_page import make_report
+
+    for path in make_report(folder, output):
+        out.print(str(path), markup=False)
 
 
 @app.command()
@@ -177,12 +282,12 @@ def bench(
         raise typer.BadParameter(f"--figure is how both names begin, as in out/bench; got {figure}")
     if json is not None and json.is_dir():
         raise typer.BadParameter(f"--json must be a file, {json} is a folder")
-    _device_is_there(device)
+    options.device_is_there(None if device is None else device.value)
     asked = Options(
         model=model,
         pretrained=pretrained,
         method=method.value,
-        batches=None if batch is None else _batches(batch),
+        batches=None if batch is None else options.batches(batch),
         classes=classes,
         precision=precision.value,
         engine=engine.value,
@@ -242,60 +347,6 @@ def doctor(
     examination.show(out, found)
     if json is not None:
         write_json(json, found)
-
-
-def _classes(labels: str | None, model: str) -> list[str]:
-    if labels is None:
-        if model != "tiny":
-            raise typer.BadParameter('--labels is needed, such as --labels "a dog,a wolf"')
-        from scc_fast import tiny
-
-        return tiny.prompts()
-    if labels.startswith("@"):
-        path = Path(labels[1:])
-        if not path.is_file():
-            raise typer.BadParameter(f"--labels: no file {path}; it holds one label a line")
-        parts = path.read_text().splitlines()
-    else:
-        parts = labels.split(",")
-    classes = [part.strip() for part in parts if part.strip()]
-    if len(set(classes)) < 2:
-        raise typer.BadParameter(
-            f"--labels must name at least two different classes, got {labels!r}"
-        )
-    return classes
-
-
-def _config(method: str, epsilon: str | None) -> dict[str, Any]:
-    if epsilon is None:
-        return {}
-    if method in ("tte", "none"):
-        raise typer.BadParameter(f"--epsilon has no meaning for --method {method}")
-    from scc_fast.config import parse_epsilon
-
-    try:
-        return {"epsilon": parse_epsilon(epsilon)}
-    except ValueError as error:
-        raise typer.BadParameter(f"--epsilon: {error}") from None
-
-
-def _batches(text: str) -> tuple[int, ...]:
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
-        raise typer.BadParameter(f"--batch must be sizes such as 1,8,64; got {text!r}")
-    return tuple(sorted({int(part) for part in parts}))
-
-
-def _device_is_there(device: Device | None) -> None:
-    import torch
-
-    if device is Device.cuda and not torch.cuda.is_available():
-        raise typer.BadParameter(f"--device cuda: torch {torch.__version__} finds no CUDA device")
-
-
-def _figure_format(figure: Path) -> None:
-    if figure.suffix.lower() not in (".png", ".pdf", ".svg"):
-        raise typer.BadParameter(f"--figure must end in .png, .pdf or .svg, got {figure}")
 
 
 @contextmanager

@@ -15,6 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from scc_fast import _weights
+from scc_fast._checkpoints import (
+    frozen_twin,
+    parse_model,
+    read_image_encoder,
+    with_image_encoder,
+)
 from scc_fast._preprocess import Preprocess, Triple, triple
 
 Tokenizer = Callable[..., Any]
@@ -54,42 +60,6 @@ class VisionLanguage(Protocol):
     def info(self) -> dict[str, Any]: ...
 
 
-def frozen_twin(model: nn.Module) -> nn.Module:
-    """Copy of ``model`` in eval mode, without gradients, on the same storage.
-
-    ``model`` keeps its mode, its requires_grad flags and its gradients. Inference tensors are
-    cloned, because autograd cannot save them for the backward pass to the pixels. Hooks are kept.
-    """
-    model = _weights.unwrap(model)
-    if isinstance(model, torch.jit.ScriptModule):
-        raise TypeError("model: a TorchScript module cannot be used; load it with jit=False")
-    if any(p.is_meta for p in model.parameters()):
-        raise ValueError("model: has parameters on the meta device; load its weights first")
-
-    def share(tensor: Tensor) -> Tensor:
-        return tensor.detach().clone() if tensor.is_inference() else tensor.detach()
-
-    with torch.inference_mode(False), torch.no_grad():
-        # deepcopy takes what the memo holds instead of copying it
-        memo: dict[int, Any] = {
-            id(p): nn.Parameter(share(p), requires_grad=False) for p in model.parameters()
-        }
-        for module in model.modules():
-            for value in (*module._buffers.values(), *vars(module).values()):
-                if isinstance(value, Tensor):
-                    memo.setdefault(id(value), share(value))
-        try:
-            twin = copy.deepcopy(model, memo)
-        except Exception as error:
-            raise ValueError(f"model: {type(model).__name__} cannot be copied: {error}") from error
-    twin.eval()
-    for module in twin.modules():
-        for flag in ("grad_checkpointing", "gradient_checkpointing"):
-            if getattr(module, flag, False):  # recomputing saves memory only for weight gradients
-                setattr(module, flag, False)
-    return twin
-
-
 def missing_members(model: object) -> list[str]:
     """The members of :class:`VisionLanguage` that an object lacks.
 
@@ -103,10 +73,12 @@ def missing_members(model: object) -> list[str]:
 class FrozenModel:
     """The one implementation of :class:`VisionLanguage`; the adapters say how to call the towers.
 
-    ``module`` is the frozen twin, for engines that run it in their own way.
+    ``module`` is the frozen twin, for engines that run it in their own way. ``original`` is the
+    model before load_model() replaced its image encoder, on the same text tower; else None.
     """
 
     kind = ""
+    original: FrozenModel | None = None
 
     def __init__(
         self,
@@ -286,12 +258,15 @@ def load_model(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     flip: bool | None = None,
+    image_encoder: str | Path | None = None,
 ) -> VisionLanguage:
     """Load a vision-language model, or wrap one; it is frozen, and a model object stays as it was.
 
     Args:
         model: "tiny" (bundled); an open_clip name; "hf-hub:org/repo"; a folder, "local-dir:folder",
             in open_clip's or transformers' layout; or an open_clip or transformers model.
+            FARE ("hf-hub:chs20/fare2-clip") and BiomedCLIP ("hf-hub:microsoft/BiomedCLIP-…", with
+            the extra "transformers" for its text tower) are such names.
         pretrained: open_clip tag or weights file, for open_clip names. None: random weights,
             the same in every call, for timing.
         tokenizer: for objects: open_clip's tokenizer or the name of the architecture; not needed
@@ -302,6 +277,10 @@ def load_model(
         precision: open_clip's name of the weights' type, for what is loaded here.
         mean, std: three numbers each, in place of the declared normalisation.
         flip: False if a mirrored picture may be another class; default: what the model declares.
+        image_encoder: file of a fine-tuned image tower (TeCoA, PMG-AFT, FARE; see
+            read_image_encoder) that takes the place of the model's own. Text tower, logit scale
+            and preprocessing stay; PMG-AFT's own release was tuned with ImageNet's mean and std.
+            ``original`` of what is returned is the model without it.
     Raises:
         TypeError, ValueError: an argument that cannot be right.
         RuntimeError: weights that cannot be reached; says where it looked.
@@ -323,9 +302,13 @@ def load_model(
         )
     # Initialisation draws from torch's global generator, whose state is put back
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
+        tower = None if image_encoder is None else Path(image_encoder).expanduser()
+        state = None if tower is None else read_image_encoder(tower)
         if isinstance(model, nn.Module):
-            if pretrained is not None or precision != "fp32":
-                raise ValueError("pretrained, precision: only for names, not for a model object")
+            if pretrained is not None or precision != "fp32" or tower is not None:
+                raise ValueError(
+                    "pretrained, precision, image_encoder: only for names, not for a model object"
+                )
             found = _weights.from_object(model, tokenizer, processor)
         else:
             found = _weights.from_name(
@@ -342,15 +325,33 @@ def load_model(
             preprocess = Preprocess.from_open_clip(found.module, found.preprocess)
         extra = {**found.extras, **({} if flip is None else {"flip": flip})}
         preprocess = replace(preprocess, **overrides)
-        return adapter(
-            found.module,
-            preprocess,
-            found.tokenizer,
-            name=found.name,
-            source=found.source,
-            device=device,
-            **extra,
-        )
+        if tower is not None and found.kind != "open_clip":
+            raise ValueError(f"image_encoder: only for open_clip's models, not {found.name!r}")
+        name, source = found.name, found.source
+        parts = (preprocess, found.tokenizer)
+        loaded = adapter(found.module, *parts, name=name, source=source, device=device, **extra)
+        if tower is None or state is None:
+            return loaded
+        module = with_image_encoder(loaded.module, state, tower)
+        name, source = f"{name}+{tower.name}", f"{tower} over {source}"
+        tuned = adapter(module, *parts, name=name, source=source, **extra)
+        tuned.original = loaded
+        return tuned
+
+
+def load_spec(spec: str, device: torch.device | str | None = None) -> VisionLanguage:
+    """load_model() of a model's one-line name (see parse_model), as command lines take it.
+
+    Raises:
+        TypeError, ValueError: not such a name, or as load_model().
+        RuntimeError: weights that cannot be reached.
+
+    Example:
+        >>> load_spec("tiny", device="cpu").name
+        'tiny'
+    """
+    name, pretrained, image_encoder = parse_model(spec)
+    return load_model(name, pretrained, device=device, image_encoder=image_encoder)
 
 
 def _as_tensor(output: Any) -> Tensor:

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,9 @@ import scc_fast
 from scc_fast import cli, tiny
 from scc_fast.evaluate import pictures as pictures_module
 from scc_fast.evaluate.demo import Demo
-from scc_fast.evaluate.runner import Attack
+from scc_fast.evaluate.runner import Asked
 from scc_fast.images import to_pil
 
-ROW_KEYS = [
-    "defense", "attack", "eps", "accuracy", "n", "ci_low", "ci_high", "ms_per_image", "seed",
-    "settings",
-]  # fmt: skip
 LABELS = "a photo of a lemon,a photo of a cactus,a photo of a fly"
 
 
@@ -76,10 +73,11 @@ def truncated(tmp_path: Path) -> Path:
 def test_demo(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = Demo.plan
 
-    def short(self: Demo) -> list[Attack]:
-        steps = {"pgd": 4, "view-aware": 1, "adaptive": 1}
+    def short(self: Demo) -> list[Asked]:
+        steps = {"pgd10": "pgd4", "view": "view-aware:steps=1", "bpda": "bpda:steps=1:eot=1"}
         return [
-            Attack(a.kind, a.epsilon, steps=steps.get(a.kind, 0), limit=a.limit) for a in plan(self)
+            replace(asked, attacks=tuple(steps[a.split("-")[0].split(":")[0]] for a in asked.attacks))
+            for asked in plan(self)
         ]
 
     monkeypatch.setattr(Demo, "plan", short)
@@ -87,7 +85,7 @@ def test_demo(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     sizes = ("--n", "4", "--adaptive-n", "1", "--seed", "5")
     code, out, err = run("demo", *sizes, "--json", file, "--figure", figure)
     assert (code, err.strip()) == (0, "")
-    for word in ("none", "rn", "tte", "ttc", "scc", "clean", "oblivious", "f.png"):
+    for word in ("none", "rn", "views", "ttc", "scc", "clean", "oblivious", "f.png"):
         assert word in out
     with Image.open(figure) as picture:
         picture.load()
@@ -95,24 +93,72 @@ def test_demo(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert list(found) == ["rows"]
     assert len(found["rows"]) == 5 * 7  # clean, PGD at three budgets, two who know, the worst
     for row in found["rows"]:
-        assert list(row) == ROW_KEYS
-        assert row["defense"] in ("none", "rn", "tte", "ttc", "scc")
+        assert row["defense"] in ("none", "rn", "views", "ttc", "scc")
         assert re.fullmatch(r"\d+/255", row["eps"])
         assert 0 <= row["ci_low"] <= row["accuracy"] <= row["ci_high"] <= 1
-        assert row["n"] == (1 if row["attack"].startswith(("adaptive", "worst")) else 4)
+        assert row["n"] == (1 if row["attack"].startswith(("bpda", "worst")) else 4)
         assert row["seed"] == 5
-        assert row["ms_per_image"] >= 0
-        assert isinstance(row["settings"], dict)
     assert {row["eps"] for row in found["rows"]} == {"0/255", "1/255", "2/255", "4/255"}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["f.png", "rows.json"]
 
 
 def test_the_real_demos_plan() -> None:
     show = Demo(n=48, adaptive_n=16)
-    assert [a.kind for a in show.plan()] == ["clean", "pgd", "pgd", "pgd", "view-aware", "adaptive"]
-    assert show.plan()[-1].limit == 16
-    assert show.chunks() == 5 * 3 + 1
-    assert Demo(n=17, adaptive_n=1).chunks() == 5 * 2 + 1
+    assert [asked.attacks for asked in show.plan()] == [
+        ("pgd10",), ("view-aware:steps=20",), ("bpda:steps=10:eot=2",),
+    ]  # fmt: skip
+    assert [asked.adaptive_n for asked in show.plan()] == [None, 48, 16]
+    assert {asked.eps[-1] for asked in show.plan()} == {4 / 255}
+
+
+# evaluate and report
+
+
+def test_evaluate_and_report(run: Run, tmp_path: Path) -> None:
+    out_folder = tmp_path / "results"
+    what = ("evaluate", "--n-samples", "4", "--batch", "2", "--out", out_folder)
+    asked = ("--defense", 'none,rn,scc{"warmup_steps": 1, "semantic": false}', "--attack", "pgd2")
+    code, out, err = run(*what, *asked, "--eps", "4/255", "--seeds", "0,1")
+    assert (code, err.strip()) == (0, "")
+    assert "PGD-2" in out
+    assert f"scc-fast report {out_folder}" in out
+    files = sorted(out_folder.glob("*/results.json"))
+    assert len(files) == 2
+    found = strict(files[0])
+    assert {row["defense"] for row in found["rows"]} == {
+        "none", "rn", 'scc{"warmup_steps": 1, "semantic": false}',
+    }  # fmt: skip
+    before = [path.read_bytes() for path in files]
+    assert run(*what, *asked, "--eps", "4/255", "--seeds", "0,1")[0] == 0
+    assert [path.read_bytes() for path in files] == before
+    code, out, err = run("report", out_folder)
+    assert (code, err.strip()) == (0, "")
+    assert (out_folder / "report" / "report.html").exists()
+    code, out, err = run("report", tmp_path / "nothing")
+    assert code == 1
+    assert "nothing" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("--defense", "scx"), 1, "defense must be one of none, rn"),
+        (("--defense", " , "), 2, "--defense must be a list such as none,scc"),
+        (("--attack", "fgsm"), 2, "attack must be one of pgd"),
+        (("--eps", "4"), 2, "write 4/255"),
+        (("--eps", "0"), 2, "eps must be budgets"),
+        (("--seeds", "a"), 2, "--seeds must be whole numbers"),
+        (("--dataset", "cifar11"), 1, "cifar11"),
+        (("--protocol", "mine"), 1, "protocol"),
+        (("--model", "no-such-model@openai"), 1, "no-such-model"),
+        (("--engine", "dask"), 2, "--engine must be local or ray"),
+        (("--dataset", "cifar10", "--dataset-root", "nowhere"), 1, "nowhere"),
+    ],
+)
+def test_evaluate_refuses(run: Run, arguments: tuple[str, ...], code: int, message: str) -> None:
+    found, out, err = run("evaluate", "--n-samples", "2", *arguments)
+    assert found == code
+    assert message in " ".join((out + err).replace("│", " ").split())
 
 
 # defend

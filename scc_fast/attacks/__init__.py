@@ -7,37 +7,99 @@ import json
 import re
 from typing import Any
 
+from scc_fast.attacks.apgd import APGDCE, APGDDLR, APGDT
+from scc_fast.attacks.autoattack import AutoAttack, PaperAA, Square
 from scc_fast.attacks.base import Attack
+from scc_fast.attacks.leakage import PGDOwn, PGDRandom
+from scc_fast.attacks.margin import CW
+from scc_fast.attacks.module import BareLogits
 from scc_fast.attacks.pgd import PGD
+from scc_fast.attacks.transfer import Transfer
 
-ATTACKS: dict[str, type[Attack]] = {kind.name: kind for kind in (PGD,)}
+ATTACKS: dict[str, type[Attack]] = {
+    kind.name: kind
+    for kind in (
+        PGD,
+        CW,
+        APGDCE,
+        APGDDLR,
+        APGDT,
+        PaperAA,
+        AutoAttack,
+        Square,
+        Transfer,
+        PGDOwn,
+        PGDRandom,
+    )
+}
 
-__all__ = ["ATTACKS", "PGD", "Attack", "parse_attack"]
+__all__ = [
+    "APGDCE",
+    "APGDDLR",
+    "APGDT",
+    "ATTACKS",
+    "CW",
+    "PGD",
+    "Attack",
+    "AutoAttack",
+    "BareLogits",
+    "PGDOwn",
+    "PGDRandom",
+    "PaperAA",
+    "Square",
+    "Transfer",
+    "parse_attack",
+]
 
 
 def parse_attack(spec: str, epsilon: float) -> Attack:
-    """The attack of "pgd10", "pgd:steps=20:alpha=2/255", …; digits at the end are its steps.
+    """The attack of "pgd10", "apgd-ce50", "square:queries=1000", "pgd:steps=20:alpha=2/255", …
+
+    Digits after a name are its steps. Fields follow as :FIELD=VALUE; values are JSON where they
+    can be read as such, else text, which may hold colons ("transfer:source=hf-hub:org/repo").
+
+    Args:
+        spec: the name and what departs from its defaults; not the budget.
+        epsilon: the budget, pixel units in [0, 1).
 
     Raises:
-        ValueError: an unknown name or field.
+        ValueError: an unknown name or field, one given twice, or a value that cannot be right.
     """
-    head, *parts = spec.split(":")
-    match = re.fullmatch(r"(.*?)(\d*)", head)
-    assert match is not None
-    name, digits = match.groups()
+    head, *parts = re.split(r":(?=\w+=)", spec)
+    head, colon, stray = head.partition(":")
+    name, digits = _named(head)
     if name not in ATTACKS:
         raise ValueError(f"attack must be one of {', '.join(ATTACKS)}; got {spec!r}")
     kind = ATTACKS[name]
-    known = [field.name for field in dataclasses.fields(kind)]
-    given: dict[str, Any] = {"epsilon": epsilon}
-    for part in [f"steps={int(digits)}"] * bool(digits) + parts:
-        key, equals, text = part.partition("=")
-        if not equals or key not in known:
-            raise ValueError(
-                f"attack {spec!r}: {part!r} must be FIELD=VALUE with one of {', '.join(known)}"
-            )
-        try:
-            given[key] = json.loads(text)
-        except json.JSONDecodeError:
-            given[key] = text
-    return kind(**given)
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    known = [field for field in fields if field != "epsilon"]
+    if colon:
+        raise ValueError(f"attack {spec!r}: {stray!r} must be FIELD=VALUE")
+    if digits and "steps" not in known:
+        raise ValueError(f"attack {spec!r}: {name} has no steps; it has {', '.join(known)}")
+    given: dict[str, Any] = {"steps": int(digits)} if digits else {}
+    for part in parts:
+        key, _, text = part.partition("=")
+        if key not in known:
+            hint = "the budget is given apart; " if key == "epsilon" else ""
+            raise ValueError(f"attack {spec!r}: {hint}{key!r} must be one of {', '.join(known)}")
+        if key in given:
+            raise ValueError(f"attack {spec!r}: {key} is given twice")
+        given[key] = text if isinstance(fields[key].default, str) else _value(text)
+    try:
+        return kind(epsilon=epsilon, **given)
+    except ValueError as error:
+        raise ValueError(f"attack {spec!r}: {error}") from None
+
+
+def _named(head: str) -> tuple[str, str]:
+    """Name and trailing digits; a name that ends in digits is one itself."""
+    name = head if head in ATTACKS else head.rstrip("0123456789")
+    return name, head[len(name) :]
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text

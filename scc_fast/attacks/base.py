@@ -6,8 +6,10 @@ An attack is told the true labels, and seeds of its own: never those a defense i
 from __future__ import annotations
 
 import dataclasses
+import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -60,6 +62,18 @@ class Attack(ABC):
         """As a table shows it, without the budget: "PGD-10"."""
         return self.name
 
+    @property
+    def spec(self) -> str:
+        """What parse_attack() makes this attack of, budget apart: "pgd:steps=20"."""
+        parts = [self.name]
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name != "epsilon" and value != field.default:
+                parts.append(
+                    f"{field.name}={value if isinstance(value, str) else json.dumps(value)}"
+                )
+        return ":".join(parts)
+
     def suits(self, target: Defense) -> bool:
         """Whether it can be made against this defense (a gate attack needs a gate)."""
         return True
@@ -82,6 +96,58 @@ class Attack(ABC):
         """Name and fields, the budget as "4/255"."""
         fields = dataclasses.asdict(self)
         return {"attack": self.name, **fields, "epsilon": format_epsilon(self.epsilon)}
+
+
+def prepared(
+    target: Defense, x: Tensor, labels: Tensor, seeds: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What run() was given, checked, as tensors on one device that autograd may keep.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what would be right.
+    """
+    for name, value in (("x", x), ("labels", labels), ("seeds", seeds)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if x.dtype != torch.float32 or x.ndim != 4 or x.shape[1] != 3:
+        raise ValueError(
+            f"x must be float32 of shape (B, 3, H, W), got {x.dtype} of shape {tuple(x.shape)}"
+        )
+    home = target.model.device
+    if x.device.type != home.type or home.index not in (None, x.device.index):
+        raise ValueError(f"x must be on the model's device {home}, got {x.device}")
+    for name, value in (("labels", labels), ("seeds", seeds)):
+        if value.dtype != torch.int64 or value.shape != (len(x),):
+            raise ValueError(
+                f"{name} must be int64 of shape ({len(x)},), one per image, got {value.dtype} of "
+                f"shape {tuple(value.shape)}"
+            )
+    if len(x) and not bool(((x >= 0) & (x <= 1)).all()):  # NaN is not
+        raise ValueError(f"x must be in [0, 1], got {float(x.min()):g} to {float(x.max()):g}")
+    classes = len(target.text_features)
+    if len(x) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise ValueError(
+            f"labels must be in [0, {classes}), got {int(labels.min())} to {int(labels.max())}"
+        )
+    with torch.inference_mode(False):
+        x, labels, seeds = (
+            value.clone() if value.is_inference() else value.detach()
+            for value in (x, labels, seeds)
+        )
+        return x, labels.to(x.device), seeds.to(x.device)
+
+
+@contextmanager
+def plain(device: torch.device) -> Iterator[None]:
+    """Outside the caller's inference mode, gradients and autocast (a backward pass follows it)."""
+    autocast = torch.autocast(device.type, enabled=False)
+    with torch.inference_mode(False), torch.no_grad(), autocast:
+        yield
+
+
+def bare_look(target: Defense) -> Callable[[Tensor], Look]:
+    """The look of who attacks the model as it is: the picture alone, read as its logits."""
+    return lambda point: Look(point[None], target.mean_logits)
 
 
 def slope(
@@ -114,9 +180,7 @@ def ascend(
     """
     if len(x) == 0:
         return x.clone()
-    # A backward pass too would follow the caller's autocast.
-    plain = torch.autocast(x.device.type, enabled=False)
-    with torch.inference_mode(False), torch.no_grad(), plain:
+    with plain(x.device):
         x = x.detach().clone()
         start = 2 * philox.uniform_like(x, seeds, philox.ATTACK_START) - 1
         delta = step.project(start * epsilon, x, epsilon)

@@ -1,7 +1,7 @@
 """PGD on the undefended model: what the literature calls robust accuracy is measured on this.
 
 The protocol of TTC and SCC: random start in the ball, sum of cross-entropies, steps of 1/255, no
-restarts, the last iterate is the answer (METHODS: arXiv 1706.06083, 2503.03613).
+restarts, the last iterate is the answer (arXiv 1706.06083, 2503.03613).
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from scc_fast.attacks.base import Attack, ascend, slope
-from scc_fast.defenses.base import Defense, Look
+from scc_fast.attacks.base import Attack, Loss, ascend, bare_look, plain, prepared, slope
+from scc_fast.defenses.base import Defense
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -40,13 +40,20 @@ class PGD(Attack):
         return f"PGD-{self.steps}"
 
     def run(self, target: Defense, x: Tensor, labels: Tensor, seeds: Tensor) -> Tensor:
-        def look(point: Tensor) -> Look:
-            return Look(point[None], target.mean_logits)
+        x, labels, seeds = prepared(target, x, labels, seeds)
+        if len(x) == 0:
+            return x.clone()
+        look = bare_look(target)
+        with plain(x.device):
+            loss = self._loss(target, x, labels, seeds)
 
-        def gradient(point: Tensor, _: int) -> Tensor:
-            return slope(target, look, point, lambda found: self._loss(found, labels))[1]
+            def gradient(point: Tensor, _: int) -> Tensor:
+                return slope(target, look, point, loss)[1]
 
-        return ascend(gradient, x, seeds, epsilon=self.epsilon, steps=self.steps, alpha=self.alpha)
+            return ascend(
+                gradient, x, seeds, epsilon=self.epsilon, steps=self.steps, alpha=self.alpha
+            )
 
-    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return cross_entropy(logits, labels)
+    def _loss(self, target: Defense, x: Tensor, labels: Tensor, seeds: Tensor) -> Loss:
+        """What to ascend on these images."""
+        return lambda logits: cross_entropy(logits, labels)

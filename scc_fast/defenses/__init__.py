@@ -6,27 +6,56 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from scc_fast.defenses.anti_adv import AntiAdv
 from scc_fast.defenses.base import Defense, Look, Repair, Traits
+from scc_fast.defenses.csr import CSR
+from scc_fast.defenses.dbd import DBD
+from scc_fast.defenses.doc import DOC
+from scc_fast.defenses.hd import HD
+from scc_fast.defenses.mac import MAC
+from scc_fast.defenses.r_tpt import RTPT
 from scc_fast.defenses.served import SCC, TTC, RandomNoise, Undefended, Views
+from scc_fast.defenses.tte import TTE
 
 DEFENSES: dict[str, type[Defense]] = {
-    kind.name: kind for kind in (Undefended, RandomNoise, Views, TTC, SCC)
+    kind.name: kind
+    for kind in (
+        Undefended,
+        RandomNoise,
+        Views,
+        TTE,
+        AntiAdv,
+        HD,
+        TTC,
+        DOC,
+        RTPT,
+        SCC,
+        CSR,
+        DBD,
+        MAC,
+    )
 }
 
 __all__ = ["DEFENSES", "Defense", "Look", "Repair", "Traits", "make_defense", "parse_defense"]
 
 
 def parse_defense(spec: str) -> tuple[str, dict[str, Any]]:
-    """Name and config of "scc" or "scc:semantic=false:epsilon=8/255".
+    """Name and config of "scc", "scc:semantic=false:epsilon=8/255" or 'scc{"epsilon": "8/255"}'.
 
     Values are JSON where they can be read as such, else text.
 
     Raises:
-        ValueError: an unknown name, or a part without "=".
+        ValueError: an unknown name, a part without "=", or what follows a brace is no JSON.
     """
-    name, *parts = spec.split(":")
+    head, brace, rest = spec.partition("{")
+    name, *parts = head.split(":")
     if name not in DEFENSES:
         raise ValueError(f"defense must be one of {', '.join(DEFENSES)}; got {spec!r}")
+    if brace:
+        try:
+            return name, json.loads(brace + rest)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"defense {spec!r}: {brace + rest!r} is not JSON: {error}") from None
     config: dict[str, Any] = {}
     for part in parts:
         key, equals, text = part.partition("=")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,7 @@ from scc_fast import ops
 from scc_fast.api import Defender
 from scc_fast.config import MethodConfig, NoneConfig, RNConfig, SCCConfig, TTCConfig, TTEConfig
 from scc_fast.defenses.base import Defense, Look, Repair, Traits
+from scc_fast.engine.differentiable import Encode
 from scc_fast.reference import heads, step
 from scc_fast.reference.ttc import Outcome
 
@@ -35,6 +37,13 @@ class Served(Defense):
             model, classes, method=self.served, config=self._own(config), **options
         )
         super().__init__(self.defender.model, classes, config=self.defender.config, **options)
+        # Of a fine-tuned encoder the gate looks through the one that it was tuned from (TTC).
+        original = getattr(self.model, "original", None) if self.has_gate else None
+        self._judge = None if original is None else Defender(original, classes, **_bare(options))
+
+    @property
+    def has_gate(self) -> bool:
+        return isinstance(self.config, SCCConfig | TTCConfig) and getattr(self.config, "gate", True)
 
     @classmethod
     def _own(
@@ -48,7 +57,7 @@ class Served(Defense):
         plan = self.defender.plan()
         ascent = isinstance(self.config, SCCConfig | TTCConfig)
         return Traits(
-            forward=plan.forward,
+            forward=plan.forward + 2 * (self._judge is not None),
             backward=plan.backward,
             random=self.defender.is_randomized,
             dynamic=ascent,
@@ -59,7 +68,33 @@ class Served(Defense):
 
     def run(self, x: Tensor, seeds: Tensor) -> Outcome:
         with torch.inference_mode(False), torch.no_grad():
-            return self.defender.run(x, seeds)
+            return self.defender.run(x, seeds) if self._judge is None else self._judged(x, seeds)
+
+    def _judged(self, x: Tensor, seeds: Tensor) -> Outcome:
+        """The method with τ from the original encoder: what it flags is repaired, all else kept."""
+        margin = self.gate(x, seeds)
+        assert margin is not None
+        drift = self.config.tau - margin.read(self._gate_features(margin))
+        flagged = drift < self.config.tau
+        logits = x.new_zeros(len(x), len(self.text_features))
+        delta = torch.zeros_like(x)
+        for rows, tau in ((flagged, math.inf), (~flagged, 0.0)):
+            if rows.any():
+                found = self.defender.variant(replace(self.config, tau=tau)).run(
+                    x[rows], seeds[rows]
+                )
+                logits[rows], delta[rows] = found.logits, found.delta
+        return Outcome(logits, delta, drift, flagged)
+
+    def _gate_features(self, look: Look) -> Tensor:
+        views, batch = look.pictures.shape[:2]
+        encode = self.encode if self._judge is None else Encode(self._judge.setting)
+        return encode(look.pictures.flatten(0, 1)).unflatten(0, (views, batch))
+
+    def answer(self, look: Look) -> Tensor:
+        if isinstance(look, _Gate):
+            return look.read(self._gate_features(look))
+        return super().answer(look)
 
     def repair(self, x: Tensor, seeds: Tensor) -> Repair:
         found = self.run(x.detach(), seeds)
@@ -71,14 +106,14 @@ class Served(Defense):
 
     def gate(self, x: Tensor, seeds: Tensor) -> Look | None:
         config = self.config
-        if not isinstance(config, SCCConfig | TTCConfig) or not getattr(config, "gate", True):
+        if not self.has_gate:
             return None
         delta = step.initial_delta(x.detach(), seeds, config.epsilon)
 
         def read(features: Tensor) -> Tensor:
             return config.tau - heads.relative_drift(features[1], features[0])
 
-        return Look(torch.stack([x, (x + delta).clamp(0, 1)]), read)
+        return _Gate(torch.stack([x, (x + delta).clamp(0, 1)]), read)
 
     def guess(self, x: Tensor, seeds: Tensor) -> Look | None:
         """The views of x_w, the image after the warm-up (SCC's step 2)."""
@@ -93,6 +128,14 @@ class Served(Defense):
         views = self.defender.views(min(x.shape[-2:]))
         pictures = ops.make_views(x.clamp(0, 1), None, seeds, views, fill=self.model.mean)
         return Look(pictures.unflatten(0, (len(views), len(x))), self.mean_logits)
+
+
+class _Gate(Look):
+    """A look of the gate's: through the original encoder where the model was fine-tuned."""
+
+
+def _bare(options: dict[str, Any]) -> dict[str, Any]:
+    return {**options, "method": "none"}
 
 
 class Undefended(Served):

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from scc_fast import attacks, tiny
-from scc_fast.api import Defender, image_seeds
+from scc_fast import tiny
+from scc_fast.api import image_seeds
+from scc_fast.attacks import PGD
+from scc_fast.defenses import make_defense
 from scc_fast.evaluate.report import comparison_figure
-from scc_fast.evaluate.runner import Attack, Row, evaluate
+from scc_fast.evaluate.rows import Row
+from scc_fast.evaluate.runner import Asked, Run
+from scc_fast.evaluate.worker import Setting
 from scc_fast.images import to_batch
 from scc_fast.models import load_model
 
-METHOD_ORDER = ("none", "rn", "tte", "ttc", "scc")
-CHUNK = 16
+DEFENSES = ("none", "rn", "views", "ttc", "scc")
+BATCH = 12
 
 
 @dataclass(frozen=True)
@@ -26,49 +31,56 @@ class Demo:
     adaptive_steps: int = 10
     seed: int = 0
 
-    def plan(self) -> list[Attack]:
+    def plan(self) -> list[Asked]:
         """The columns of the table."""
-        oblivious = [Attack("pgd", steps / 255) for steps in (1, 2, 4)]
-        aware = Attack("view-aware", 4 / 255, steps=20)
-        adaptive = Attack(
-            "adaptive", 4 / 255, steps=self.adaptive_steps, eot=2, limit=self.adaptive_n
-        )
-        return [Attack(), *oblivious, aware, adaptive]
+        budgets = (1 / 255, 2 / 255, 4 / 255)
+        knowing = {
+            "view-aware:steps=20": self.n,
+            f"bpda:steps={self.adaptive_steps}:eot=2": self.adaptive_n,
+        }
+        return [
+            Asked(DEFENSES, ("pgd10",), budgets),
+            *(Asked(DEFENSES, (spec,), budgets[-1:], count) for spec, count in knowing.items()),
+        ]
 
-    def chunks(self) -> int:
-        """How many times run() calls `tick`."""
-        return sum(-(-min(self.n, a.limit or self.n) // CHUNK) for a in self.plan())
+    def run(
+        self, start: Callable[[int], None], tick: Callable[[], None]
+    ) -> tuple[list[Row], dict[str, float]]:
+        """The rows of the table, and milliseconds an image by defense.
 
-    def run(self, tick: Callable[[], None]) -> tuple[list[Row], dict[str, Defender]]:
-        """The rows of the table, and the defenders that made them."""
-        model = load_model("tiny", device="cpu")
-        prompts = tiny.prompts()
-        defenders = {name: Defender(model, prompts, method=name) for name in METHOD_ORDER}
-        rows: list[Row] = []
-        for so_far in evaluate(
-            defenders,
-            "scc",
-            lambda start, stop: tiny.generate("test", range(start, stop)),
-            self.n,
-            self.plan(),
+        `start` is told how many times `tick` will be called.
+        """
+        setting = Setting(
+            "tiny",
+            "emoji",
+            n_samples=self.n,
             seed=self.seed,
-            chunk=CHUNK,
-        ):
-            rows = so_far
-            tick()
-        return rows, defenders
+            batch=BATCH,
+            device="cpu",
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            run = Run(setting, Path(folder))
+            start(sum(len(t.defenses) for t in {t for a in self.plan() for t in run.tasks(a)}))
+            for asked in self.plan():
+                rows = run.go(asked, tick=lambda _: tick())
+            times = {
+                row["defense"]: row["ms_per_image"]
+                for row in run.timings()
+                if row["attack"] == "clean"
+            }
+        return rows, times
 
-    def figure(self, path: Path, defenders: dict[str, Defender], count: int = 4) -> None:
+    def figure(self, path: Path, count: int = 4) -> None:
         """The figure: a few sample pictures attacked at 4/255 (PGD-10), and repaired."""
         files = tiny.samples()[:count]
         names = list(tiny.class_names())
         truth = [names.index(file.stem.replace("_", " ")) for file in files]
-        bare, scc = defenders["none"], defenders["scc"]
-        pictures = to_batch(files, scc.model)
+        model, prompts = load_model("tiny", device="cpu"), tiny.prompts()
+        bare, scc = (make_defense(name, model, prompts) for name in ("none", "scc"))
+        pictures = to_batch(files, model)
         seeds = image_seeds(self.seed, len(files))
-        attacked = attacks.pgd(
-            scc, pictures, pictures.new_tensor(truth).long(), seeds + 1, epsilon=4 / 255
-        )
+        wanted = pictures.new_tensor(truth).long()
+        attacked = PGD(epsilon=4 / 255).run(bare, pictures, wanted, seeds + 1)
         comparison_figure(
             path,
             pictures,

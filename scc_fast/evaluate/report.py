@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from scc_fast.evaluate.runner import Row
+from scc_fast.evaluate.rows import Row
 from scc_fast.result import DefenseResult
 
 if TYPE_CHECKING:
@@ -50,14 +49,8 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def columns(rows: Sequence[Row]) -> list[tuple[str, str]]:
-    """(attack, eps) in the order the rows bring them, "worst per image" last."""
-    seen = dict.fromkeys((row.attack, row.eps) for row in rows)
-    return sorted(seen, key=lambda column: column[0] == "worst per image")
-
-
-# The interval in whole percent, as a terminal's column has room for.
-_INTERVAL = re.compile(r" \[([\d.]+), ([\d.]+)\]")
-_BROKEN = {"view-aware": "view-\naware", "adaptive": "adap-\ntive", "ms/image": "ms/\nimage"}
+    """(title, eps) in the order the rows bring them."""
+    return list(dict.fromkeys((row.title, row.eps) for row in rows))
 
 
 def cell(row: Row | None) -> str:
@@ -67,53 +60,44 @@ def cell(row: Row | None) -> str:
     return f"{100 * row.accuracy:.1f} [{100 * row.ci_low:.1f}, {100 * row.ci_high:.1f}]"
 
 
-def grid(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Header and body of the accuracy table: a line a defense, a column an attack."""
-    names = list(dict.fromkeys(row.defense for row in rows))
-    found = {(row.defense, row.attack, row.eps): row for row in rows}
-    header = ["defense"]
-    for attack, eps in columns(rows):
-        counts = sorted({row.n for row in rows if (row.attack, row.eps) == (attack, eps)})
-        budget = "" if attack == "clean" else f" {eps}"
-        header.append(f"{attack}{budget} (n={'/'.join(map(str, counts))})")
-    body = []
-    for name in names:
-        times = [row.ms_per_image for row in rows if row.defense == name and row.ms_per_image > 0]
-        cells = [cell(found.get((name, *column))) for column in columns(rows)]
-        body.append([name, *cells, f"{sorted(times)[len(times) // 2]:.1f}" if times else "–"])
-    return [*header, "ms/image"], body
+def table(rows: Sequence[Row], title: str, times: Mapping[str, float] | None = None) -> Table:
+    """The accuracy table for a terminal, narrow enough for 80 columns.
 
-
-def table(rows: Sequence[Row], title: str) -> Table:
-    """The accuracy table for a terminal, narrow enough for 80 columns."""
+    Args:
+        rows: a line a defense, a column an attack.
+        title: above it.
+        times: milliseconds an image, by defense.
+    """
     from rich import box
     from rich.table import Table
 
-    header, body = grid(rows)
+    found = {(row.defense, row.title, row.eps): row for row in rows}
     drawn = Table(
         title=title,
-        caption="percent correct [95 % Wilson interval]",
+        caption="percent correct, 95 % Wilson interval",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
-    for index, name in enumerate(header):
-        for long, short in _BROKEN.items():
-            name = name.replace(long, short)
-        drawn.add_column(name, justify="left" if index == 0 else "right")
-    for line in body:
-        drawn.add_row(*(_INTERVAL.sub(_whole_percent, text) for text in line))
+    drawn.add_column("defense")
+    for attack, eps in columns(rows):
+        counts = sorted({row.n for row in rows if (row.title, row.eps) == (attack, eps)})
+        budget = "" if attack == "clean" else f"\n{eps}"
+        head = attack.replace(" ", "\n").replace("view-aware", "view-\naware")
+        drawn.add_column(f"{head}{budget}\nn={'/'.join(map(str, counts))}", justify="right")
+    if times is not None:
+        drawn.add_column("ms/\nimage", justify="right")
+    for name in dict.fromkeys(row.defense for row in rows):
+        cells = [_narrow(found.get((name, *column))) for column in columns(rows)]
+        last = [f"{times[name]:.1f}" if name in times else "–"] if times is not None else []
+        drawn.add_row(name, *cells, *last)
     return drawn
 
 
-def _whole_percent(interval: re.Match[str]) -> str:
-    return f"\n{float(interval[1]):.0f}–{float(interval[2]):.0f}"
-
-
-def markdown(rows: Sequence[Row]) -> str:
-    """The same table for a page."""
-    header, body = grid(rows)
-    lines = [header, ["---"] + ["--:"] * (len(header) - 1), *body]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def _narrow(row: Row | None) -> str:
+    """The interval in whole percent on a line of its own: a terminal has no room for more."""
+    if row is None:
+        return "–"
+    return f"{100 * row.accuracy:.1f}\n{100 * row.ci_low:.0f}–{100 * row.ci_high:.0f}"
 
 
 def comparison_figure(

@@ -1,309 +1,347 @@
-"""Runs defenses against attacks, chunk by chunk, and can be interrupted at any time."""
+"""Runs defenses against attacks, batch by batch, and can be interrupted at any time.
+
+What a batch gives is on disk before the next begins; the same call goes on where it stopped and
+ends with the same results.json.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
-import math
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import platform
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+import scc_fast
 from scc_fast import attacks
-from scc_fast.api import Defender, image_seeds
+from scc_fast.attacks import Attack
 from scc_fast.config import format_epsilon
+from scc_fast.evaluate.rows import Row, check_attack, format_rows, row_of, worst_of
+from scc_fast.evaluate.store import FORMAT, AttackFolder, Store, locked, slug
+from scc_fast.evaluate.worker import CLEAN, Judged, Made, Setting, Task, Worker
 
-# (start, stop) -> images (n, 3, H, W) in [0, 1] and labels (n,).
-Pictures = Callable[[int, int], tuple[Tensor, Tensor]]
+ADAPTIVE = "adaptive"  # on a command line: every attack that suits a defense and knows it
+WORST = "worst"
 
 
-class AttackFailed(RuntimeError):
-    """The undefended model survives the attack, so nothing measured under it means anything."""
+class Executor(Protocol):
+    """Who does tasks: this process, or many."""
 
-
-@dataclass(frozen=True)
-class Attack:
-    """One attack to evaluate under; n images at most where `limit` is set."""
-
-    kind: Literal["clean", "pgd", "view-aware", "adaptive"] = "clean"
-    epsilon: float = 0.0
-    steps: int = 10
-    eot: int = 1
-    limit: int | None = None
-
-    @property
-    def name(self) -> str:
-        """As it stands in tables: "clean", "PGD-10", "view-aware PGD-30", …"""
-        match self.kind:
-            case "clean":
-                return "clean"
-            case "pgd":
-                return f"PGD-{self.steps}"
-            case "view-aware":
-                return f"view-aware PGD-{self.steps}"
-        return f"adaptive PGD-{self.steps} EOT-{self.eot}"
-
-    def run(self, defender: Defender, x: Tensor, labels: Tensor, seeds: Tensor) -> Tensor:
-        """The attacked images."""
-        match self.kind:
-            case "clean":
-                return x
-            case "pgd":
-                return attacks.pgd(
-                    defender, x, labels, seeds, epsilon=self.epsilon, steps=self.steps
-                )
-            case "view-aware":
-                return attacks.view_aware(
-                    defender, x, labels, seeds, epsilon=self.epsilon, steps=self.steps
-                )
-        return attacks.adaptive(
-            defender, x, labels, seeds, epsilon=self.epsilon, steps=self.steps, eot=self.eot
-        )
+    def __call__(
+        self, tasks: Sequence[Task], kept: Callable[[Task], Tensor | None]
+    ) -> Iterable[tuple[Task, Made | Judged]]:
+        """What comes of each task, in any order; `kept` are images that need not be made."""
+        ...
 
 
 @dataclass(frozen=True)
-class Row:
-    """One accuracy with all that is needed to read it; accuracy and interval in [0, 1]."""
-
-    defense: str
-    attack: str
-    eps: str
-    accuracy: float
-    n: int
-    ci_low: float
-    ci_high: float
-    ms_per_image: float
-    seed: int
-    settings: dict[str, Any]
-
-
-def wilson(hits: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """95 % Wilson score interval of hits out of n."""
-    if n == 0:
-        return 0.0, 1.0
-    p, zz = hits / n, z * z
-    centre = (p + zz / (2 * n)) / (1 + zz / n)
-    half = z / (1 + zz / n) * math.sqrt(p * (1 - p) / n + zz / (4 * n * n))
-    return min(p, max(0.0, centre - half)), max(p, min(1.0, centre + half))
-
-
-def evaluate(
-    defenders: Mapping[str, Defender],
-    views_of: str,
-    pictures: Pictures,
-    n: int,
-    plan: Sequence[Attack],
-    *,
-    seed: int = 0,
-    chunk: int = 50,
-    state: Path | None = None,
-) -> Iterator[list[Row]]:
-    """Accuracy of every defender under every attack; yields the rows so far after each chunk.
-
-    Oblivious and view-aware attacks are made once and shown to all defenders, adaptive ones are
-    made against each. With `state`, finished chunks are appended to that file, and a later call
-    with the same arguments goes on where it stopped.
+class Asked:
+    """What a call of the runner asks for.
 
     Args:
-        defenders: by the name they have in the table; "none" must be the undefended model.
-        views_of: name of the defender whose views the view-aware attack knows.
-        pictures: where images and labels come from.
-        n: number of images.
-        plan: attacks, in the order of the table.
-
-    Raises:
-        AttackFailed: see check_attack().
+        defenses: specs, see defenses.parse_defense; "none" is always there.
+        attacks: specs, see attacks.parse_attack, or "adaptive"; "clean" is always there.
+        eps: budgets, pixel units.
+        adaptive_n: attacks that know the defense get the first so many pictures; None: all.
+        allow_weak: do not stop where an attack leaves the undefended model standing.
     """
-    book = _Book(state, _fingerprint(defenders, views_of, plan, seed, chunk))
-    for attack in plan:
-        last = min(n, attack.limit or n)
-        for start in range(0, last, chunk):
-            stop = min(start + chunk, last)
-            todo = [name for name in defenders if not book.has(name, attack, start, stop)]
+
+    defenses: tuple[str, ...] = ("none", "ttc", "scc")
+    attacks: tuple[str, ...] = ("pgd10",)
+    eps: tuple[float, ...] = (1 / 255,)
+    adaptive_n: int | None = None
+    allow_weak: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "defenses", tuple(dict.fromkeys(("none", *self.defenses))))
+        object.__setattr__(self, "attacks", tuple(dict.fromkeys(self.attacks)))
+        for spec in self.attacks:
+            if spec not in (CLEAN, ADAPTIVE):
+                attacks.parse_attack(spec, 4 / 255)
+        if not self.eps or not all(0 < epsilon < 1 for epsilon in self.eps):
+            raise ValueError(f"eps must be budgets in (0, 1) such as 4/255, got {self.eps}")
+        if self.adaptive_n is not None and self.adaptive_n < 1:
+            raise ValueError(f"adaptive_n must be at least 1, got {self.adaptive_n}")
+
+
+class Run:
+    """One model, one data set, one seed: its folder and what is left to do.
+
+    Args:
+        setting: what every result depends on.
+        out: the folder that holds the run's folder.
+        worker: what does the tasks in this process.
+    """
+
+    def __init__(self, setting: Setting, out: Path, worker: Worker | None = None) -> None:
+        self.worker = Worker(setting) if worker is None else worker
+        data = self.worker.data
+        count, seed = f"n{len(data)}", f"seed{setting.seed}"
+        parts = [setting.model, data.name, data.split, data.protocol, count, seed]
+        self.store = Store(out / slug("-".join(parts)), self.worker.facts())
+
+    # ----------------------------------------------------------------------------- what is to do
+
+    def tasks(self, asked: Asked) -> list[Task]:
+        """Every task, done or not: the undefended model first under each attack."""
+        others = tuple(spec for spec in asked.defenses if spec != "none")
+        plain = [(CLEAN, 0.0)] + [
+            (spec, epsilon)
+            for spec in asked.attacks
+            if spec not in (CLEAN, ADAPTIVE) and not attacks.parse_attack(spec, 4 / 255).aware
+            for epsilon in asked.eps
+        ]
+        every = list(self.worker.batches())
+        found = [Task(spec, e, None, *b, ("none",)) for spec, e in plain for b in every]
+        found += [Task(spec, e, None, *b, others) for spec, e in plain for b in every if others]
+        for spec, epsilon, owner in self._aware(asked):
+            some = self.worker.batches(asked.adaptive_n)
+            found += [Task(spec, epsilon, owner, *b, (owner,)) for b in some]
+        return found
+
+    def _aware(self, asked: Asked) -> Iterator[tuple[str, float, str]]:
+        """(attack, budget, defense) of what knows the defense."""
+        for epsilon in asked.eps:
+            for owner in asked.defenses:
+                target = self.worker.defense(owner)
+                suite = attacks.adaptive_suite(target, epsilon) if ADAPTIVE in asked.attacks else []
+                for spec in dict.fromkeys((*asked.attacks, *(one.spec for one in suite))):
+                    if spec in (CLEAN, ADAPTIVE):
+                        continue
+                    attack = attacks.parse_attack(spec, epsilon)
+                    if attack.aware and attack.suits(target):
+                        yield spec, epsilon, owner
+
+    def _left(self, tasks: Sequence[Task]) -> list[Task]:
+        """The tasks with the defenses that have not been judged."""
+        known: dict[Path, dict[tuple[str, int], Any]] = {}
+        left = []
+        for task in tasks:
+            folder = self._folder(task)
+            if folder.path not in known:
+                known[folder.path] = folder.records()
+            done = {
+                spec
+                for (spec, batch), record in known[folder.path].items()
+                if batch == task.batch and len(record["right"]) >= task.count
+            }
+            todo = tuple(spec for spec in task.defenses if spec not in done)
             if todo:
-                device = defenders[views_of].model.device
-                x, labels = (tensor.to(device) for tensor in pictures(start, stop))
-                attacker = image_seeds(seed + 1, n, device)[start:stop]
-                judge = image_seeds(seed, n, device)[start:stop]
-                shared = None
-                for name in todo:
-                    if attack.kind == "adaptive":
-                        seen = attack.run(defenders[name], x, labels, attacker)
-                    else:
-                        if shared is None:
-                            shared = attack.run(defenders[views_of], x, labels, attacker)
-                        seen = shared
-                    began = time.perf_counter()
-                    hits = defenders[name](seen, judge).labels == labels
-                    book.add(name, attack, start, stop, hits, time.perf_counter() - began)
-            yield book.rows(defenders, plan, n, seed)
-        if attack.kind == "pgd" and "none" in defenders:
-            check_attack(book.rows(defenders, plan, n, seed), plan)
+                left.append(replace(task, defenses=todo))
+        return left
 
+    def _folder(self, task: Task) -> AttackFolder:
+        return self.store.attack(task.attack, task.epsilon)
 
-def check_attack(rows: Sequence[Row], plan: Sequence[Attack]) -> None:
-    """Raise AttackFailed unless the strongest PGD halves the undefended model's accuracy."""
-    strongest = max((a for a in plan if a.kind == "pgd"), key=lambda a: a.epsilon, default=None)
-    if strongest is None:
-        return
-    found = {
-        row.attack: row.accuracy
-        for row in rows
-        if row.defense == "none"
-        and (row.attack == "clean" or row.eps == format_epsilon(strongest.epsilon))
-    }
-    if strongest.name not in found:
-        return
-    clean, robust = found.get("clean", 1.0), found[strongest.name]
-    if robust > 0.5 * clean:
-        raise AttackFailed(
-            f"the attack does not work: under {strongest.name} at "
-            f"{format_epsilon(strongest.epsilon)} the undefended model keeps {robust:.1%} of its "
-            f"{clean:.1%}; accuracies under it would mean nothing"
-        )
+    # ------------------------------------------------------------------------------------- doing
 
-
-class _Book:
-    """Hits per image of every finished chunk, in memory and, line by line, on disk."""
-
-    def __init__(self, path: Path | None, fingerprint: str) -> None:
-        self.hits: dict[tuple[str, str], dict[tuple[int, int], tuple[str, float]]] = {}
-        self.path = path
-        if path is None:
-            return
-        if path.exists():
-            text = path.read_text()
-            if "\n" not in text and fingerprint.startswith(text):  # cut in its first line
-                path.write_text(fingerprint + "\n")
-                return
-            if not text.endswith("\n"):  # the next line must not be glued to a cut one
-                with path.open("a") as file:
-                    file.write("\n")
-            first, *lines = text.splitlines()
-            if first != fingerprint:
-                raise ValueError(
-                    f"state file {path} belongs to another evaluation: give another name, or "
-                    "remove it"
-                )
-            for line in lines:
-                try:
-                    entry = json.loads(line)
-                except json.JSONDecodeError:
-                    continue  # the line an interruption cut short
-                self._keep(*entry)
-        else:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(fingerprint + "\n")
-
-    def _keep(self, defense: str, key: str, start: int, stop: int, hits: str, s: float) -> None:
-        self.hits.setdefault((defense, key), {})[start, stop] = hits, s
-
-    def has(self, defense: str, attack: Attack, start: int, stop: int) -> bool:
-        return (start, stop) in self.hits.get((defense, _key(attack)), {})
-
-    def add(
-        self, defense: str, attack: Attack, start: int, stop: int, hits: Tensor, seconds: float
-    ) -> None:
-        bits = "".join("1" if hit else "0" for hit in hits.tolist())
-        self._keep(defense, _key(attack), start, stop, bits, seconds)
-        if self.path is not None:
-            with self.path.open("a") as file:
-                file.write(json.dumps([defense, _key(attack), start, stop, bits, seconds]) + "\n")
-
-    def rows(
-        self, defenders: Mapping[str, Defender], plan: Sequence[Attack], n: int, seed: int
+    def go(
+        self,
+        asked: Asked,
+        *,
+        execute: Executor | None = None,
+        start: Callable[[int, int], None] = lambda total, done: None,
+        tick: Callable[[str], None] = lambda what: None,
     ) -> list[Row]:
-        rows = []
-        for name, defender in defenders.items():
-            for attack in plan:
-                bits, seconds = self._upto(name, attack, min(n, attack.limit or n))
-                if bits:
-                    rows.append(_row(name, defender, attack, bits, seconds, seed))
-            rows += self._worst(name, plan, n, seed)
-        return rows
+        """Do what is left, and return the rows.
 
-    def _upto(self, name: str, attack: Attack, last: int) -> tuple[str, float]:
-        chunks = self.hits.get((name, _key(attack)), {})
-        inside, at = [], 0
-        # A smaller n may have left a shorter chunk with the same start: the longest one counts.
-        while spans := [span for span in chunks if span[0] == at and span[1] <= last]:
-            at = max(stop for _, stop in spans)
-            inside.append(chunks[min(spans)[0], at])
-        return "".join(bits for bits, _ in inside), sum(seconds for _, seconds in inside)
+        Args:
+            asked: what is wanted.
+            execute: who does it; None: this process.
+            start: told how many judgements there are, and how many are done already.
+            tick: told each judgement, as text.
 
-    def _worst(self, name: str, plan: Sequence[Attack], n: int, seed: int) -> list[Row]:
-        """An image counts only if it survives every attack of one budget."""
+        Raises:
+            AttackFailed: an attack leaves the undefended model standing; what was done is kept.
+            Busy: another process works on one of the attacks.
+        """
+        execute = self.execute if execute is None else execute
+        self.store.describe({spec: self.worker.describe(spec) for spec in asked.defenses})
+        tasks = self.tasks(asked)
+        with ExitStack() as stack:
+            for spec, epsilon in dict.fromkeys((task.attack, task.epsilon) for task in tasks):
+                folder = self.store.attack(spec, epsilon, _settings(spec, epsilon))
+                stack.enter_context(locked(folder.path, wait=False))
+            total = sum(len(task.defenses) for task in tasks)
+            first = [t for t in tasks if t.owner is None and t.defenses == ("none",)]
+            rest = [t for t in tasks if t not in set(first)]
+            left = [self._left(first), self._left(rest)]
+            start(total, total - sum(len(t.defenses) for phase in left for t in phase))
+            for phase in left:
+                self._do(phase, execute, tick)
+                if not asked.allow_weak:
+                    self._check(first)
+        return self.publish()
+
+    def _do(self, tasks: Sequence[Task], execute: Executor, tick: Callable[[str], None]) -> None:
+        remaining: dict[tuple[str, float, str], int] = {}
+        for task in tasks:
+            for spec in task.defenses:
+                key = task.attack, task.epsilon, spec
+                remaining[key] = remaining.get(key, 0) + 1
+        if not tasks:
+            return
+        for task, found in execute(tasks, lambda task: self._folder(task).load(task)):
+            folder = self._folder(task)
+            if isinstance(found, Made):
+                folder.save(task, found.delta, found.seconds)
+                continue
+            folder.keep(task, found)
+            key = task.attack, task.epsilon, found.defense
+            remaining[key] -= 1
+            if not remaining[key]:  # the row is known
+                self.publish()
+            tick(f"{found.defense} under {task.attack}")
+
+    def execute(
+        self, tasks: Sequence[Task], kept: Callable[[Task], Tensor | None]
+    ) -> Iterator[tuple[Task, Made | Judged]]:
+        """Do the tasks in this process, in order."""
+        for task in tasks:
+            for found in self.worker.work(task, kept(task)):
+                yield task, found
+
+    def _check(self, tasks: Sequence[Task]) -> None:
+        rows = {(row.attack, row.eps): row for row in self.rows() if row.defense == "none"}
+        for spec, epsilon in dict.fromkeys((task.attack, task.epsilon) for task in tasks):
+            row = rows.get((spec, format_epsilon(epsilon)))
+            if spec != CLEAN and row and attacks.parse_attack(spec, epsilon).conclusive:
+                check_attack(row)
+
+    # ----------------------------------------------------------------------------------- results
+
+    def rows(self) -> list[Row]:
+        """Every row that is known whole: clean, oblivious, aware, worst, each by its name."""
+        n = len(self.worker.data)
+        described = self.store.defenses()
+        bits: dict[tuple[str, float], dict[str, str]] = {}
+        flags: dict[tuple[str, float, str], str] = {}
+        settings: dict[tuple[str, float], dict[str, Any]] = {}
+        for folder, facts in self.store.attacks():
+            key = folder.spec, folder.epsilon
+            settings[key] = facts
+            records = folder.records()
+            for spec in dict.fromkeys(defense for defense, _ in records):
+                found = list(_in_order(records, spec, self.worker.setting.batch))
+                right = "".join(record["right"] for record in found)
+                # An attack that knows the defense may have seen the first batches alone.
+                if len(right) == n or (facts["aware"] and found):
+                    bits.setdefault(key, {})[spec] = right
+                    flags[(*key, spec)] = "".join(record["flagged"] for record in found)
+        clean = bits.get((CLEAN, 0.0), {})
+        base = clean.get("none", "")
         rows = []
-        for epsilon in sorted({a.epsilon for a in plan if a.kind == "adaptive"}):
-            same = [a for a in plan if a.epsilon == epsilon]
-            bits = [self._upto(name, a, min(n, a.limit or n))[0] for a in same]
-            common = min(len(b) for b in bits)
-            if common:
-                survive = [all(b[i] == "1" for b in bits) for i in range(common)]
-                low, high = wilson(sum(survive), common)
-                settings = {"of": [a.name for a in same]}
+        for key in sorted(bits, key=lambda k: (k[0] != CLEAN, settings[k]["aware"], k[0], k[1])):
+            for spec in sorted(bits[key]):
                 rows.append(
-                    Row(
-                        name,
-                        "worst per image",
-                        format_epsilon(epsilon),
-                        sum(survive) / common,
-                        common,
-                        low,
-                        high,
-                        0.0,
-                        seed,
-                        settings,
+                    row_of(
+                        bits[key][spec],
+                        base,
+                        flags[(*key, spec)],
+                        attack=key[0],
+                        title=settings[key]["title"],
+                        aware=settings[key]["aware"],
+                        eps=format_epsilon(key[1]),
+                        attack_settings=settings[key]["settings"],
+                        **self._facts(spec, described),
+                    )
+                )
+        for epsilon in sorted({e for s, e in bits if settings[s, e]["aware"]}):
+            same = [k for k in bits if k[1] == epsilon or k[0] == CLEAN]
+            same.sort(key=lambda k: (k[0] != CLEAN, settings[k]["aware"], k[0]))
+            for spec in sorted({d for k in same if settings[k]["aware"] for d in bits[k]}):
+                of = [k for k in same if spec in bits[k]]
+                rows.append(
+                    row_of(
+                        worst_of([bits[k][spec] for k in of]),
+                        base,
+                        attack=WORST,
+                        title="worst per image",
+                        aware=True,
+                        eps=format_epsilon(epsilon),
+                        of=[k[0] for k in of],
+                        **self._facts(spec, described),
                     )
                 )
         return rows
 
+    def _facts(self, spec: str, described: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        return {"defense": spec, "seed": self.worker.setting.seed, **described[spec]}
 
-def _row(
-    name: str, defender: Defender, attack: Attack, bits: str, seconds: float, seed: int
-) -> Row:
-    hits, n = bits.count("1"), len(bits)
-    low, high = wilson(hits, n)
-    return Row(
-        defense=name,
-        attack=attack.name,
-        eps=format_epsilon(attack.epsilon),
-        accuracy=hits / n,
-        n=n,
-        ci_low=low,
-        ci_high=high,
-        ms_per_image=1e3 * seconds / n,
-        seed=seed,
-        settings={
-            "method": defender.method,
-            "config": dataclasses.asdict(defender.config),
-            "attack": dataclasses.asdict(attack),
-            "model": defender.model.name,
-            "torch": torch.__version__,
-        },
-    )
+    def timings(self) -> list[dict[str, Any]]:
+        """Milliseconds an image: of each defense under each attack, and of the attack; medians."""
+        found = []
+        for folder, _ in self.store.attacks():
+            by_defense: dict[str, list[float]] = {}
+            made: dict[str, list[float]] = {}
+            for (spec, batch), record in sorted(folder.records().items()):
+                count = len(record["right"])
+                by_defense.setdefault(spec, []).append(1e3 * record["seconds"] / count)
+                for owner in (None, spec):
+                    task = Task(folder.spec, folder.epsilon, owner, batch, count, ())
+                    seconds = folder.seconds(task)
+                    if seconds is not None:
+                        made.setdefault(spec, []).append(1e3 * seconds / count)
+                        break
+            for spec in sorted(by_defense):
+                attack = statistics.median(made[spec]) if spec in made else None
+                found.append(
+                    {
+                        "defense": spec,
+                        "attack": folder.spec,
+                        "eps": format_epsilon(folder.epsilon),
+                        "ms_per_image": statistics.median(by_defense[spec]),
+                        "attack_ms_per_image": attack,
+                    }
+                )
+        return found
+
+    def publish(self) -> list[Row]:
+        """Write results.json and timings.json from what is known."""
+        with locked(self.store.folder, wait=True):
+            rows = self.rows()
+            results = {
+                "format": FORMAT,
+                "run": self.store.facts,
+                "environment": environment(self.worker.model.device),
+                "rows": format_rows(rows),
+            }
+            self.store.publish(results, {"rows": self.timings()})
+        return rows
 
 
-def _key(attack: Attack) -> str:
-    return json.dumps({**dataclasses.asdict(attack), "limit": None})
+def _in_order(
+    records: dict[tuple[str, int], dict[str, Any]], spec: str, size: int
+) -> Iterator[dict[str, Any]]:
+    """The records of a defense from batch 0 on, up to the first that is missing or short."""
+    batch, whole = 0, True
+    while whole and (spec, batch) in records:
+        yield records[spec, batch]
+        whole = len(records[spec, batch]["right"]) == size
+        batch += 1
 
 
-def _fingerprint(
-    defenders: Mapping[str, Defender], views_of: str, plan: Sequence[Attack], seed: int, chunk: int
-) -> str:
-    """What results depend on, apart from how many images and which attacks are asked for."""
-    first = next(iter(defenders.values()))
-    weights = hashlib.sha256()
-    for value in getattr(first.model, "module", nn.Module()).state_dict().values():
-        weights.update(value.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-    if first.classes is None:
-        weights.update(first.text_features.cpu().numpy().tobytes())
-    model = [first.model.name, first.classes, weights.hexdigest()]
-    configs = {name: d.config.to_json() for name, d in defenders.items()}
-    return json.dumps([configs, views_of, seed, chunk, model], sort_keys=True)
+def _settings(spec: str, epsilon: float) -> dict[str, Any]:
+    if spec == CLEAN:
+        return {"title": CLEAN, "aware": False, "settings": {}}
+    attack: Attack = attacks.parse_attack(spec, epsilon)
+    return {"title": attack.title, "aware": attack.aware, "settings": attack.settings()}
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Where the numbers were made."""
+    cuda = device.type == "cuda"
+    return {
+        "torch": torch.__version__,
+        "scc_fast": scc_fast.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "device": torch.cuda.get_device_name(device) if cuda else "cpu",
+        "threads": torch.get_num_threads(),
+    }

@@ -1,0 +1,224 @@
+"""One-line names of models, frozen twins, and image encoders that were saved on their own."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from scc_fast._hub import short
+
+_TOWER = "vision_encoder_state_dict"
+_PROMPTS = ("state_dict", "add_prompter")  # beside _TOWER: of visual prompts, empty without any
+_READS = (
+    "an image tower is needed under OpenAI's names: a dict that has it as "
+    f"{_TOWER!r} (TeCoA, PMG-AFT, TTC) or the tower's own state dict (FARE)"
+)
+
+
+class ModelSpec(NamedTuple):
+    """What a model's one-line name says, as load_model() takes it."""
+
+    model: str
+    pretrained: str | None = None
+    image_encoder: str | None = None
+
+
+def parse_model(spec: str) -> ModelSpec:
+    """The parts of NAME[@PRETRAINED][+IMAGE_ENCODER]; nothing is looked up.
+
+    NAME is "tiny", an open_clip name, "hf-hub:org/repo", "local-dir:folder" or a folder. What
+    follows the first "+" is a file, what follows the first "@" before it a tag or a file; a
+    "local-dir:" may have an "@" in its path. A path with a "+" is for load_model().
+
+    Raises:
+        TypeError: no string.
+        ValueError: a part is empty, or "@" after a name that brings its weights.
+
+    Example:
+        >>> parse_model("ViT-B-32-quickgelu@openai+tecoa.pth.tar")
+        ModelSpec(model='ViT-B-32-quickgelu', pretrained='openai', image_encoder='tecoa.pth.tar')
+    """
+    form = "NAME[@PRETRAINED][+IMAGE_ENCODER] is needed"
+    if not isinstance(spec, str):
+        raise TypeError(f"model: {form}, got {type(spec).__name__}")
+    name, plus, encoder = spec.strip().partition("+")
+    at, pretrained = "", ""
+    if not name.startswith("local-dir:"):
+        name, at, pretrained = name.partition("@")
+    bare = name.partition(":")[2] if name.startswith(("hf-hub:", "local-dir:")) else name
+    if not bare or (at and not pretrained) or (plus and not encoder):
+        raise ValueError(f"model: {form}, and no part may be empty; got {spec!r}")
+    if at and (name == "tiny" or name.startswith("hf-hub:")):
+        raise ValueError(f"model: {name!r} brings its weights and takes no '@'; got {spec!r}")
+    return ModelSpec(name, pretrained or None, encoder or None)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module inside torch.compile's and the data-parallel wrappers."""
+    model = getattr(model, "_orig_mod", model)
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        model = cast(nn.Module, model.module)
+    return model
+
+
+def frozen_twin(model: nn.Module) -> nn.Module:
+    """Copy of ``model`` in eval mode, without gradients, on the same storage.
+
+    ``model`` keeps its mode, its requires_grad flags and its gradients. Inference tensors are
+    cloned, because autograd cannot save them for the backward pass to the pixels. Hooks are kept.
+    """
+    model = unwrap(model)
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError("model: a TorchScript module cannot be used; load it with jit=False")
+    if any(p.is_meta for p in model.parameters()):
+        raise ValueError("model: has parameters on the meta device; load its weights first")
+
+    def share(tensor: Tensor) -> Tensor:
+        return tensor.detach().clone() if tensor.is_inference() else tensor.detach()
+
+    with torch.inference_mode(False), torch.no_grad():
+        # deepcopy takes what the memo holds instead of copying it
+        memo: dict[int, Any] = {
+            id(p): nn.Parameter(share(p), requires_grad=False) for p in model.parameters()
+        }
+        for module in model.modules():
+            for value in (*module._buffers.values(), *vars(module).values()):
+                if isinstance(value, Tensor):
+                    memo.setdefault(id(value), share(value))
+        try:
+            twin = copy.deepcopy(model, memo)
+        except Exception as error:
+            raise ValueError(f"model: {type(model).__name__} cannot be copied: {error}") from error
+    twin.eval()
+    for module in twin.modules():
+        for flag in ("grad_checkpointing", "gradient_checkpointing"):
+            if getattr(module, flag, False):  # recomputing saves memory only for weight gradients
+                setattr(module, flag, False)
+    return twin
+
+
+def with_image_encoder(model: nn.Module, state: Mapping[str, Tensor], source: Path) -> nn.Module:
+    """Frozen twin of an open_clip ``model`` with another image tower.
+
+    What is not the image tower shares the storage of ``model``, which stays as it was.
+
+    Args:
+        state: the tower's tensors by the names of ``model.visual``, as read_image_encoder() gives
+            them; cast to the type of each weight that they replace.
+        source: the file they came from, for messages.
+    Raises:
+        ValueError: names or shapes that are not those of ``model.visual``.
+    """
+    twin = frozen_twin(model)
+    tower = cast(nn.Module, twin.visual)
+    own = tower.state_dict()
+    lacking, others = own.keys() - state.keys(), state.keys() - own.keys()
+    wrong = [f"lacks {_some(lacking)}"] if lacking else []
+    wrong += [f"has {_some(others)} besides"] if others else []
+    wrong += [
+        f"has {key} of shape {tuple(state[key].shape)}, not {tuple(value.shape)}"
+        for key, value in own.items()
+        if key in state and state[key].shape != value.shape
+    ]
+    if wrong:
+        raise ValueError(
+            f"image_encoder: {str(source)!r} does not fit the image tower of the model: it "
+            f"{'; it '.join(wrong[:3])}; load it over the architecture that it was tuned from"
+        )
+    with torch.inference_mode(False), torch.no_grad():
+        new = {key: state[key].to(value.device, value.dtype) for key, value in own.items()}
+        tower.load_state_dict(new, assign=True)
+    return twin
+
+
+def read_image_encoder(path: Path) -> dict[str, Tensor]:
+    """The tensors of an image tower that was saved on its own, by OpenAI's names, on the CPU.
+
+    Read are the layouts of the adversarially fine-tuned releases:
+
+    - TeCoA (arXiv 2212.07016), PMG-AFT (2401.04350) and the CLIP-FT, TeCoA and PMG-AFT of TTC
+      (2503.03613), ``.pth.tar``: a dict whose "vision_encoder_state_dict" is the tower's;
+      "epoch", "best_acc1" and "optimizer" are passed over.
+    - FARE and TeCoA of RobustVLM (2402.12336), ``.pt``: the tower's state dict itself.
+
+    A prefix "module." of all names (nn.DataParallel) is dropped. A file ``.safetensors`` holds the
+    tower's tensors by name. Nothing in a file is run: torch.load(weights_only=True).
+
+    Raises:
+        ValueError: no file, no such layout, an object that is no plain data, a visual prompt that
+            belongs to the tower, a whole model, or weights that are not finite.
+    """
+    what = f"image_encoder: {str(path)!r}"
+    if not path.is_file():
+        raise ValueError(f"{what} is {'a folder' if path.is_dir() else 'no file'}; {_READS}")
+    found = _content(path, what)
+    if isinstance(found, Mapping) and _TOWER in found:
+        for key in _PROMPTS:
+            if _holds_weights(found.get(key)):
+                raise ValueError(
+                    f"{what} has weights under {key!r} too, a visual prompt that its image tower "
+                    "was tuned with and that no model here can take"
+                )
+        found = found[_TOWER]
+    if not isinstance(found, Mapping) or not found:
+        raise ValueError(f"{what} holds {type(found).__name__} of no tensors; {_READS}")
+    state = {str(key): value for key, value in found.items()}
+    if all(key.startswith("module.") for key in state):
+        state = {key.removeprefix("module."): value for key, value in state.items()}
+    if "state_dict" in state or any(key.startswith("visual.") for key in state):
+        raise ValueError(f"{what} is a whole model: pass it as pretrained=; {_READS}")
+    odd = [key for key, value in state.items() if not isinstance(value, Tensor)]
+    if odd:
+        raise ValueError(f"{what} holds {_some(odd)}, no tensors; {_READS}")
+    for key, value in state.items():
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise ValueError(f"{what}: {key} has values that are not finite")
+    return state
+
+
+def _content(path: Path, what: str) -> Any:
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(path)
+        except Exception as error:
+            raise ValueError(f"{what} cannot be read: {short(error)}") from error
+    # best_acc1 is a NumPy number in files of the training scripts. Old NumPy called its module
+    # numpy.core, new NumPy calls it numpy._core; a file may come from either
+    number = np.float64(0).__reduce__()[0]
+    names = [f"numpy.{module}.multiarray.scalar" for module in ("core", "_core")]
+    types = [type(np.dtype(code)) for code in ("f8", "f4")]
+    wanted: list[Any] = [*((number, name) for name in names), np.dtype, *types]
+    # What the caller allows by themselves has to stay when the context takes its own back
+    safe = [entry for entry in wanted if entry not in torch.serialization.get_safe_globals()]
+    try:
+        with torch.serialization.safe_globals(safe):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        refused = re.search(r"(?:GLOBAL|[Uu]nsupported class) (\S+)", str(error))
+        if refused and isinstance(error, pickle.UnpicklingError):
+            raise ValueError(
+                f"{what} holds a {refused[1]}, and only tensors, numbers, strings and containers "
+                f"of these are read: other objects can run code; save {_TOWER!r} alone"
+            ) from error
+        raise ValueError(f"{what} is no checkpoint that torch can read; {_READS}") from error
+
+
+def _holds_weights(value: Any) -> bool:
+    values = value.values() if isinstance(value, Mapping) else [value]
+    return any(isinstance(entry, Tensor) and entry.numel() > 0 for entry in values)
+
+
+def _some(keys: Iterable[str]) -> str:
+    names = sorted(keys)
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

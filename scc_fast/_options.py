@@ -1,0 +1,67 @@
+"""What the command line makes of the texts it is given; a wrong one is a usage error."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import typer
+
+
+def classes(labels: str | None, model: str) -> list[str]:
+    """The prompts of --labels: "a dog,a wolf", @FILE, or the bundled model's own."""
+    if labels is None:
+        if model != "tiny":
+            raise typer.BadParameter('--labels is needed, such as --labels "a dog,a wolf"')
+        from scc_fast import tiny
+
+        return tiny.prompts()
+    if labels.startswith("@"):
+        path = Path(labels[1:])
+        if not path.is_file():
+            raise typer.BadParameter(f"--labels: no file {path}; it holds one label a line")
+        parts = path.read_text().splitlines()
+    else:
+        parts = labels.split(",")
+    found = [part.strip() for part in parts if part.strip()]
+    if len(set(found)) < 2:
+        raise typer.BadParameter(
+            f"--labels must name at least two different classes, got {labels!r}"
+        )
+    return found
+
+
+def config(method: str, epsilon: str | None) -> dict[str, Any]:
+    """The config that --epsilon changes."""
+    if epsilon is None:
+        return {}
+    if method in ("tte", "none"):
+        raise typer.BadParameter(f"--epsilon has no meaning for --method {method}")
+    from scc_fast.config import parse_epsilon
+
+    try:
+        return {"epsilon": parse_epsilon(epsilon)}
+    except ValueError as error:
+        raise typer.BadParameter(f"--epsilon: {error}") from None
+
+
+def batches(text: str) -> tuple[int, ...]:
+    """The sizes of "1,8,64"."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
+        raise typer.BadParameter(f"--batch must be sizes such as 1,8,64; got {text!r}")
+    return tuple(sorted({int(part) for part in parts}))
+
+
+def device_is_there(device: str | None) -> None:
+    """Refuse "cuda" where there is none."""
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter(f"--device cuda: torch {torch.__version__} finds no CUDA device")
+
+
+def figure_format(figure: Path) -> None:
+    """Refuse what matplotlib could not write."""
+    if figure.suffix.lower() not in (".png", ".pdf", ".svg"):
+        raise typer.BadParameter(f"--figure must end in .png, .pdf or .svg, got {figure}")

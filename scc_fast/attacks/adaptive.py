@@ -1,0 +1,357 @@
+"""Attacks that know the defense: the rungs between an oblivious one and a worst case.
+
+Each runs the defense, or the part that it is made against, at every point on its way, with draws
+of its own that are never the judge's. A defense finds what it adds to a picture from signs of
+gradients, which are constant almost everywhere, so what it adds has no useful derivative: the
+gradient at the repaired pictures is passed on to the picture itself (BPDA with the identity,
+Athalye et al., arXiv 1802.00420), and its randomness is averaged over (EOT).
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from scc_fast.attacks.base import Attack, Loss, plain, prepared, slope
+from scc_fast.attacks.margin import Distinct, margin
+from scc_fast.attacks.pgd import cross_entropy
+from scc_fast.defenses.base import Defense, Look
+from scc_fast.reference import philox, step
+
+# What an attacker's draws are for, beside philox.EOT: the views, and the pseudo-label's point.
+VIEW_DRAWS, GUESS_DRAWS = 180, 181
+
+# (x, step) -> gradient to ascend, and the lead: above 0 where x fools the defense; None: not known.
+Survey = Callable[[Tensor, int], tuple[Tensor, Tensor | None]]
+
+_FADING = ((0.3, 1 / 2), (0.6, 1 / 4), (0.85, 1 / 8), (1.0, 1 / 16))
+
+
+def step_sizes(steps: int, alpha: float | None, epsilon: float) -> list[float]:
+    """The size of each step: alpha throughout; None: from epsilon/2 down to epsilon/16.
+
+    Large steps cross the ball, small ones settle among the draws: at 4/255 they are 2, 1, 1/2 and
+    1/4 of 1/255, for 30, 30, 25 and 15 percent of the steps.
+    """
+    if alpha is not None:
+        return [alpha] * steps
+    return [
+        epsilon * next(part for until, part in _FADING if (at + 0.5) / steps <= until)
+        for at in range(steps)
+    ]
+
+
+def random_start(x: Tensor, seeds: Tensor, epsilon: float) -> Tensor:
+    """Where every attack here begins, less x: uniform in the ball, kept in the box; PGD's own."""
+    start = 2 * philox.uniform_like(x, seeds, philox.ATTACK_START) - 1
+    return step.project(start * epsilon, x, epsilon)
+
+
+def climb(
+    survey: Survey,
+    x: Tensor,
+    delta: Tensor,
+    *,
+    epsilon: float,
+    sizes: Sequence[float],
+    momentum: float = 0.0,
+) -> Tensor:
+    """Signed ascent from x + `delta` in the ball around x and in the box.
+
+    The direction is m ← momentum·m + g/mean|g|, g scaled for each image alone (MI-FGSM, Dong et
+    al., arXiv 1710.06081): with a new draw in every step it averages over the draws of the steps
+    before, for nothing.
+
+    Args:
+        survey: at a point; the lead it may give chooses what is returned.
+        x: (B, 3, H, W) float32 in [0, 1].
+        delta: like x, within the ball and the box.
+        epsilon: budget, pixel units.
+        sizes: of the steps, pixel units.
+        momentum: in [0, 1).
+
+    Returns:
+        Of each image the surveyed point with the largest lead, if that is above 0, else the last
+        point: (B, 3, H, W).
+    """
+    found, best = delta, x.new_zeros(len(x))
+    along = torch.zeros_like(x)
+    for at, size in enumerate(sizes):
+        gradient, lead = survey(x + delta, at)
+        if lead is not None:
+            better = lead > best
+            best = torch.where(better, lead, best)
+            found = torch.where(_each(better), delta, found)
+        along = momentum * along + balanced(gradient)
+        delta = step.pgd_step(delta, along, x, size, epsilon)
+    return (x + torch.where(_each(best > 0), found, delta)).clamp(0, 1)
+
+
+def balanced(gradient: Tensor) -> Tensor:
+    """Each image's gradient over its mean magnitude, (B, 3, H, W).
+
+    One that is zero stays so; what is not finite in it counts as zero, so that it moves nothing.
+    """
+    gradient = gradient.nan_to_num(0.0, 0.0, 0.0)
+    mean = gradient.abs().mean(dim=(1, 2, 3), keepdim=True)
+    return gradient / torch.where(mean > 0, mean, 1.0)
+
+
+def _each(rows: Tensor) -> Tensor:
+    return rows[:, None, None, None]
+
+
+def leads(target: Defense, labels: Tensor) -> Loss:
+    """How far the best wrong class is ahead of the true one, of logits (B, K): (B,).
+
+    Above 0 where the prediction is wrong. A class with the true one's embedding is not wrong.
+    """
+    classes = Distinct.of(target, labels)
+    return lambda logits: -margin(classes.logits(logits), classes.labels)
+
+
+def cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean over the views of their cross-entropies: (L, B, K), (B,) → (B,)."""
+    every = labels.expand(len(logits), -1).flatten()
+    losses = cross_entropy(logits.flatten(0, 1), every)
+    return losses.unflatten(0, logits.shape[:2]).mean(dim=0)
+
+
+@dataclass(frozen=True)
+class Aware(Attack):
+    """What the attacks on a defense share: steps, their sizes, and where they begin.
+
+    Args:
+        steps: at least 1.
+        alpha: step, pixel units; None: from epsilon/2 down to epsilon/16 (step_sizes).
+        momentum: of the direction, in [0, 1); 0: the last gradient alone.
+    """
+
+    steps: int = 20
+    alpha: float | None = None
+    momentum: float = 0.75
+
+    aware: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        momentum = self.momentum
+        if type(momentum) not in (int, float) or not 0 <= momentum < 1:
+            raise ValueError(f"momentum must be a number in [0, 1), got {momentum!r}")
+
+    @property
+    def title(self) -> str:
+        return f"{self.name}-{self.steps}"
+
+    def run(self, target: Defense, x: Tensor, labels: Tensor, seeds: Tensor) -> Tensor:
+        x, labels, seeds = prepared(target, x, labels, seeds)
+        if len(x) == 0:
+            return x.clone()
+        with plain(x.device):
+
+            def survey(point: Tensor, at: int) -> tuple[Tensor, Tensor | None]:
+                return self.survey(target, point, labels, seeds, at)
+
+            return climb(
+                survey,
+                x,
+                self.start(target, x, labels, seeds),
+                epsilon=self.epsilon,
+                sizes=step_sizes(self.steps, self.alpha, self.epsilon),
+                momentum=self.momentum,
+            )
+
+    def start(self, target: Defense, x: Tensor, labels: Tensor, seeds: Tensor) -> Tensor:
+        """Where it begins, less x: (B, 3, H, W)."""
+        return random_start(x, seeds, self.epsilon)
+
+    @abstractmethod
+    def survey(
+        self, target: Defense, point: Tensor, labels: Tensor, seeds: Tensor, at: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """At a point in step `at`: the gradient to ascend, and whether it fools (see climb)."""
+
+
+@dataclass(frozen=True)
+class ViewAware(Aware):
+    """PGD on the mean cross-entropy of the views that the defense looks at, not repaired.
+
+    The mean of the cross-entropies, not that of the mean logits: no view is let off because
+    another is already lost. Where the views are noisy, each step draws anew.
+    """
+
+    name: ClassVar[str] = "view-aware"
+
+    def survey(
+        self, target: Defense, point: Tensor, labels: Tensor, seeds: Tensor, at: int
+    ) -> tuple[Tensor, Tensor | None]:
+        keys = philox.derive(seeds, VIEW_DRAWS, at)
+
+        def look(pixels: Tensor) -> Look:
+            return Look(target.views(pixels, keys).pictures, target.logits)
+
+        return slope(target, look, point, lambda found: cross_entropies(found, labels))[1], None
+
+
+@dataclass(frozen=True)
+class BPDA(Aware):
+    """BPDA with the identity, and EOT, through the whole defense.
+
+    Each step runs the defense at the current point, takes the gradient of the loss of its answer
+    at the repaired pictures, and applies it to the point. Cost of a step for one image: `eot`
+    times the defense and the gradient of its last look.
+
+    Args:
+        eot: draws of the defense's randomness in a step; momentum averages over the steps' too.
+        loss: of the defense's logits: "ce", cross-entropy of the true class; "margin", lead of
+            the best wrong class.
+        warmup: steps of the view-aware attack before, from where this one then begins: they cost
+            a fraction of a step through the defense.
+        best: return the point that fooled the defense by most in the attacker's own draws,
+            instead of the last one, where there is one.
+    """
+
+    eot: int = 1
+    loss: Literal["ce", "margin"] = "ce"
+    warmup: int = 10
+    best: bool = True
+
+    name: ClassVar[str] = "bpda"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.loss not in ("ce", "margin"):
+            raise ValueError(f'loss must be "ce" or "margin", got {self.loss!r}')
+        if type(self.warmup) is not int or self.warmup < 0:
+            raise ValueError(f"warmup must be a whole number >= 0, got {self.warmup!r}")
+        if type(self.best) is not bool:
+            raise ValueError(f"best must be true or false, got {self.best!r}")
+
+    def start(self, target: Defense, x: Tensor, labels: Tensor, seeds: Tensor) -> Tensor:
+        if self.warmup == 0:
+            return super().start(target, x, labels, seeds)
+        first = ViewAware(self.epsilon, self.warmup, self.alpha, self.momentum)
+        return step.project(first.run(target, x, labels, seeds) - x, x, self.epsilon)
+
+    def survey(
+        self, target: Defense, point: Tensor, labels: Tensor, seeds: Tensor, at: int
+    ) -> tuple[Tensor, Tensor | None]:
+        ahead = leads(target, labels)
+        gradient, lead = torch.zeros_like(point), point.new_zeros(len(point))
+        for draw in range(self.eot):
+            keys = philox.derive(seeds, philox.EOT, at * self.eot + draw)
+            logits, part = self.through(target, point, labels, keys)
+            gradient += part
+            lead += ahead(logits) / self.eot
+        return gradient, lead if self.best else None
+
+    def through(
+        self, target: Defense, point: Tensor, labels: Tensor, keys: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The defense's logits (B, K) at a point with these seeds, and the gradient to ascend."""
+        return slope(target, lambda x: target.repair(x, keys), point, self.of(target, labels))
+
+    def of(self, target: Defense, labels: Tensor) -> Loss:
+        """The loss of logits (B, K): (B,)."""
+        if self.loss == "margin":
+            return leads(target, labels)
+        return lambda logits: cross_entropy(logits, labels)
+
+
+@dataclass(frozen=True)
+class GateEvasion(BPDA):
+    """BPDA that also keeps the gate shut, so that the defense stays off and the attack arrives.
+
+    The gate's margin is descended where it is above 0, that is where the repair is on. Both
+    gradients count with their mean magnitudes equal.
+
+    Args:
+        weight: of the gate's gradient beside the loss's.
+    """
+
+    weight: float = 1.0
+
+    name: ClassVar[str] = "gate"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if type(self.weight) not in (int, float) or not 0 <= self.weight <= 1000:
+            raise ValueError(f"weight must be a number in [0, 1000], got {self.weight!r}")
+
+    def suits(self, target: Defense) -> bool:
+        return has_gate(target)
+
+    def through(
+        self, target: Defense, point: Tensor, labels: Tensor, keys: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        def look(x: Tensor) -> Look:
+            found = target.gate(x, keys)
+            if found is None:
+                raise ValueError(
+                    f"attack 'gate' needs a defense with a gate; {target.name} has none"
+                )
+            return found
+
+        logits, gradient = super().through(target, point, labels, keys)
+        _, opening = slope(target, look, point, torch.relu)
+        return logits, balanced(gradient) - self.weight * balanced(opening)
+
+
+@dataclass(frozen=True)
+class PseudoLabel(Aware):
+    """Raises a wrong class where the defense takes its pseudo-label from.
+
+    A defense that repairs towards what it takes the image for then repairs towards the wrong
+    class. The lead of the best wrong class is ascended at the point that the guess is made at
+    (SCC's x_w), which costs the defense's steps up to there.
+
+    Args:
+        eot: draws of the defense's randomness in a step.
+    """
+
+    eot: int = 1
+
+    name: ClassVar[str] = "pseudo"
+
+    def suits(self, target: Defense) -> bool:
+        return has_guess(target)
+
+    def survey(
+        self, target: Defense, point: Tensor, labels: Tensor, seeds: Tensor, at: int
+    ) -> tuple[Tensor, Tensor | None]:
+        ahead, gradient = leads(target, labels), torch.zeros_like(point)
+        for draw in range(self.eot):
+            keys = philox.derive(seeds, GUESS_DRAWS, at * self.eot + draw)
+
+            def look(x: Tensor, keys: Tensor = keys) -> Look:
+                found = target.guess(x, keys)
+                if found is None:
+                    raise ValueError(
+                        f"attack 'pseudo' needs a defense with a pseudo-label; {target.name} "
+                        "has none"
+                    )
+                return found
+
+            gradient += slope(target, look, point, ahead)[1]
+        return gradient, None
+
+
+def has_gate(target: Defense) -> bool:
+    """Whether a defense has a gate: asked with one black picture."""
+    return _probed(target.gate, target)
+
+
+def has_guess(target: Defense) -> bool:
+    """Whether a defense makes a pseudo-label: asked with one black picture."""
+    return _probed(target.guess, target)
+
+
+def _probed(ask: Callable[[Tensor, Tensor], Look | None], target: Defense) -> bool:
+    with torch.inference_mode(False), torch.no_grad():
+        picture = torch.zeros(1, 3, *target.model.image_size, device=target.model.device)
+        return ask(picture, torch.zeros(1, dtype=torch.int64, device=picture.device)) is not None

@@ -1,0 +1,213 @@
+"""AutoAttack and Square, run by the package pyautoattack on the undefended model.
+
+What that package does, and these keep:
+
+- An image that the model gets wrong clean comes back as it was, and so does one that no attack
+  fools. Shown to a defense, such a set is a mixture of attacked and clean images, and the accuracy
+  on it is not that on attacked ones: see `complete`.
+- Images leave the batch when they are fooled, and its random numbers are drawn for the batch: what
+  an image becomes depends on the others in it. The same call gives the same images.
+
+It seeds the global generators; they are put back as they were, as are its log and the tracing
+function. Until then other threads see them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scc_fast.attacks.apgd import APGDCE
+from scc_fast.attacks.base import Attack, plain, prepared
+from scc_fast.attacks.margin import Distinct
+from scc_fast.attacks.module import BareLogits
+from scc_fast.defenses.base import Defense
+from scc_fast.reference import philox
+
+SEED = 162  # Philox purpose: what pyautoattack is seeded with
+_STEPS, _QUERIES = 100, 5000  # those of 'standard'
+
+
+def package() -> Any:
+    """The module pyautoattack.
+
+    Raises:
+        ImportError: it is not installed; says how to get it.
+    """
+    try:
+        return importlib.import_module("pyautoattack")
+    except ImportError as error:
+        raise ImportError(
+            "autoattack, aa and square need the package pyautoattack: "
+            f"pip install 'scc_fast[attacks]' ({error})"
+        ) from error
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """The global generators, the tracing function and pyautoattack's log, afterwards as before."""
+    log, tracing = logging.getLogger("auto-attack"), sys.gettrace()
+    disabled, state = log.disabled, np.random.get_state()  # noqa: NPY002
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    with torch.random.fork_rng(devices=devices):
+        log.disabled = True
+        try:
+            yield
+        finally:
+            log.disabled = disabled
+            sys.settrace(tracing)
+            np.random.set_state(state)  # noqa: NPY002
+
+
+@dataclass(frozen=True)
+class Packaged(Attack):
+    """What the three have in common: 'standard' of pyautoattack with a list of its own."""
+
+    @abstractmethod
+    def parts(self, classes: int) -> list[str]:
+        """pyautoattack's names of the attacks that run one after the other on K classes."""
+
+    def tune(self, standard: Any) -> None:
+        """Settings that are not those of 'standard'."""
+
+    def run(self, target: Defense, x: Tensor, labels: Tensor, seeds: Tensor) -> Tensor:
+        module = package()
+        x, labels, seeds = prepared(target, x, labels, seeds)
+        if len(x) == 0:
+            return x.clone()
+        with plain(x.device), undisturbed():
+            classes = Distinct.of(target, labels)
+            standard = module.AutoAttack(
+                BareLogits(target, classes.columns),
+                device=x.device,
+                eps=self.epsilon,
+                seed=int(philox.derive(seeds, SEED, 0).sum()) & ((1 << 63) - 1),
+            )
+            standard.attacks_to_run = self.parts(len(classes))
+            goals = min(9, len(classes) - 1)
+            standard.apgd_targeted.n_target_classes = standard.fab.n_target_classes = goals
+            self.tune(standard)
+            found, _ = standard.run_standard_evaluation(x, classes.labels, batch_size=len(x))
+        return found
+
+
+@dataclass(frozen=True)
+class PaperAA(Packaged):
+    """The AutoAttack of TTC's and SCC's tables: apgd-ce, then apgd-dlr on what is left.
+
+    With two classes, which have no DLR loss, apgd-ce alone.
+
+    Args:
+        steps: iterations of each; AutoAttack's are 100.
+        complete: an image that would come back clean comes back as our own APGD-CE leaves it, so
+            that a defense is shown attacked images only.
+    """
+
+    steps: int = _STEPS
+    complete: bool = False
+
+    name: ClassVar[str] = "aa"
+    label: ClassVar[str] = "AutoAttack (apgd-ce, apgd-dlr)"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.complete, bool):
+            raise ValueError(f"complete must be true or false, got {self.complete!r}")
+
+    @property
+    def title(self) -> str:
+        return ", ".join([self.label, *self._departures()])
+
+    def _departures(self) -> list[str]:
+        steps = [f"{self.steps} steps"] * (self.steps != _STEPS)
+        return steps + ["all images"] * self.complete
+
+    def parts(self, classes: int) -> list[str]:
+        return ["apgd-ce", "apgd-dlr"] if classes > 2 else ["apgd-ce"]
+
+    def tune(self, standard: Any) -> None:
+        if self.steps == _STEPS:
+            return
+        for part in ("apgd", "apgd_targeted"):
+            old = getattr(standard, part)
+            same = {"eps": old.eps, "device": old.device, "logger": old.logger}
+            setattr(standard, part, type(old)(old.model, n_iter=self.steps, **same))
+        standard.apgd_targeted.n_target_classes = standard.fab.n_target_classes
+        standard.fab.n_iter = self.steps
+
+    def run(self, target: Defense, x: Tensor, labels: Tensor, seeds: Tensor) -> Tensor:
+        x, labels, seeds = prepared(target, x, labels, seeds)
+        found = super().run(target, x, labels, seeds)
+        if self.complete:
+            clean = (found == x).flatten(1).all(dim=1)
+            rest = APGDCE(epsilon=self.epsilon, steps=self.steps)
+            with plain(x.device):
+                found[clean] = rest.run(target, x[clean], labels[clean], seeds[clean])
+        return found
+
+
+@dataclass(frozen=True)
+class AutoAttack(PaperAA):
+    """AutoAttack 'standard' (arXiv 2003.01690): apgd-ce, apgd-t, fab-t and square.
+
+    With fewer than ten classes the targeted ones go for all wrong classes. With three classes, too
+    few for the targeted DLR loss, apgd-dlr takes the place of apgd-t; with two nothing does.
+
+    Args:
+        steps: iterations of apgd and fab; AutoAttack's are 100.
+        complete: see PaperAA.
+        queries: of square; AutoAttack's are 5000.
+    """
+
+    queries: int = _QUERIES
+
+    name: ClassVar[str] = "autoattack"
+    label: ClassVar[str] = "AutoAttack"
+
+    def _departures(self) -> list[str]:
+        queries = [f"{self.queries} queries"] * (self.queries != _QUERIES)
+        return queries + super()._departures()
+
+    def parts(self, classes: int) -> list[str]:
+        second = {2: [], 3: ["apgd-dlr"]}.get(classes, ["apgd-t"])
+        return ["apgd-ce", *second, "fab-t", "square"]
+
+    def tune(self, standard: Any) -> None:
+        super().tune(standard)
+        standard.square.n_queries = self.queries
+
+
+@dataclass(frozen=True)
+class Square(Packaged):
+    """The Square attack (arXiv 1912.00049): random search on the margin, logits only.
+
+    Images that are wrong clean, or withstand it, come back as they were.
+
+    Args:
+        queries: forward passes for each image.
+    """
+
+    queries: int = _QUERIES
+
+    name: ClassVar[str] = "square"
+    conclusive: ClassVar[bool] = False
+
+    @property
+    def title(self) -> str:
+        return f"Square ({self.queries} queries)"
+
+    def parts(self, classes: int) -> list[str]:
+        return ["square"]
+
+    def tune(self, standard: Any) -> None:
+        standard.square.n_queries = self.queries

@@ -1,0 +1,72 @@
+"""Controls for label leakage: PGD that is not told, or does not use, the true label.
+
+An attack that pushes away from the true class on the undefended model tells a defense which class
+that was, on images the model gets wrong too: robust accuracy above the clean one is its signature.
+What a defense gains against PGD and loses against these it owed to the label.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from scc_fast.attacks.base import Loss, bare_look
+from scc_fast.attacks.margin import Distinct
+from scc_fast.attacks.pgd import PGD, cross_entropy
+from scc_fast.defenses.base import Defense
+from scc_fast.reference import philox
+
+GOAL = 161  # Philox purpose: the wrong class of pgd-random
+
+
+@dataclass(frozen=True)
+class PGDOwn(PGD):
+    """PGD away from what the undefended model says of the clean image, right or wrong.
+
+    Args:
+        steps, alpha: as for PGD.
+    """
+
+    name: ClassVar[str] = "pgd-own"
+    conclusive: ClassVar[bool] = False
+
+    @property
+    def title(self) -> str:
+        return f"PGD-{self.steps} (own prediction)"
+
+    def _loss(self, target: Defense, x: Tensor, labels: Tensor, seeds: Tensor) -> Loss:
+        own = target.answer(bare_look(target)(x)).argmax(dim=1)
+        return lambda logits: cross_entropy(logits, own)
+
+
+@dataclass(frozen=True)
+class PGDRandom(PGD):
+    """PGD towards one wrong class, drawn evenly for each image from its seed.
+
+    Args:
+        steps, alpha: as for PGD.
+    """
+
+    name: ClassVar[str] = "pgd-random"
+    conclusive: ClassVar[bool] = False
+
+    @property
+    def title(self) -> str:
+        return f"PGD-{self.steps} (random target)"
+
+    def _loss(self, target: Defense, x: Tensor, labels: Tensor, seeds: Tensor) -> Loss:
+        goals = wrong_classes(Distinct.of(target, labels), seeds)
+        return lambda logits: -cross_entropy(logits, goals)
+
+
+def wrong_classes(classes: Distinct, seeds: Tensor) -> Tensor:
+    """One class for each seed that is not the label's, nor has its embedding: (B,) int64."""
+    rivals = len(classes) - 1
+    if rivals < 1:
+        raise ValueError("pgd-random needs two classes with different embeddings, got one")
+    drawn = philox.uniform(seeds, GOAL, 0, 1)[:, 0].double() * rivals
+    place = drawn.long()  # uniform() stays below 1
+    place = place + (place >= classes.labels).long()
+    return classes.columns[place]

@@ -1,0 +1,31 @@
+"""The undefended model as the module that other attack libraries ask for."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from scc_fast.defenses.base import Defense
+
+
+class BareLogits(nn.Module):
+    """Pixels (B, 3, H, W) in [0, 1] to the undefended model's logits (B, K).
+
+    Runs on the engine that serves the defense, and is differentiable with respect to the pixels,
+    once. It has no parameters, and no training mode: train() leaves it as it is.
+
+    Args:
+        target: the defense whose model it is.
+        columns: (U,) int64, the classes to give logits of; None: all K.
+    """
+
+    def __init__(self, target: Defense, columns: Tensor | None = None) -> None:
+        super().__init__()
+        self._target, self._columns = target, columns
+        self.training = False
+
+    def train(self, mode: bool = True) -> BareLogits:
+        return self
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        logits = self._target.logits(self._target.encode(pixels))
+        return logits if self._columns is None else logits[:, self._columns]

@@ -1,0 +1,170 @@
+"""The gradient through a defense's own steps: TTC and SCC unrolled, for attack purposes.
+
+What BPDA with the identity leaves out is that a point moved changes what the defense adds to it.
+Here the defense is written out under autograd, its ascent's gradients included, and differentiated
+as a whole. Two of its operations have no useful derivative and get a straight-through one (Bengio
+et al., arXiv 1308.3432; for defenses Athalye et al., arXiv 1802.00420):
+
+- sign(g) of an ascent step: on the way back it counts as g / mean|g|, with the mean of each image
+  taken as a constant; so the surrogate's mean magnitude is that of the sign, 1.
+- the projection Π: its clamps pass gradients inside their bounds, which is their own derivative.
+
+What is decided (the gate, ŷ, the hardest negative) counts as constant; the soft pseudo-label
+does not.
+
+Memory and time: every pass of the defense and its way back are kept, and differentiated once
+more: the encoder's activations of (1 + L)·(N + 1) + L·(S + 1) pictures of one image, N steps of
+warm-up, S semantic ones, about twice each, and some four times the time of the defense itself.
+It runs through the model's own modules in the weights' precision, whatever engine serves the
+defense, and takes attention in plain products, whose second derivative PyTorch has.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from scc_fast.attacks.adaptive import BPDA
+from scc_fast.config import IDENTITY, SCCConfig, TTCConfig
+from scc_fast.defenses.base import Defense
+from scc_fast.defenses.served import SCC, TTC
+from scc_fast.reference import heads, step
+from scc_fast.reference.views import make_views
+
+MOST_STEPS = 8  # of the defense: more do not fit, and their gradient is noise
+
+
+@dataclass(frozen=True)
+class Unrolled(BPDA):
+    """Ascent of the loss along the gradient through all of TTC's or SCC's steps.
+
+    Only defenses of at most 8 steps in total. A step costs some four runs of the defense.
+    """
+
+    steps: int = 10
+
+    name: ClassVar[str] = "unrolled"
+
+    def suits(self, target: Defense) -> bool:
+        return isinstance(target, TTC | SCC) and step_count(target) <= MOST_STEPS
+
+    def through(
+        self, target: Defense, point: Tensor, labels: Tensor, keys: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+            leaf = point.detach().requires_grad_()
+            logits = unrolled(target, leaf, keys)
+            (gradient,) = torch.autograd.grad(self.of(target, labels)(logits).sum(), leaf)
+        return logits.detach(), gradient
+
+
+def step_count(target: Defense) -> int:
+    """Steps that TTC or SCC takes in all; 0 for another defense."""
+    config = target.config
+    if isinstance(config, SCCConfig):
+        return config.warmup_steps + (config.semantic_steps if config.semantic else 0)
+    return config.steps if isinstance(config, TTCConfig) else 0
+
+
+def unrolled(target: Defense, x: Tensor, seeds: Tensor) -> Tensor:
+    """The logits of TTC or SCC as a differentiable function of x.
+
+    Their values are the defense's own (METHOD.md's steps 1 to 5), their derivative is the one
+    this module describes. To be called where gradients are on.
+
+    Args:
+        target: TTC or SCC.
+        x: (B, 3, H, W) float32 in [0, 1], B >= 1.
+        seeds: (B,) int64.
+
+    Returns:
+        (B, K).
+
+    Raises:
+        ValueError: another defense.
+    """
+    if not isinstance(target, TTC | SCC):
+        raise ValueError(f"only ttc and scc can be unrolled, got {target.name!r}")
+    config = target.config
+    views = target.defender.views(min(x.shape[-2:])) if isinstance(config, SCCConfig) else None
+    sight = _Sight(target, x, seeds, views or (IDENTITY,))
+    anchor = target.bare.encode(x)
+    start = step.initial_delta(x, seeds, config.epsilon)
+    features, pixels = sight.look(start)
+    drift = heads.relative_drift(features[0], anchor).detach()
+    gated = isinstance(config, TTCConfig) or config.gate
+    left = target.mean_logits(features)
+    open_ = drift < config.tau if gated else torch.ones_like(drift, dtype=torch.bool)
+    if not open_.any():
+        return left
+
+    warm_up = config.warmup_steps if isinstance(config, SCCConfig) else config.steps
+    weights = step.iterate_weights(warm_up, config.beta).tolist()
+    delta, weighted = start, weights[0] * start
+    for t in range(warm_up):
+        if t > 0:
+            features, pixels = sight.look(delta)
+        delta = sight.step(delta, features, pixels, heads.drift_head(features, anchor))
+        weighted = weighted + weights[t + 1] * delta
+    delta = weighted if warm_up else start
+
+    soft = negatives = anchor  # set in the first semantic step
+    for s in range(step_count(target) - warm_up):
+        features, pixels = sight.look(delta)
+        if s == 0:
+            _, label, soft = heads.pseudo_label(features, target.table, config.temperature)
+            negatives = target.table.negatives(label)
+        _, head = heads.margin_head(features, soft, negatives, target.table)
+        delta = sight.step(delta, features, pixels, head)
+    repaired = target.mean_logits(sight.look(delta)[0])
+    return torch.where(open_[:, None], repaired, left)
+
+
+class _Sight:
+    """Images x with gradients, the views of x + δ, and the defense's step."""
+
+    def __init__(self, target: TTC | SCC, x: Tensor, seeds: Tensor, views: Any) -> None:
+        self.target, self.x, self.seeds, self.views = target, x, seeds, views
+        self.fill = torch.tensor(target.model.mean, device=x.device)
+
+    def look(self, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (L, B, D) of the views of x + δ, and the pixels that they are of."""
+        pixels = self.x + delta
+        seen = make_views(pixels, self.seeds, self.views, self.fill)
+        encoded = self.target.bare.encode(seen.flatten(0, 1))
+        return encoded.unflatten(0, seen.shape[:2]), pixels
+
+    def step(self, delta: Tensor, features: Tensor, pixels: Tensor, head: Tensor) -> Tensor:
+        """Π(δ + α·sign(g)) with g the pull-back of ∂J/∂f, all of it differentiable."""
+        config = self.target.config
+        (gradient,) = torch.autograd.grad(features, pixels, head, create_graph=True)
+        moved = delta + config.alpha * straight_sign(gradient)
+        return step.project(moved, self.x, config.epsilon)
+
+
+def straight_sign(gradient: Tensor) -> Tensor:
+    """sign(g), with the derivative of g / mean|g|, the mean of each image a constant.
+
+    Args:
+        gradient: (B, 3, H, W).
+    """
+    found: Tensor = _StraightSign.apply(gradient)
+    return found
+
+
+class _StraightSign(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor) -> Tensor:
+        mean = gradient.abs().mean(dim=(1, 2, 3), keepdim=True)
+        ctx.save_for_backward(torch.where(mean > 0, 1 / mean, 0.0))
+        return gradient.sign()
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> Tensor:
+        (scale,) = ctx.saved_tensors
+        found: Tensor = slope * scale
+        return found

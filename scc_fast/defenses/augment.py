@@ -1,0 +1,248 @@
+"""Random crops and mild changes of pictures, each image's own, for a whole batch at once.
+
+What torchvision does to one PIL picture at a time, on float tensors: no rounding to 8 bits in
+between, and zeros beyond the border are blended in by the bilinear weights, which changes border
+pixels a little. Everything is differentiable with respect to the pixels.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from scc_fast.reference import philox
+
+BOX_DRAWS = 22  # uniforms that one random box takes
+_TRIES = 10
+_GRAY = (0.2989, 0.587, 0.114)
+_ORDERS = tuple(itertools.permutations(range(4)))
+
+
+def straight(x: Tensor, changed: Tensor) -> Tensor:
+    """`changed`, with the gradient of x: for what cannot be differentiated."""
+    return x + (changed - x).detach()
+
+
+def only(x: Tensor, rows: Tensor, change: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """x (n, ...) with the rows of a mask (n,) changed by `change(x[i], i)`, i their indices."""
+    index = rows.nonzero()[:, 0]
+    return x.index_copy(0, index, change(x[index], index)) if len(index) else x
+
+
+# ---------------------------------------------------------------------------------------- crops
+
+
+def random_boxes(
+    draws: Tensor,
+    size: tuple[int, int],
+    scale: tuple[float, float],
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> Tensor:
+    """Boxes as of RandomResizedCrop: (..., 22) uniforms → (..., 4) top, left, height, width.
+
+    Up to ten tries for an area in `scale` and a log-uniform width/height in `ratio` that fit into
+    (height, width); then the largest box in the middle.
+    """
+    height, width = size
+    tries = draws[..., : 2 * _TRIES].double().unflatten(-1, (_TRIES, 2))
+    area = height * width * (scale[0] + (scale[1] - scale[0]) * tries[..., 0])
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    aspect = torch.exp(low + (high - low) * tries[..., 1])
+    wide = torch.round(torch.sqrt(area * aspect))
+    tall = torch.round(torch.sqrt(area / aspect))
+    fits = (wide > 0) & (wide <= width) & (tall > 0) & (tall <= height)
+    first = fits.int().argmax(dim=-1, keepdim=True)
+    wide, tall = (side.gather(-1, first)[..., 0] for side in (wide, tall))
+    found = fits.any(dim=-1)
+    at = draws[..., 2 * _TRIES :].double()
+    top = torch.floor(at[..., 0] * (height - tall + 1))
+    left = torch.floor(at[..., 1] * (width - wide + 1))
+    middle = torch.tensor(_middle_box(height, width, ratio), device=draws.device).double()
+    box = torch.stack([top, left, tall, wide], dim=-1)
+    return torch.where(found[..., None], box, middle).float()
+
+
+def _middle_box(height: int, width: int, ratio: tuple[float, float]) -> tuple[int, int, int, int]:
+    tall, wide = height, width
+    if width / height < ratio[0]:
+        tall = round(width / ratio[0])
+    elif width / height > ratio[1]:
+        wide = round(height * ratio[1])
+    return (height - tall) // 2, (width - wide) // 2, tall, wide
+
+
+def crop_resize(x: Tensor, boxes: Tensor, flip: Tensor) -> Tensor:
+    """Boxes of each image, bilinearly enlarged to the image's size.
+
+    Args:
+        x: (B, 3, H, W).
+        boxes: (B, V, 4) top, left, height, width in whole pixels, no larger than the image.
+        flip: (B, V) bool, mirrored left to right.
+
+    Returns:
+        (V, B, 3, H, W).
+    """
+    count, (height, width) = boxes.shape[1], x.shape[-2:]
+    boxes = boxes.transpose(0, 1).flatten(0, 1)
+    down = _places(height, boxes[:, 0], boxes[:, 2])
+    right = _places(width, boxes[:, 1], boxes[:, 3])
+    right = torch.where(flip.T.flatten()[:, None], right.flip(-1), right)
+    grid = torch.stack(
+        torch.broadcast_tensors(right[:, None, :], down[:, :, None]), dim=-1
+    )  # (V·B, H, W, 2)
+    pictures = x.expand(count, *x.shape).flatten(0, 1)
+    crops = F.grid_sample(pictures, grid, padding_mode="border", align_corners=False)
+    return crops.unflatten(0, (count, len(x)))
+
+
+def _places(side: int, start: Tensor, length: Tensor) -> Tensor:
+    """Where `side` pixels are taken from in start + [0, length), (n, side), in grid units."""
+    at = (torch.arange(side, device=start.device) + 0.5) * (length / side)[:, None] - 0.5
+    at = at.clamp_min(0).minimum(length[:, None] - 1) + start[:, None]
+    return (2 * at + 1) / side - 1
+
+
+# ----------------------------------------------------------------------------------- geometry
+
+
+def warp(x: Tensor, matrix: Tensor) -> Tensor:
+    """Affine map, bilinear, zeros beyond the border.
+
+    Args:
+        x: (n, 3, H, W).
+        matrix: (n, 2, 3), from an output pixel's (x, y, 1) to where it is taken from, in pixels
+            from the middle of the picture, right and down.
+    """
+    height, width = x.shape[-2:]
+    half = torch.tensor([width / 2, height / 2], device=x.device)
+    units = torch.cat([matrix[..., :2] * half, matrix[..., 2:]], dim=-1) / half[:, None]
+    grid = F.affine_grid(units, list(x.shape), align_corners=False)
+    return F.grid_sample(x, grid, padding_mode="zeros", align_corners=False)
+
+
+def rotation(angle: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """The map that turns pictures clockwise, enlarges them, and shifts them: (n, 2, 3) for warp.
+
+    Args:
+        angle: (n,) radians. scale: (n,). shift: (n, 2) pixels to the right and down.
+    """
+    cos, sin = torch.cos(angle) / scale, torch.sin(angle) / scale
+    back = torch.stack([torch.stack([cos, sin], -1), torch.stack([-sin, cos], -1)], -2)
+    return torch.cat([back, -(back @ shift[..., None])], dim=-1)
+
+
+# --------------------------------------------------------------------------------- colour, blur
+
+
+def brightness(x: Tensor, factor: Tensor) -> Tensor:
+    """Towards black: (n, 3, H, W), factor (n,)."""
+    return (x * _wide(factor)).clamp(0, 1)
+
+
+def contrast(x: Tensor, factor: Tensor) -> Tensor:
+    """Towards the picture's mean gray."""
+    return _blend(x, _gray(x).mean(dim=(1, 2, 3), keepdim=True), factor)
+
+
+def saturation(x: Tensor, factor: Tensor) -> Tensor:
+    """Towards each pixel's gray."""
+    return _blend(x, _gray(x), factor)
+
+
+def hue(x: Tensor, turn: Tensor) -> Tensor:
+    """Turns the hue by turn (n,), 1 for the whole circle."""
+    red, green, blue = x.unbind(dim=1)
+    value = x.amax(dim=1)
+    chroma = value - x.amin(dim=1)
+    safe = torch.where(chroma > 0, chroma, torch.ones_like(chroma))
+    sixth = torch.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe)
+    sixth = torch.where(value == red, (green - blue) / safe, sixth) + 6 * turn[:, None, None]
+    parts = []
+    for offset in (5, 3, 1):
+        k = torch.remainder(offset + sixth, 6)
+        parts.append(value - chroma * torch.minimum(k, 4 - k).clamp(0, 1))
+    return torch.stack(parts, dim=1).clamp(0, 1)
+
+
+def weighted_blur(x: Tensor, weights: Tensor, padding: str = "reflect") -> Tensor:
+    """Separable blur with each picture's own weights (n, 2r + 1) in both directions."""
+    reach = weights.shape[1] // 2
+    height, width = x.shape[-2:]
+    wide = F.pad(x, (reach,) * 4, mode=padding)
+    taps = range(weights.shape[1])
+    across = sum(_wide(weights[:, k]) * wide[..., k : k + width] for k in taps)
+    return torch.as_tensor(
+        sum(_wide(weights[:, k]) * torch.as_tensor(across)[..., k : k + height, :] for k in taps)
+    )
+
+
+def gaussian_blur(x: Tensor, sigma: Tensor, size: int = 5) -> Tensor:
+    """Gaussian blur with sigma (n,) pixels, `size` pixels wide, reflected at the border."""
+    offset = torch.arange(size, device=x.device) - size // 2
+    weights = torch.exp(-0.5 * (offset / sigma[:, None]) ** 2)
+    return weighted_blur(x, weights / weights.sum(dim=1, keepdim=True))
+
+
+def jitter(x: Tensor, factors: Sequence[Tensor], order: Tensor) -> Tensor:
+    """The four changes of colour, in an order of each picture's own.
+
+    Args:
+        x: (n, 3, H, W).
+        factors: of brightness, contrast, saturation and hue, (n,) each.
+        order: (n,) int64 in [0, 24), which of their permutations.
+    """
+    changes = (brightness, contrast, saturation, hue)
+    table = torch.tensor(_ORDERS, device=x.device)[order]
+    for place, which in itertools.product(range(4), range(4)):
+
+        def change(part: Tensor, index: Tensor, which: int = which) -> Tensor:
+            return changes[which](part, factors[which][index])
+
+        x = only(x, table[:, place] == which, change)
+    return x
+
+
+def mild(x: Tensor, seeds: Tensor, purpose: int, view: int) -> Tensor:
+    """MAC's augmentation (arXiv 2606.06938): x (B, 3, H, W) in [0, 1] → the same.
+
+    Always turned by up to 5 degrees, shifted by up to 4 % (whole pixels) and scaled by up to 8 %;
+    each with probability one half: colour jitter 0.08/0.08/0.08/0.02, a 5x5 Gaussian blur of
+    sigma 0.5 to 1.2, Gaussian noise of a sigma up to 0.02. Draws from `purpose` and the next one.
+    """
+    if len(x) == 0:
+        return x
+    u = philox.uniform(seeds, purpose, view, 16).T
+    signed = 2 * u - 1
+    size = torch.tensor([x.shape[-1], x.shape[-2]], device=x.device)
+    shift = torch.round(0.04 * size * signed[1:3].T)
+    x = warp(x, rotation(torch.deg2rad(5 * signed[0]), 1 + 0.08 * signed[3], shift))
+    factors = (*(1 + 0.08 * signed[4:7]), 0.02 * signed[7])
+    order = (24 * u[8]).long()
+    x = only(x, u[9] < 0.5, lambda part, i: jitter(part, [f[i] for f in factors], order[i]))
+    x = only(x, u[10] < 0.5, lambda part, i: gaussian_blur(part, 0.5 + 0.7 * u[11][i]))
+
+    def noisy(part: Tensor, index: Tensor) -> Tensor:
+        noise = philox.normal(seeds[index], purpose + 1, view, part[0].numel()).view_as(part)
+        return (part + 0.02 * _wide(u[13][index]) * noise).clamp(0, 1)
+
+    return only(x, u[12] < 0.5, noisy)
+
+
+def _wide(rows: Tensor) -> Tensor:
+    """(n,) → (n, 1, 1, 1)."""
+    return rows[:, None, None, None]
+
+
+def _gray(x: Tensor) -> Tensor:
+    """(n, 3, H, W) → (n, 1, H, W)."""
+    weights = torch.tensor(_GRAY, device=x.device)
+    return (x * weights[:, None, None]).sum(dim=1, keepdim=True)
+
+
+def _blend(x: Tensor, other: Tensor, factor: Tensor) -> Tensor:
+    return (_wide(factor) * x + (1 - _wide(factor)) * other).clamp(0, 1)

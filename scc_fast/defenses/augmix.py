@@ -1,0 +1,148 @@
+"""AugMix's chains of simple changes (Hendrycks et al., arXiv 1912.02781), at severity 1.
+
+As R-TPT takes them, but on float pixels for a batch at once: the original works on 8-bit PIL
+pictures. Gradients pass equalize and posterize straight through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from scc_fast.defenses.augment import rotation, straight, warp
+
+CHAINS, LONGEST = 3, 3
+_EACH = 1 + 3 * LONGEST  # draws of a chain: its length; operation, level and sign of each step
+MIX_DRAWS = CHAINS + 1 + CHAINS * _EACH
+_AT_ONCE = 64  # pictures on a CPU, for the caches' sake
+# By index: photometric operations, then geometric ones.
+_GEOMETRIC = ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
+
+
+def augmix(x: Tensor, draws: Tensor) -> Tensor:
+    """m·x + (1 − m)·Σ_i w_i chain_i(x), w Dirichlet(1, 1, 1) and m Beta(1, 1).
+
+    Args:
+        x: (n, 3, H, W) in [0, 1].
+        draws: (n, MIX_DRAWS) uniforms in [0, 1).
+
+    Returns:
+        (n, 3, H, W) in [0, 1].
+    """
+    if x.device.type == "cpu" and len(x) > _AT_ONCE:
+        pieces = zip(x.split(_AT_ONCE), draws.split(_AT_ONCE), strict=True)
+        return torch.cat([augmix(*piece) for piece in pieces])
+    share = -torch.log1p(-draws[:, :CHAINS]) + 1e-12
+    share = share / share.sum(dim=1, keepdim=True) * (1 - draws[:, CHAINS, None])
+    mixed = x * draws[:, CHAINS, None, None, None]
+    chains = draws[:, CHAINS + 1 :].unflatten(1, (CHAINS, _EACH))
+    for i in range(CHAINS):
+        mixed = mixed + share[:, i, None, None, None] * _chain(x, chains[:, i])
+    return mixed
+
+
+def _chain(x: Tensor, draws: Tensor) -> Tensor:
+    """One to three operations in a row, each picture's own."""
+    length = 1 + (LONGEST * draws[:, 0]).long()
+    for at in range(LONGEST):
+        which, level, sign = draws[:, 1 + 3 * at : 4 + 3 * at].unbind(dim=1)
+        kind = (len(OPERATIONS) * which).long().masked_fill(length <= at, -1)
+        x = operate(x, kind, 0.1 + 0.9 * level, torch.where(sign > 0.5, -1.0, 1.0))
+    return x
+
+
+def operate(x: Tensor, kind: Tensor, level: Tensor, sign: Tensor) -> Tensor:
+    """One operation on each picture.
+
+    Args:
+        x: (n, 3, H, W) in [0, 1].
+        kind: (n,) int64, index into OPERATIONS, or −1 for none.
+        level: (n,) in [0.1, 1], of at most 10.
+        sign: (n,) ±1, the direction of the geometric ones.
+    """
+    order = kind.argsort()
+    counts = torch.bincount(kind + 1, minlength=len(OPERATIONS) + 1).tolist()
+    # None, each photometric operation, and all geometric ones at once.
+    counts = [*counts[: 1 + len(_PHOTOMETRIC)], sum(counts[1 + len(_PHOTOMETRIC) :])]
+    same, *rows, moved = order.split(counts)
+    parts = [x[same]]
+    parts += [change(x[i], level[i]) for change, i in zip(_PHOTOMETRIC.values(), rows, strict=True)]
+    turn = _matrices(kind[moved] - len(_PHOTOMETRIC), level[moved], sign[moved], _size(x))
+    parts.append(warp(x[moved], turn) if len(moved) else x[moved])
+    return torch.cat(parts)[order.argsort()]
+
+
+def _size(x: Tensor) -> tuple[int, int]:
+    return x.shape[-2], x.shape[-1]
+
+
+def autocontrast(x: Tensor, _: Tensor) -> Tensor:
+    """Each channel stretched to [0, 1]; a channel of one value stays."""
+    low, high = x.amin(dim=(2, 3), keepdim=True), x.amax(dim=(2, 3), keepdim=True)
+    spread = high - low
+    flat = spread == 0
+    return torch.where(flat, x, (x - low) / spread.masked_fill(flat, 1.0))
+
+
+def equalize(x: Tensor, _: Tensor) -> Tensor:
+    """Histogram equalization of each channel in 256 bins, by Pillow's table."""
+    bins = (x.detach() * 255).round().long().clamp(0, 255).flatten(2)
+    counts = bins.new_zeros(*bins.shape[:2], 256).scatter_add_(2, bins, torch.ones_like(bins))
+    used = counts > 0
+    last = 255 - used.flip(-1).int().argmax(dim=-1, keepdim=True)
+    stride = (bins.shape[-1] - counts.gather(2, last)) // 255
+    safe = stride.clamp_min(1)
+    table = (safe // 2 + counts.cumsum(dim=-1) - counts) // safe
+    table = torch.where(stride == 0, torch.arange(256, device=x.device), table.clamp(0, 255))
+    return straight(x, (table.gather(2, bins).float() / 255).view_as(x))
+
+
+def posterize(x: Tensor, _: Tensor) -> Tensor:
+    """The upper 4 of 8 bits, at every level of this severity."""
+    return straight(x, torch.floor((x * 255).round() / 16) * 16 / 255)
+
+
+def solarize(x: Tensor, level: Tensor) -> Tensor:
+    """Pixels of at least 256 − ⌊25.6 level⌋ of 255 are inverted."""
+    threshold = (256 - torch.floor(25.6 * level)) / 255
+    # Half a step lower, so that rounding does not move a pixel of that very value.
+    return torch.where(x < threshold[:, None, None, None] - 0.5 / 255, x, 1 - x)
+
+
+def _matrices(kind: Tensor, level: Tensor, sign: Tensor, size: tuple[int, int]) -> Tensor:
+    """For warp, (n, 2, 3): kind (n,) indexes _GEOMETRIC."""
+    height, width = size
+    zero = torch.zeros_like(level)
+
+    def pick(name: str, value: Tensor) -> Tensor:
+        return torch.where(kind == _GEOMETRIC.index(name), sign * value, zero)
+
+    turned = rotation(
+        -torch.deg2rad(pick("rotate", torch.floor(3 * level))),
+        zero + 1,
+        zero[:, None].expand(-1, 2),
+    )
+    right = pick("shear_x", 0.03 * level)
+    down = pick("shear_y", 0.03 * level)
+    across = pick("translate_x", torch.floor(width / 30 * level))
+    along = pick("translate_y", torch.floor(height / 30 * level))
+    # Pillow shears about the upper left corner, warp() counts from the middle.
+    moved = torch.stack(
+        [
+            torch.stack([zero, right, across + right * height / 2], dim=-1),
+            torch.stack([down, zero, along + down * width / 2], dim=-1),
+        ],
+        dim=-2,
+    )
+    return turned + moved
+
+
+_PHOTOMETRIC: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "autocontrast": autocontrast,
+    "equalize": equalize,
+    "posterize": posterize,
+    "solarize": solarize,
+}
+OPERATIONS = (*_PHOTOMETRIC, *_GEOMETRIC)

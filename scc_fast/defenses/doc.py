@@ -1,0 +1,151 @@
+"""DOC, directional orthogonal counterattack: TTC with momentum, random turns and a soft gate.
+
+"Diversifying Counterattacks: Orthogonal Exploration for Robust CLIP Inference", AAAI 2026
+(arXiv 2511.09064). Where the paper's own values are not known, a third party's implementation,
+that of the runner of NAC, gives them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from scc_fast import ops
+from scc_fast.config import MethodConfig
+from scc_fast.defenses.base import Defense, Look, Repair, Traits
+from scc_fast.defenses.hd import random_start
+from scc_fast.defenses.parts import whole, within
+from scc_fast.reference import step
+
+PROBES, TURNS = 101, 102  # what a number is drawn for, beside those of philox
+
+
+@dataclass(frozen=True)
+class DOCConfig(MethodConfig):
+    """Directional orthogonal counterattack; ε, α and N as in the paper, the rest by a third party.
+
+    Args:
+        epsilon, alpha: budget and step, L-infinity, pixel units in [0, 1).
+        steps: N, counterattack steps.
+        beta: weight of iterate t is proportional to exp(beta t), as in TTC; 100 leaves the last.
+        tau: threshold of the gate, on a mean cosine distance.
+        gamma: steepness of the gate, in [0, 1e6].
+        probes: M, pictures whose features tell the sensitivity, in [1, 1000].
+        orthogonal: λ, length of the random part beside the unit gradient, in [0, 1e6].
+        momentum: μ, share of the old direction, in [0, 1].
+    """
+
+    epsilon: float = 4 / 255
+    alpha: float = 3 / 255
+    steps: int = 4
+    beta: float = 2.0
+    tau: float = 0.3
+    gamma: float = 20.0
+    probes: int = 5
+    orthogonal: float = 0.05
+    momentum: float = 0.75
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        whole("probes", self.probes, 1, 1000)
+        for name, top in (("gamma", 1e6), ("orthogonal", 1e6), ("momentum", 1.0)):
+            within(name, getattr(self, name), 0.0, top)
+
+
+class DOC(Defense):
+    """Directional orthogonal counterattack.
+
+    Steps: f(x) and its probes give the sensitivity τ̂ and the gate w; N steps push f(x + δ) away
+    from f(x); δ = w·Σ_t w_t δᵗ + (1 − w)·δ⁰. A low τ̂ means attacked, as the paper's formula has
+    it and TTC's false stability. f(x) is shared by probes and steps: M + N + 2 passes forward.
+    """
+
+    name, Config = "doc", DOCConfig
+
+    @property
+    def width(self) -> int:  # type: ignore[override]
+        """Pictures of one image that are held together: it and its probes."""
+        return 1 + int(self.config.probes)
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(
+            forward=self.config.probes + self.config.steps + 2,
+            backward=self.config.steps,
+            random=True,
+            dynamic=True,
+            text=False,
+            gradients=True,
+            source="arXiv 2511.09064; λ, μ, M, τ, γ and β of a third party's implementation",
+        )
+
+    def repair(self, x: Tensor, seeds: Tensor) -> Repair:
+        config, still = self.config, x.detach()
+        with torch.no_grad():
+            features = self.features(Look(self._probes(still, seeds), self._margin))
+        drift = sensitivity(features)
+        on = torch.sigmoid(config.gamma * (config.tau - drift))[:, None, None, None]
+
+        start = random_start(self, still, seeds, config.epsilon)
+        weights = step.iterate_weights(config.steps, config.beta).tolist()
+        delta, blend, heading = start, weights[0] * start, None
+        for at in range(config.steps):
+            gradient = self._gradient(still, delta, features[0])
+            heading = self._heading(gradient, seeds, at, heading)
+            delta = step.pgd_step(delta, heading, still, config.alpha, config.epsilon)
+            blend = blend + weights[at + 1] * delta
+        delta = on * blend + (1 - on) * start
+        return Repair((x + delta)[None], self.mean_logits, delta, drift, drift < config.tau)
+
+    def gate(self, x: Tensor, seeds: Tensor) -> Look:
+        return Look(self._probes(x, seeds), self._margin)
+
+    def _margin(self, features: Tensor) -> Tensor:
+        """τ − τ̂ from the features of x and its probes, (1 + M, B, D) → (B,)."""
+        margin: Tensor = self.config.tau - sensitivity(features)
+        return margin
+
+    def _probes(self, x: Tensor, seeds: Tensor) -> Tensor:
+        """x and x + n_m, n_m = ±ε by a coin per pixel, in the box: (1 + M, B, 3, H, W)."""
+        numel, backend = x.shape[1:].numel(), self.bare.setting.backend
+        pictures = [x]
+        for probe in range(self.config.probes):
+            coin = ops.philox_uniform(seeds, PROBES, probe, numel, backend=backend) < 0.5
+            noise = torch.where(coin, -self.config.epsilon, self.config.epsilon)
+            pictures.append((x + noise.view_as(x)).clamp(0, 1))
+        return torch.stack(pictures)
+
+    def _gradient(self, x: Tensor, delta: Tensor, anchor: Tensor) -> Tensor:
+        """∂/∂δ of ‖f(x + δ) − f(x)‖²."""
+        with torch.enable_grad():
+            leaf = delta.detach().requires_grad_()
+            away = (self.encode(x + leaf) - anchor).square().sum()
+        return torch.autograd.grad(away, leaf)[0]
+
+    def _heading(self, gradient: Tensor, seeds: Tensor, at: int, old: Tensor | None) -> Tensor:
+        """m = μ·m + (1 − μ)·d with d = g/‖g‖ + λ·r/‖r‖, r random and orthogonal to g."""
+        numel, backend = gradient.shape[1:].numel(), self.bare.setting.backend
+        along = unit(gradient)
+        turn = ops.philox_normal(seeds, TURNS, at, numel, backend=backend).view_as(gradient)
+        overlap = (turn * along).sum(dim=(1, 2, 3), keepdim=True)
+        heading: Tensor = along + self.config.orthogonal * unit(turn - overlap * along)
+        if old is None:
+            return heading
+        return torch.lerp(heading, old, float(self.config.momentum))
+
+
+def unit(x: Tensor) -> Tensor:
+    """x (B, 3, H, W) scaled to unit length per image; zero stays zero."""
+    # A power of two, exact, keeps the squares of tiny gradients from vanishing.
+    largest = x.abs().amax(dim=(1, 2, 3), keepdim=True).clamp_min(2.0**-100)
+    lifted = x * torch.exp2(-torch.floor(torch.log2(largest)))
+    length = lifted.square().sum(dim=(1, 2, 3), keepdim=True).sqrt()
+    return lifted / length.clamp_min(1e-30)
+
+
+def sensitivity(features: Tensor) -> Tensor:
+    """τ̂ = 1 − (1/M) Σ_m cos(f(x + n_m), f(x)): (1 + M, B, D) → (B,)."""
+    return 1 - F.cosine_similarity(features[1:], features[:1], dim=-1).mean(dim=0)

@@ -1,0 +1,220 @@
+"""The text tower as a function of its prompts' context, for defenses that tune it per image."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from scc_fast.models import FrozenModel, OpenCLIPModel, TransformersModel, frozen_twin
+
+
+class Context:
+    """What is added to the embeddings of the first `count` content tokens of every prompt.
+
+    Content tokens are those between the start token (where the tokenizer has one) and the end
+    token; a prompt with fewer of them is changed at these alone. "a photo of a dog" has its
+    context there, as R-TPT's own prompts have; in general the offset is shared over the classes,
+    whatever words they begin with, and a prompt of no more than `count` tokens has its class name
+    changed too.
+
+    The tower is a copy in float32 that shares the model's weights where they are in float32. It
+    is cut to the longest prompt where that provably changes nothing. Thread-safe.
+
+    Args:
+        model: an open_clip or transformers CLIP, loaded by scc_fast.load_model.
+        prompts: K strings, one per class; equal ones are encoded once.
+        count: tokens to tune.
+        at_once: prompts that go through the tower together: bounds the memory.
+        need: who asks, for errors.
+
+    Raises:
+        ValueError: a model without a text tower that can be tuned; says what is missing.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        prompts: Sequence[str],
+        count: int,
+        *,
+        at_once: int = 256,
+        need: str = "prompt tuning",
+    ) -> None:
+        if not isinstance(model, OpenCLIPModel | TransformersModel):
+            raise ValueError(
+                f"{need} tunes the text tower's token embeddings, which {type(model).__name__} "
+                "does not show: load an open_clip or transformers CLIP with scc_fast.load_model"
+            )
+        place = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+        self.count, self.at_once = count, at_once
+        self.group = torch.tensor([place[prompt] for prompt in prompts], device=model.device)
+        self._ids, self._attention, (self._first, length) = _tokens(model, list(place), count)
+        reach = self._first + torch.arange(count, device=model.device)
+        self._tuned = reach < self._first + length[:, None]  # (U, count)
+        self._local = threading.local()
+        want = model.encode_text(list(place))
+        self._tower, self.base = self._checked(model, want, int(length.max()), need)
+        self.width = self.base.shape[1]
+
+    def features(self, offset: Tensor, keep: float = 1.0) -> Tensor:
+        """Text embeddings, not normalised, for each image's own context.
+
+        Args:
+            offset: (B, count, W), added to the tuned tokens' embeddings after these were
+                multiplied with `keep`.
+
+        Returns:
+            (B, U, D), U different prompts; classes are [:, self.group].
+        """
+        parts = []
+        with torch.no_grad():
+            for rows, image, prompt in self._pieces(len(offset)):
+                del rows
+                parts.append(self._run(prompt, offset[image], keep))
+        return torch.cat(parts).unflatten(0, (len(offset), -1))
+
+    def pull(self, offset: Tensor, slope: Tensor, keep: float = 1.0) -> Tensor:
+        """∂/∂offset of the sum of slope·features(offset, keep): (B, U, D) → (B, count, W)."""
+        total = torch.zeros_like(offset)
+        flat = slope.flatten(0, 1)
+        for rows, image, prompt in self._pieces(len(offset)):
+            with torch.enable_grad():
+                leaf = offset.detach().requires_grad_()
+                found = self._run(prompt, leaf[image], keep)
+                total += torch.autograd.grad(found, leaf, flat[rows])[0]
+        return total
+
+    def _pieces(self, images: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Rows of (image, prompt) pairs, and of each its image and its prompt."""
+        count = len(self._ids)
+        rows = torch.arange(images * count, device=self._ids.device)
+        return [(part, part // count, part % count) for part in rows.split(self.at_once)]
+
+    def _run(self, prompt: Tensor, offset: Tensor, keep: float) -> Tensor:
+        """Rows of prompts (n,) with their offsets (n, count, W)."""
+        self._local.change = (self._tuned[prompt], offset, keep)
+        try:
+            mask = None if self._attention is None else self._attention[prompt]
+            return self._tower(self._ids[prompt], mask).float()
+        finally:
+            self._local.change = None
+
+    def _hook(self, module: nn.Module, arguments: Any, embedded: Tensor) -> Tensor:
+        tuned, offset, keep = self._local.change
+        here = slice(self._first, self._first + self.count)
+        context = embedded[:, here]
+        changed = torch.where(tuned[..., None], keep * context + offset, context)
+        return torch.cat([embedded[:, : self._first], changed, embedded[:, here.stop :]], dim=1)
+
+    def _checked(
+        self, model: FrozenModel, want: Tensor, content: int, need: str
+    ) -> tuple[Callable[[Tensor, Tensor | None], Tensor], Tensor]:
+        """The tower, proved on the prompts as they are: (tower, features (U, D))."""
+        full = self._ids, self._attention
+        bound = 1e-4 if model.dtype == torch.float32 else 0.05
+        for size in (self._first + max(content, self.count) + 1, full[0].shape[1]):
+            size = min(size, full[0].shape[1])
+            self._ids = full[0][:, :size]
+            self._attention = None if full[1] is None else full[1][:, :size]
+            self._tower, width = _tower(model, size, self._hook, need)
+            start = torch.zeros(1, self.count, width, device=want.device)
+            try:
+                base = self.features(start)[0]
+            except RuntimeError:  # a tower that takes no shorter rows
+                if size == full[0].shape[1]:
+                    raise
+                continue
+            if (F.normalize(base, dim=-1) - want).abs().max() <= bound:
+                self.start = start
+                return self._tower, base
+        raise ValueError(
+            f"{need}: the text tower of {model.name} ({type(model.module).__name__}) gives other "
+            "features than its encode_text when its token embeddings are given by hand"
+        )
+
+
+def _tokens(
+    model: FrozenModel, prompts: list[str], count: int
+) -> tuple[Tensor, Tensor | None, tuple[int, Tensor]]:
+    """Ids (U, T), attention mask (U, T) or None, and (first content token, their numbers (U,))."""
+    texts = [*prompts, "", "a", "zebra"]
+    if isinstance(model, TransformersModel):
+        text = cast(Any, model.module).config.text_config
+        found = model.tokenizer(
+            texts,
+            padding="max_length",
+            truncation=True,
+            max_length=text.max_position_embeddings,
+            return_tensors="pt",
+        )
+        ids, attention = found["input_ids"], found.get("attention_mask")
+        if cast(Any, model.module).config.model_type == "siglip":
+            attention = None
+    else:
+        ids, attention = model.tokenizer(texts), None
+    ids = ids.to(model.device)
+    starts = bool((ids[-2:, 0] == ids[-3, 0]).all())
+    first = int(starts)
+    ends = ids == ids[-3, first]
+    length = torch.where(ends.any(dim=1), ends.int().argmax(dim=1), ids.shape[1]) - first
+    if first + count > ids.shape[1]:
+        raise ValueError(f"context must be at most {ids.shape[1] - first} tokens, got {count}")
+    kept = len(prompts)
+    mask = None if attention is None else attention.to(model.device)[:kept]
+    return ids[:kept], mask, (first, length[:kept].clamp_min(0))
+
+
+def _tower(
+    model: FrozenModel, size: int, hook: Callable[..., Tensor], need: str
+) -> tuple[Callable[[Tensor, Tensor | None], Tensor], int]:
+    """Ids (n, size) and mask to features (n, D), and the width of a token embedding."""
+    twin = cast(Any, frozen_twin(model.module))
+    for vision in ("visual", "vision_model"):
+        if isinstance(getattr(twin, vision, None), nn.Module):
+            setattr(twin, vision, nn.Identity())
+    holder, embedding = _embedding(twin)
+    if embedding is None:
+        raise ValueError(
+            f"{need} tunes the text tower's token embeddings; {model.name} "
+            f"({type(model.module).__name__}) has none that is known: no token_embedding in the "
+            "model, in its .text or in its .text_model"
+        )
+    twin.float()
+    mask = getattr(holder, "attn_mask", None)
+    if isinstance(mask, Tensor) and len(mask) > size:
+        holder.attn_mask = mask[:size, :size]
+    position = getattr(holder, "positional_embedding", None)
+    if isinstance(position, nn.Parameter) and len(position) > size:
+        holder.positional_embedding = nn.Parameter(position[:size], requires_grad=False)
+    embedding.register_forward_hook(hook)
+    if isinstance(model, TransformersModel):
+
+        def transformers(ids: Tensor, attention: Tensor | None) -> Tensor:
+            found = twin.get_text_features(
+                input_ids=ids, **({} if attention is None else {"attention_mask": attention})
+            )
+            return cast(Tensor, found if isinstance(found, Tensor) else found.pooler_output)
+
+        return transformers, embedding.embedding_dim
+    plain = cast(OpenCLIPModel, model)._plain
+
+    def open_clip(ids: Tensor, attention: Tensor | None) -> Tensor:
+        return cast(Tensor, twin.encode_text(ids, **plain))
+
+    return open_clip, embedding.embedding_dim
+
+
+def _embedding(twin: Any) -> tuple[Any, nn.Embedding | None]:
+    """The module that holds the token embedding, and it."""
+    text = getattr(twin, "text_model", None)
+    holders = (twin, getattr(twin, "text", None), getattr(text, "embeddings", None))
+    for holder in holders:
+        found = getattr(holder, "token_embedding", None)
+        if isinstance(found, nn.Embedding):
+            return holder, found
+    return None, None

@@ -1,0 +1,202 @@
+"""Robust test-time prompt tuning: one step on the prompt, then views weighted by reliability."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from scc_fast.config import MethodConfig
+from scc_fast.defenses.augment import BOX_DRAWS, crop_resize, random_boxes
+from scc_fast.defenses.augmix import MIX_DRAWS, augmix
+from scc_fast.defenses.base import Look, Traits, none_found
+from scc_fast.defenses.parts import Seen, Sighted, whole, within
+from scc_fast.defenses.prompt_tuning import Context
+from scc_fast.reference import philox
+
+# Purpose of random numbers.
+VIEWS = 140
+# PyTorch's defaults of AdamW, with which the released code tunes.
+BETAS, DECAY, TINY = (0.9, 0.999), 0.01, 1e-8
+
+
+@dataclass(frozen=True)
+class RTPTConfig(MethodConfig):
+    """R-TPT (CVPR 2025, arXiv 2504.11195); the defaults are the published ones.
+
+    Args:
+        view_count: the picture and its random views.
+        selection: share of the views, those with the lowest entropy, that tune the prompt.
+        steps: AdamW steps on the prompt.
+        learning_rate: of these.
+        context: tokens that are tuned.
+        neighbors: k, most similar other views that a view's reliability is the mean over.
+        temperature: of the softmax over reliabilities.
+        augmix: AugMix after each crop, as for the fine-grained sets; without, crops alone, as for
+            ImageNet and its variants.
+        published: drop self-similarities as the released code does, with all entries >= 1.0, so
+            that rounding decides whether a view counts as its own neighbor; without, the diagonal
+            is left out. Where no entry is left (a picture of one color), views weigh the same.
+    """
+
+    view_count: int = 64
+    selection: float = 0.1
+    steps: int = 1
+    learning_rate: float = 5e-3
+    context: int = 4
+    neighbors: int = 20
+    temperature: float = 0.01
+    augmix: bool = True
+    published: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        whole("view_count", self.view_count, 2, 1024)
+        whole("context", self.context, 1, 64)
+        whole("neighbors", self.neighbors, 1, self.view_count - 1)
+        within("selection", self.selection, 0.0, 1.0)
+        within("learning_rate", self.learning_rate, 0.0, 1.0)
+
+    @property
+    def selected(self) -> int:
+        """Views that tune the prompt."""
+        return max(1, int(self.selection * self.view_count))
+
+
+class RTPT(Sighted):
+    """Robust test-time prompt tuning.
+
+    The views are the picture and random crops of it (scale 0.08 to 1, mirrored half the time,
+    then AugMix), on float pixels where the released code rounds to 8 bits. For each image anew,
+    the context of the prompts, 4 tokens, makes one AdamW step on the mean of the entropies of the
+    6 most certain views. The logits of all views with the tuned prompt are averaged with weights
+    softmax(r_v/T), r_v the mean cosine of view v to its k nearest other views.
+
+    The context of prompts such as "a photo of a dog" is their first 4 tokens; see
+    prompt_tuning.Context for others. Features of the views are computed once: 64F where the
+    released code makes 257F; the text tower is passed twice and back once per image, for all
+    classes. `delta` is zero; there is no gate.
+
+    Raises:
+        ValueError: text_features in place of classes, or a model whose token embeddings cannot
+            be reached.
+    """
+
+    name, Config = "r_tpt", RTPTConfig
+    config: RTPTConfig
+
+    def __init__(
+        self,
+        model: Any,
+        classes: Sequence[str] | None = None,
+        *,
+        config: MethodConfig | dict[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(model, classes, config=config, **options)
+        if self.classes is None:
+            raise ValueError(
+                'r_tpt tunes prompts: give classes=["a photo of a dog", …], not text_features'
+            )
+        self.context = Context(self.model, self.classes, self.config.context, need="r_tpt")
+
+    @property
+    def width(self) -> int:  # type: ignore[override]
+        """Pictures of one image that are held together."""
+        return self.config.view_count
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(
+            forward=self.config.view_count,
+            backward=0,
+            random=True,
+            dynamic=True,
+            text=True,
+            gradients=False,
+            source="arXiv 2504.11195; "
+            + ("self-similarities >= 1 dropped" if self.config.published else "diagonal dropped"),
+        )
+
+    def repair(self, x: Tensor, seeds: Tensor) -> Seen:
+        pictures = self._pictures(x, seeds)
+        seen = self.features(Look(pictures, self.mean_logits))
+        text = self._tuned(seen.detach())
+
+        def read(features: Tensor) -> Tensor:
+            weights = self._reliability(features)
+            return (weights[..., None] * self._logits(features, text)).sum(dim=0)
+
+        return Seen(pictures, read, **none_found(x), of=pictures, seen=seen)
+
+    def views(self, x: Tensor, seeds: Tensor) -> Look:
+        return Look(self._pictures(x, seeds), self.mean_logits)
+
+    def _pictures(self, x: Tensor, seeds: Tensor) -> Tensor:
+        """(V, B, 3, H, W): x, then its random views."""
+        more, each = self.config.view_count - 1, BOX_DRAWS + 1 + MIX_DRAWS
+        if len(x) == 0:
+            return x.expand(more + 1, *x.shape)
+        draws = philox.uniform(seeds, VIEWS, 0, more * each).unflatten(1, (more, each))
+        boxes = random_boxes(draws[..., 1 : BOX_DRAWS + 1], (x.shape[-2], x.shape[-1]), (0.08, 1.0))
+        crops = crop_resize(x, boxes, draws[..., 0] < 0.5)
+        if self.config.augmix:
+            mix = draws[..., BOX_DRAWS + 1 :].transpose(0, 1).flatten(0, 1)
+            crops = augmix(crops.flatten(0, 1), mix).view_as(crops)
+        return torch.cat([x[None], crops])
+
+    def _tuned(self, features: Tensor) -> Tensor:
+        """Each image's text embeddings (B, U, D), from features (V, B, D)."""
+        config, batch = self.config, features.shape[1]
+        offset = self.context.start.repeat(batch, 1, 1)
+        first, second = torch.zeros_like(offset), torch.zeros_like(offset)
+        text, keep = self.context.base.expand(batch, -1, -1), 1.0
+        if batch == 0:
+            return text
+        kept = entropy(self._logits(features, text)).argsort(dim=0, stable=True)[: config.selected]
+        chosen = features.gather(0, kept[..., None].expand(-1, -1, features.shape[-1]))
+        for at in range(1, config.steps + 1):
+            with torch.enable_grad():
+                leaf = text.detach().requires_grad_()
+                loss = entropy(self._logits(chosen, leaf)).mean(dim=0).sum()
+                (slope,) = torch.autograd.grad(loss, leaf)
+            slope = self.context.pull(offset, slope, keep)
+            first = BETAS[0] * first + (1 - BETAS[0]) * slope
+            second = BETAS[1] * second + (1 - BETAS[1]) * slope.square()
+            root = (second / (1 - BETAS[1] ** at)).sqrt() + TINY
+            # The decay is the context's own: that of the embeddings and of what was added.
+            less = 1 - config.learning_rate * DECAY
+            step = config.learning_rate * first / (1 - BETAS[0] ** at) / root
+            offset, keep = less * offset - step, less * keep
+            text = self.context.features(offset, keep)
+        return text
+
+    def _logits(self, features: Tensor, text: Tensor) -> Tensor:
+        """s·cos + b: (V, B, D) and each image's (B, U, D) → (V, B, K)."""
+        cosines = F.normalize(features, dim=-1).transpose(0, 1) @ F.normalize(text, dim=-1).mT
+        found = self.table.scale * cosines.transpose(0, 1) + self.table.bias
+        return found[..., self.context.group]
+
+    def _reliability(self, features: Tensor) -> Tensor:
+        """The views' weights, (V, B, D) → (V, B), which sum to 1 over the views."""
+        unit = F.normalize(features, dim=-1).transpose(0, 1)
+        similar = unit @ unit.mT  # (B, V, V)
+        if self.config.published:
+            dropped = similar >= 1.0
+        else:
+            dropped = torch.eye(len(features), dtype=torch.bool, device=features.device)[None]
+        nearest = similar.masked_fill(dropped, -torch.inf).topk(self.config.neighbors, dim=-1)
+        score = nearest.values.mean(dim=-1)
+        lost = (score == -torch.inf).all(dim=-1, keepdim=True)
+        score = torch.where(lost, torch.zeros_like(score), score)
+        return torch.softmax(score / self.config.temperature, dim=-1).T
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Of softmax(logits), nats: (..., K) → (...)."""
+    logs = logits.log_softmax(dim=-1)
+    return -(logs.exp() * logs).sum(dim=-1)

@@ -1,0 +1,151 @@
+"""TTE, test-time transformation ensembling: logits averaged over a picture's fixed transforms.
+
+Pérez et al., ICCV workshops 2021 (arXiv 2107.14110), and the authors' repository juancprzs/TTE.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from scc_fast.config import MethodConfig
+from scc_fast.defenses.base import Defense, Look, Repair, Traits, none_found
+from scc_fast.defenses.parts import whole
+from scc_fast.reference import philox
+
+CROP_ORIGINS = 100  # what a number is drawn for, beside those of philox
+
+
+@dataclass(frozen=True)
+class EnsembleConfig(MethodConfig):
+    """Which transforms TTE averages; the defaults are the paper's best set, 10 pictures.
+
+    Identity, mirror, `crops` crops, and as many crops of the mirrored picture. A crop is the
+    picture's own size, out of the picture padded by an eighth of its shorter side (4 of 32,
+    28 of 224). As in the authors' code the padding is zero after the normalisation, which in
+    pixels is the model's mean, and a crop's upper left corner is uniform on {0, …, 2·pad − 1}².
+
+    Args:
+        crops: number of crops, in [0, 64].
+        flip: whether transforms may mirror; None asks the model.
+        seed: the crops are drawn from it once, for all images alike; any int64.
+        blur: one more picture, through the authors' 5x5 Gaussian of sigma 1.
+        published: all crops are the last one, as in the authors' code, whose list of transforms
+            binds late. The numbers of the paper were made so. By default the crops differ.
+    """
+
+    crops: int = 4
+    flip: bool | None = None
+    seed: int = 0
+    blur: bool = False
+    published: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        whole("crops", self.crops, 0, 64)
+        if type(self.seed) is not int or not -(1 << 63) <= self.seed < 1 << 63:
+            raise ValueError(f"seed must be an int64 number, got {self.seed!r}")
+
+
+class TTE(Defense):
+    """Test-time transformation ensembling: no gradient, no noise, nothing optimised."""
+
+    name, Config = "tte", EnsembleConfig
+
+    def __init__(
+        self,
+        model: Any,
+        classes: Sequence[str] | None = None,
+        *,
+        config: MethodConfig | dict[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(model, classes, config=config, **options)
+        asked = self.config.flip
+        self.mirrors: bool = self.model.flip if asked is None else asked
+        self.width = (1 + self.config.crops) * (1 + self.mirrors) + self.config.blur
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(
+            forward=self.width,
+            backward=0,
+            random=False,
+            dynamic=False,
+            text=False,
+            gradients=False,
+            source="arXiv 2107.14110; published: all crops are one",
+        )
+
+    def repair(self, x: Tensor, seeds: Tensor) -> Repair:
+        look = self.views(x, seeds)
+        return Repair(look.pictures, look.read, **none_found(x))
+
+    def views(self, x: Tensor, seeds: Tensor) -> Look:
+        height, width = x.shape[-2:]
+        pad = max(1, round(min(height, width) / 8))
+        origins = crop_origins(self.config.seed, self.config.crops, pad)
+        if self.config.published:
+            origins = origins[-1:] * len(origins)
+        fill = x.new_tensor([float(value) for value in self.model.mean])
+
+        turned = [x, x.flip(-1)] if self.mirrors else [x]
+        pictures = list(turned)
+        for way in turned:
+            padded = pad_with(way, pad, fill)
+            pictures += [padded[..., t : t + height, s : s + width] for t, s in origins]
+        if self.config.blur:
+            pictures.append(blurred(x))
+        return Look(torch.stack(pictures), self.mean_logits)
+
+
+@functools.lru_cache(maxsize=64)
+def crop_origins(seed: int, crops: int, pad: int) -> tuple[tuple[int, int], ...]:
+    """The upper left corners (row, column) of the crops, all different, in {0, …, 2·pad − 1}².
+
+    Raises:
+        ValueError: there are fewer corners than crops.
+    """
+    side = 2 * pad
+    if crops > side**2:
+        raise ValueError(
+            f"crops must be at most {side**2} for pictures that are padded by {pad}, got {crops}"
+        )
+    with torch.inference_mode(False):
+        keys = philox.uniform(torch.tensor([seed]), CROP_ORIGINS, 0, side**2)[0]
+        places = torch.argsort(keys, stable=True)[:crops].tolist()
+    return tuple(divmod(place, side) for place in places)
+
+
+def pad_with(x: Tensor, pad: int, fill: Tensor) -> Tensor:
+    """x (B, 3, H, W) in a frame of `pad` pixels of the color fill (3,); (B, 3, H+2·pad, …)."""
+    frame = [pad] * 4
+    outside = 1 - F.pad(torch.ones_like(x[:1, :1]), frame) if len(x) else x.new_zeros(())
+    return F.pad(x, frame) + outside * fill.view(3, 1, 1)
+
+
+def blurred(x: Tensor) -> Tensor:
+    """x (B, 3, H, W) through the 5x5 Gaussian of sigma 1, reflected at the border.
+
+    Its taps are what SciPy's filter, cut at 4 sigma and mirrored at the edge, makes of an impulse
+    on 5 pixels, as the authors' are.
+
+    Raises:
+        ValueError: the picture is smaller than 3x3, so that nothing can be reflected.
+    """
+    if min(x.shape[-2:]) < 3:
+        raise ValueError(
+            f"blur must be False for pictures smaller than 3x3, got {x.shape[-2]}x{x.shape[-1]}"
+        )
+    bell = torch.exp(-0.5 * torch.arange(5, dtype=torch.float64) ** 2)
+    bell = bell / (bell[0] + 2 * bell[1:].sum())
+    taps = torch.stack([bell[2] + bell[3], bell[1] + bell[4], bell[0]])
+    taps = torch.cat([taps, taps[:2].flip(0)]).to(x)
+    kernel = torch.outer(taps, taps).expand(x.shape[1], 1, 5, 5)
+    return F.conv2d(F.pad(x, [2] * 4, mode="reflect"), kernel, groups=x.shape[1])

@@ -1,0 +1,99 @@
+"""What `scc-fast evaluate` does, behind its options."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from scc_fast.config import parse_epsilon
+from scc_fast.evaluate.on_ray import OnRay
+from scc_fast.evaluate.rows import Row
+from scc_fast.evaluate.runner import Asked, Run
+from scc_fast.evaluate.worker import Setting, Worker
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Where `--engine ray` runs; see OnRay."""
+
+    workers: int | None = None
+    cores: int = 1
+    gpus: float = 0.0
+    address: str | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one seed."""
+
+    folder: Path
+    rows: list[Row]
+    times: dict[str, float]
+
+
+def listed(name: str, text: str) -> tuple[str, ...]:
+    """The parts of "a,b,c"; a comma inside brackets, as in scc{"views": [...]}, is none.
+
+    Raises:
+        ValueError: nothing in it.
+    """
+    parts, depth = [""], 0
+    for letter in text:
+        depth += (letter in "[{") - (letter in "]}")
+        if letter == "," and depth <= 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    parts = [part.strip() for part in parts if part.strip()]
+    if not parts:
+        raise ValueError(f"{name} must be a list such as none,scc; got {text!r}")
+    return tuple(parts)
+
+
+def budgets(text: str) -> tuple[float, ...]:
+    """The budgets of "1/255,4/255"."""
+    return tuple(parse_epsilon(part) for part in listed("--eps", text))
+
+
+def seeds_of(text: str) -> tuple[int, ...]:
+    """The seeds of "0,1,2"."""
+    try:
+        return tuple(int(part) for part in listed("--seeds", text))
+    except ValueError:
+        raise ValueError(f"--seeds must be whole numbers such as 0,1,2; got {text!r}") from None
+
+
+def run_all(
+    settings: list[Setting],
+    asked: Asked,
+    out: Path,
+    cluster: Cluster | None,
+    *,
+    start: Callable[[str, int, int], None],
+    tick: Callable[[str], None],
+) -> list[Outcome]:
+    """Every setting in turn, the model and the data loaded once.
+
+    `start` is told which run it is, how many judgements it has and how many are done.
+    """
+    outcomes = []
+    first: Worker | None = None
+    for setting in settings:
+        worker = Worker(
+            setting, None if first is None else first.model, None if first is None else first.data
+        )
+        first = worker if first is None else first
+        run = Run(setting, out, worker)
+        execute = None
+        if cluster is not None:
+            execute = OnRay(setting, cluster.workers, cluster.cores, cluster.gpus, cluster.address)
+        rows = run.go(
+            asked,
+            execute=execute,
+            start=lambda total, done, name=run.store.folder.name: start(name, total, done),
+            tick=tick,
+        )
+        times = {r["defense"]: r["ms_per_image"] for r in run.timings() if r["attack"] == "clean"}
+        outcomes.append(Outcome(run.store.folder, rows, times))
+    return outcomes

@@ -1,0 +1,236 @@
+"""The data sets of the papers, and two that need no files: what each is called, holds and asks.
+
+Sizes, splits, templates and names of the sixteen are those of TTC's release (Xing et al., CVPR
+2025, github.com/Sxing2/CLIP-Test-time-Counterattacks), on which the tables of TTC, DOC and SCC
+stand. For the six medical sets the SCC paper prints no prompts, splits or sizes: the splits and
+sizes are those of BiomedCoOp (Koleilat et al., CVPR 2025), the prompts are our own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from scc_fast.evaluate.data import class_names as cn
+from scc_fast.evaluate.data.class_names import Clean, Table
+
+_PLAIN = "This is a photo of a {}."
+_CAPITAL = "A photo of a {}."
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One data set.
+
+    Args:
+        name: as clip-benchmark spells it, where it has it.
+        paper: as the papers print it.
+        split: that the papers evaluate on; "all": there is one only.
+        size: how many pictures it has.
+        n_classes: how many classes, pictures or not.
+        template: of its prompts, with {} for the class.
+        on_disk: what the reader expects, in words.
+        clean: class name on disk -> class name in prompts.
+        table: the names by label, where what is on disk does not tell them.
+        spellings: other names that it goes by.
+        group: "natural" (the sixteen), "medical" or "bundled" (needs no files).
+        note: what to know before one compares numbers.
+    """
+
+    name: str
+    paper: str
+    split: str
+    size: int
+    n_classes: int
+    template: str
+    on_disk: str
+    clean: Clean = cn.as_stored
+    table: Callable[[], Table] | None = None
+    spellings: tuple[str, ...] = ()
+    group: Literal["natural", "medical", "bundled"] = "natural"
+    note: str = ""
+
+
+def _rows(*rows: str | tuple[str, ...]) -> Callable[[], Table]:
+    table = tuple((row,) if isinstance(row, str) else row for row in rows)
+    return lambda: table
+
+
+_EUROSAT = _rows(
+    ("annual crop land", "AnnualCrop"),
+    ("a forest", "Forest"),
+    ("brushland or shrubland", "HerbaceousVegetation"),
+    ("a highway or a road", "Highway", "highway or road"),
+    ("industrial buildings", "Industrial", "industrial buildings or commercial buildings"),
+    ("pasture land", "Pasture"),
+    ("permanent crop land", "PermanentCrop"),
+    ("residential buildings", "Residential", "residential buildings or homes or apartments"),
+    ("a river", "River"),
+    ("a sea or a lake", "SeaLake", "lake or sea"),
+)
+_PCAM = _rows(
+    ("healthy lymph node tissue", "lymph node", "normal", "no tumor", "non tumor"),
+    (
+        "lymph node tumor tissue",
+        "lymph node containing metastatic tumor tissue",
+        "metastatic tissue",
+        "tumor",
+    ),
+)
+_BUSI = _rows(
+    ("a benign tumor", "benign", "benign tumor", "benign tumors"),
+    ("a malignant tumor", "malignant", "malignant tumor", "malignant tumors"),
+    ("normal tissue", "normal", "normal scan", "normal scans"),
+)
+_BTMRI = _rows(
+    ("a brain with a glioma tumor", "glioma", "glioma tumor"),
+    ("a brain with a meningioma tumor", "meningioma", "meningioma tumor"),
+    ("a normal brain", "normal brain", "notumor", "normal"),
+    ("a brain with a pituitary tumor", "pituitary", "pituitary tumor"),
+)
+_CHMNIST = _rows(
+    ("adipose tissue", "adipose", "07_ADIPOSE"),
+    ("complex stroma", "complex", "03_COMPLEX"),
+    ("debris", "05_DEBRIS"),
+    ("empty background", "empty", "background", "08_EMPTY"),
+    ("immune cells", "lympho", "immune cell conglomerates", "04_LYMPHO"),
+    ("normal mucosal glands", "mucosa", "mucosal glands", "06_MUCOSA"),
+    ("simple stroma", "stroma", "02_STROMA"),
+    ("tumor epithelium", "tumor", "01_TUMOR"),
+)
+_COVID = _rows(
+    ("COVID-19", "covid", "covid lungs"),
+    ("lung opacity", "lung opacity lungs"),
+    ("normal lungs", "normal"),
+    ("viral pneumonia", "viral pneumonia lungs"),
+)
+_DERMA = _rows(
+    ("actinic keratosis", "actinic keratoses and intraepithelial carcinoma", "akiec"),
+    ("basal cell carcinoma", "bcc"),
+    ("benign keratosis", "benign keratosis-like lesions", "bkl"),
+    ("dermatofibroma", "df"),
+    ("melanoma", "mel"),
+    ("melanocytic nevus", "melanocytic nevi", "nv"),
+    ("vascular lesion", "vascular lesions", "vasc"),
+)
+_KNEE = _rows(
+    ("no", "normal", "healthy", "no osteoarthritis", "0normal"),
+    ("doubtful", "doubtful osteoarthritis", "1doubtful"),
+    ("minimal", "mild", "minimal osteoarthritis", "mild osteoarthritis", "2mild"),
+    ("moderate", "moderate osteoarthritis", "3moderate"),
+    ("severe", "severe osteoarthritis", "4severe"),
+)
+
+_TV = "torchvision.datasets."
+_FOLDERS = "<split>/<class>/<picture>, or BiomedCoOp's split_<name>.json"
+_999 = "the label file of the TTC release has 999 of the 1000 classes, without n03710637 (maillot)"
+_YEAR = "without the year seven pairs of classes have equal prompts"
+_PERSON = "Faces and Faces_easy have equal prompts: 870 of 8677 pictures are decided by a tie"
+_SPLIT = "split and size of BiomedCoOp, prompts of our own: the SCC paper names none"
+
+
+def _medical(
+    name: str, paper: str, size: int, classes: int, template: str, table: Callable[[], Table]
+) -> Entry:
+    return Entry(
+        name, paper, "test", size, classes, template, _FOLDERS, cn.spaced, table,
+        group="medical", note=_SPLIT,
+    )  # fmt: skip
+
+
+_ENTRIES = (
+    Entry("cifar10", "CIFAR10", "test", 10_000, 10, _PLAIN, _TV + "CIFAR10"),
+    Entry("cifar100", "CIFAR100", "test", 10_000, 100, _PLAIN, _TV + "CIFAR100"),
+    Entry("stl10", "STL10", "test", 8_000, 10, _PLAIN, _TV + "STL10"),
+    Entry(
+        "imagenet1k", "ImageNet", "val", 50_000, 1000, _PLAIN, _TV + "ImageNet",
+        table=cn.imagenet, spellings=("imagenet-1k", "imagenet1k-unverified"), note=_999,
+    ),
+    Entry(
+        "caltech101", "Caltech101", "all", 8_677, 101, _PLAIN, _TV + "Caltech101",
+        cn.caltech101, note=_PERSON,
+    ),
+    Entry(
+        "caltech256", "Caltech256", "all", 30_607, 257, _CAPITAL, _TV + "Caltech256", cn.caltech256
+    ),
+    Entry(
+        "pets", "OxfordPets", "test", 3_669, 37, "A photo of a {}, a type of pet.",
+        _TV + "OxfordIIITPet", cn.spaced, spellings=("oxfordpet", "oxford_iiit_pet"),
+    ),
+    Entry(
+        "flowers", "Flowers102", "test", 6_149, 102, "A photo of a {}, a type of flower.",
+        _TV + "Flowers102", cn.spaced, cn.flowers, ("oxford_flowers", "oxford_flowers102"),
+    ),
+    Entry(
+        "fgvc_aircraft", "FGVCAircraft", "test", 3_333, 100,
+        "A photo of a {}, a type of aircraft.", _TV + "FGVCAircraft, variants", cn.aircraft,
+        spellings=("aircraft",),
+    ),
+    Entry(
+        "cars", "StanfordCars", "test", 8_041, 196, _CAPITAL, _TV + "StanfordCars", cn.cars,
+        spellings=("stanford_cars",), note=_YEAR,
+    ),
+    Entry("sun397", "SUN397", "all", 108_754, 397, _PLAIN, _TV + "SUN397", cn.sun397),
+    Entry(
+        "country211", "Country211", "test", 21_100, 211, "A photo I took in {}.",
+        _TV + "Country211", table=cn.countries,
+    ),
+    Entry(
+        "food101", "Food101", "test", 25_250, 101, "A photo of {}, a type of food.",
+        _TV + "Food101", cn.spaced,
+    ),
+    Entry(
+        "eurosat", "EuroSAT", "all", 27_000, 10, "A centered satellite photo of {}.",
+        _TV + "EuroSAT", cn.spaced, _EUROSAT,
+    ),
+    Entry(
+        "dtd", "DTD", "test", 1_880, 47, "A surface with a {} texture.",
+        _TV + "DTD, partition 1", cn.spaced, spellings=("describable_textures",),
+    ),
+    Entry(
+        "pcam", "PCAM", "test", 32_768, 2, _PLAIN, _TV + "PCAM", cn.spaced, _PCAM,
+        ("patch_camelyon",),
+    ),
+    _medical("busi", "BUSI", 236, 3, "An ultrasound image of a breast with {}.", _BUSI),
+    _medical("btmri", "BTMRI", 1_717, 4, "An MRI scan of {}.", _BTMRI),
+    _medical("chmnist", "CHMNIST", 1_504, 8, "A histopathology image of {}.", _CHMNIST),
+    _medical("covid_19", "COVID-19", 6_351, 4, "A chest X-ray image of {}.", _COVID),
+    _medical("dermamnist", "DermaMNIST", 2_005, 7, "A dermatoscopy image of {}.", _DERMA),
+    _medical("kneexray", "KneeXray", 1_656, 5, "A knee X-ray with {} osteoarthritis.", _KNEE),
+    Entry(
+        "digits", "digits", "all", 1_797, 10, 'a photo of the digit "{}".',
+        "none: scikit-learn brings it", table=_rows(*"0123456789"), group="bundled",
+    ),
+    Entry(
+        "emoji", "emoji", "test", 2_000, 201, "a photo of a {}", "none: pictures are generated",
+        group="bundled", note="the number of pictures is a convention: they are generated",
+    ),
+)  # fmt: skip
+
+CATALOGUE: dict[str, Entry] = {entry.name: entry for entry in _ENTRIES}
+NAMES: tuple[str, ...] = tuple(CATALOGUE)
+
+
+def find(name: str) -> Entry:
+    """The data set of a name, in clip-benchmark's or the papers' spelling, whatever its case.
+
+    clip-benchmark's prefixes ("wds/", "vtab/") may stand in front.
+
+    Raises:
+        TypeError: not a string. ValueError: no such data set; lists what there is.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"dataset: a name is needed, got {type(name).__name__}")
+    entry = _BY_KEY.get(_key(re.sub(r"^(wds/)?(vtab[/-])?", "", name.strip().lower())))
+    if entry is None:
+        raise ValueError(f"dataset: {name!r} is none of {', '.join(NAMES)}")
+    return entry
+
+
+def _key(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+_BY_KEY = {_key(word): e for e in _ENTRIES for word in (e.name, e.paper, *e.spellings)}

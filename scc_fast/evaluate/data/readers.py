@@ -1,0 +1,271 @@
+"""Find a data set's pictures on disk and read them, whichever of three ways they are stored."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from scc_fast.evaluate.data.imagefolder import class_folders, read_folder, read_split_file
+from scc_fast.evaluate.data.source import MissingData, Source
+from scc_fast.evaluate.data.torchvision_sets import LAYOUTS, read_torchvision
+from scc_fast.evaluate.data.webdataset import read_webdataset, split_of
+
+# The split the papers evaluate. "all": the whole set, because it has no agreed split.
+DEFAULT_SPLITS: dict[str, str] = {
+    "cifar10": "test",
+    "cifar100": "test",
+    "stl10": "test",
+    "imagenet1k": "val",
+    "caltech101": "all",
+    "caltech256": "all",
+    "pets": "test",
+    "flowers": "test",
+    "fgvc_aircraft": "test",
+    "cars": "test",
+    "sun397": "all",
+    "country211": "test",
+    "food101": "test",
+    "eurosat": "all",
+    "dtd": "test",
+    "pcam": "test",
+    "busi": "test",
+    "btmri": "test",
+    "chmnist": "test",
+    "covid_19": "test",
+    "dermamnist": "test",
+    "kneexray": "test",
+}
+MEDICAL = ("busi", "btmri", "chmnist", "covid_19", "dermamnist", "kneexray")
+
+_OTHER_SPELLINGS: dict[str, tuple[str, ...]] = {
+    "imagenet1k": ("imagenet", "ilsvrc2012", "imagenet2012", "imagenet1kunverified"),
+    "pets": ("oxfordpets", "oxfordpet", "oxfordiiitpet", "oxfordiiitpets"),
+    "flowers": ("flowers102", "oxfordflowers", "oxfordflowers102"),
+    "dtd": ("describabletextures",),
+    "food101": ("food",),
+    "cars": ("stanfordcars",),
+    "fgvc_aircraft": ("aircraft",),
+    "pcam": ("patchcamelyon",),
+}
+
+# Spelling, in small letters and digits alone, to the name clip-benchmark uses
+NAMES: dict[str, str] = {
+    spelling: name
+    for name in DEFAULT_SPLITS
+    for spelling in (re.sub(r"[^a-z0-9]", "", name), *_OTHER_SPELLINGS.get(name, ()))
+}
+
+_SAME_SPLIT: dict[tuple[str, str], tuple[str, ...]] = {
+    ("imagenet1k", "test"): ("val",),  # clip-benchmark calls ImageNet's val "test"
+    ("imagenet1k", "val"): ("test",),
+    ("country211", "val"): ("valid",),
+}
+_SPLITS = ("train", "trainval", "val", "valid", "test", "all")
+
+# The names of clip-benchmark's repositories: some hold VTAB's selection, and say so
+_HUB: dict[str, str] = {
+    **{
+        name: f"clip-benchmark/wds_vtab-{name}"
+        for name in (
+            "caltech101",
+            "cifar10",
+            "cifar100",
+            "dtd",
+            "eurosat",
+            "flowers",
+            "pcam",
+            "pets",
+        )
+    },
+    **{
+        name: f"clip-benchmark/wds_{name}"
+        for name in (
+            "cars",
+            "country211",
+            "fgvc_aircraft",
+            "food101",
+            "imagenet1k",
+            "stl10",
+            "sun397",
+        )
+    },
+}
+_PAGES: dict[str, str] = {
+    "imagenet1k": "register at https://image-net.org/download-images for ILSVRC2012_img_val.tar "
+    "and ILSVRC2012_devkit_t12.tar.gz, put both into {root}, and let "
+    "torchvision.datasets.ImageNet('{root}', split='val') unpack them into val/<wordnet id>",
+    "caltech101": "https://data.caltech.edu/records/mzrjq-6wc02",
+    "caltech256": "https://data.caltech.edu/records/nyy15-4j048",
+    "cars": "the files as https://github.com/pytorch/vision/issues/7545 gathers them",
+    "sun397": "https://vision.princeton.edu/projects/2010/SUN/",
+}
+
+
+def canonical(name: str) -> str:
+    """The name clip-benchmark uses, for it, the papers' spelling, or a prefixed form.
+
+    "CIFAR-10", "cifar10", "wds/cifar10", "wds/vtab/cifar10" and "vtab-cifar10" all give "cifar10".
+
+    Raises:
+        TypeError: not a string.
+        ValueError: no data set of that name; the message lists those there are.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"name should be a string, got {name!r}")
+    found = _known(name)
+    if found is None:
+        raise ValueError(f"name should be one of {', '.join(DEFAULT_SPLITS)}; got {name!r}")
+    return found
+
+
+def _known(name: str) -> str | None:
+    bare = re.sub(r"^(wds[/_-])?(vtab[/_-])?", "", name.lower())
+    return NAMES.get(re.sub(r"[\s/_.-]", "", bare))
+
+
+def read(name: str, root: Path, split: str | None = None, download: bool = False) -> Source:
+    """The pictures of a data set under ``root``: names and labels now, pictures when asked for.
+
+    The first of these that lies there is read:
+
+    1. torchvision's own files, such as ``root/cifar-10-batches-py``;
+    2. clip-benchmark's webdataset, ``root/wds_<name>/<split>/*.tar`` beside ``classnames.txt``
+       (the folder may also be called ``wds_vtab-<name>`` or ``<name>``);
+    3. folders, ``root/<name>/<split>/<class>/<picture>``, without ``<split>`` where there is only
+       one; BiomedCoOp's ``root/<name>/split_<name>.json``; ImageNet's ``root/val/<wordnet id>``.
+
+    Args:
+        name: of the data set, in any spelling that ``canonical`` takes.
+        root: the folder that holds the data sets; for 2 and 3 also that of the data set itself.
+        split: None for the one the papers use (``DEFAULT_SPLITS``). Where that is "all" and only a
+            "test" part lies there, as in clip-benchmark's EuroSAT, it is "test": see
+            ``Source.split``.
+        download: let torchvision fetch what is nowhere under ``root``.
+
+    Raises:
+        MissingData: nothing of it is there; says what was looked for and how to get it.
+        ValueError: an unknown name or split, or files that are not what they should be.
+        ImportError: a file format needs a package that is not installed.
+    """
+    name = canonical(name)
+    if not isinstance(root, str | Path):
+        raise TypeError(f"root should be a path, got {root!r}")
+    root = Path(root).expanduser().absolute()  # workers may run in another folder
+    splits = _candidates(name, split)
+    layout = LAYOUTS.get(name)
+    mine = [part for part in splits if layout and part in layout.splits]
+    for part in mine:
+        if layout and not layout.missing(root, part):
+            return read_torchvision(name, root, part)
+    folders = _folders(name, root)
+    for folder in folders:
+        if (part_here := split_of(folder, splits)) is not None:
+            return read_webdataset(name, folder, part_here)
+    found = _in_folders(name, root, folders, splits, split is None)
+    if found is not None:
+        return found
+    ways = _how_to_get(name, root, folders, splits, download)
+    if download and layout and mine and not layout.no_download:
+        try:
+            return read_torchvision(name, root, mine[0], download=True)
+        except MissingData as error:
+            raise MissingData(f"{error}\n{ways}") from error
+    raise MissingData(ways)
+
+
+def _candidates(name: str, split: str | None) -> tuple[str, ...]:
+    """The splits that will do, the best first."""
+    if split is None:
+        default = DEFAULT_SPLITS[name]
+        return (default,) if default == "test" else (default, "test")
+    allowed = sorted({*_SPLITS, *(LAYOUTS[name].splits if name in LAYOUTS else ())})
+    if split not in allowed:
+        raise ValueError(f"split should be None or one of {', '.join(allowed)}; got {split!r}")
+    return (split, *_SAME_SPLIT.get((name, split), ()))
+
+
+def _folders(name: str, root: Path) -> list[Path]:
+    """The folders that may hold a webdataset or an image folder of this data set, sorted."""
+    if not root.is_dir():
+        return []
+    inside = sorted(path for path in root.iterdir() if path.is_dir() and _known(path.name) == name)
+    return [*inside, *([root] if _known(root.resolve().name) == name else [])]
+
+
+def _in_folders(
+    name: str, root: Path, folders: list[Path], splits: tuple[str, ...], default: bool
+) -> Source | None:
+    for folder in folders:
+        if name in MEDICAL and (source := read_split_file(name, folder, splits)) is not None:
+            return source
+        if not _is_torchvisions(name, root, folder):
+            source = read_folder(name, folder, splits, default)
+            if source is not None:
+                return source
+    if name == "imagenet1k":
+        for split in splits:
+            classes, _ = class_folders(root / split)
+            if classes and all(re.fullmatch(r"n\d{8}", word) for word in classes):
+                return read_folder(name, root, (split,), False)
+    return None
+
+
+def _is_torchvisions(name: str, root: Path, folder: Path) -> bool:
+    """An incomplete copy of torchvision's files, whose folders must not pass for classes."""
+    layout = LAYOUTS.get(name)
+    if layout is None or name == "country211":  # torchvision keeps that one as an image folder
+        return False
+    listed = (path for split in layout.splits for path in layout.lists(root, split))
+    return any(path.exists() and folder in path.parents for path in listed)
+
+
+def _how_to_get(
+    name: str, root: Path, folders: list[Path], splits: tuple[str, ...], download: bool
+) -> str:
+    layout, hub, split = LAYOUTS.get(name), _HUB.get(name), splits[0]
+    mine = [part for part in splits if layout and part in layout.splits]
+    lines = [f"{name}, split {split!r}, is not under {root}. Looked for:"]
+    if layout and mine:
+        missing = ", ".join(map(str, layout.missing(root, mine[0])[:3]))
+        lines.append(f"  torchvision's files: missing {missing}")
+    elif layout:
+        lines.append(f"  torchvision's files: they have only {', '.join(layout.splits)}")
+    base = hub.rpartition("/")[2] if hub else f"wds_{name}"
+    lines.append(
+        f"  clip-benchmark's webdataset: {root / base / splits[-1]}/0.tar, … "
+        f"beside {root / base}/classnames.txt"
+    )
+    lines.append(f"  an image folder: {root / name / split}/<class>/<picture>")
+    if name in MEDICAL:
+        own = _zip_of(name)
+        lines.append(
+            f"  BiomedCoOp's copy: {root / own}/split_{own}.json beside {root / own / own}/"
+        )
+    if name == "imagenet1k":
+        lines.append(f"  ImageNet's own folders: {root / split}/n01440764/<picture>, …")
+    for folder in folders:
+        if there := [part for part in _SPLITS if (folder / part).is_dir()]:
+            lines.append(f"{folder} is there, with {', '.join(there)} only.")
+    lines.append("To get it:")
+    if layout and mine:
+        if layout.no_download:
+            lines.append(f"  torchvision cannot download it: {layout.no_download}")
+        elif not download:
+            lines.append("  download=True (--download) lets torchvision fetch it")
+    if hub:
+        lines.append(
+            f"  hf download {hub} --repo-type dataset --exclude 'train/*' --local-dir {root / base}"
+        )
+        lines.append("  (huggingface-cli download where there is no hf)")
+    if name in MEDICAL:
+        lines.append(
+            f"  hf download TahaKoleilat/BiomedCoOp {_zip_of(name)}.zip --repo-type dataset "
+            f"--local-dir {root}, unzipped so that the json is there"
+        )
+    elif name in _PAGES:
+        lines.append("  by hand: " + _PAGES[name].format(root=root))
+    return "\n".join(lines)
+
+
+def _zip_of(name: str) -> str:
+    return {"dermamnist": "DermaMNIST", "kneexray": "KneeXray"}.get(name, name.upper())

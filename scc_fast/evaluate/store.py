@@ -1,0 +1,232 @@
+"""The folder of a run: what is known is on disk, and nothing that is there is ever lost.
+
+    RUN/run.json                 what all results depend on
+    RUN/defenses.json            traits and config of each defense
+    RUN/ATTACK/attack.json       one folder for each attack and budget
+    RUN/ATTACK/records.jsonl     a line for each defense and batch, appended
+    RUN/ATTACK/images/*.safetensors   the perturbations, float16
+    RUN/results.json, timings.json    made of the records, always whole
+
+One process works in an attack's folder at a time; several may share a run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from scc_fast.config import format_epsilon
+from scc_fast.evaluate.report import atomic, write_json
+from scc_fast.evaluate.worker import CLEAN, Judged, Task
+
+FORMAT = 1
+
+
+class Busy(RuntimeError):
+    """Another process works in the folder."""
+
+
+@contextlib.contextmanager
+def locked(folder: Path, wait: bool) -> Iterator[None]:
+    """The folder for this process alone; gone with the process, however it ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a") as file:
+        try:
+            import fcntl
+        except ImportError:  # not on this system: the user must see to it
+            yield
+            return
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise Busy(
+                f"another process works in {folder}; wait for it, or give another --out"
+            ) from None
+        yield
+
+
+def slug(text: str) -> str:
+    """A file name that tells `text` from others."""
+    plain = re.sub(r"[^A-Za-z0-9.=-]+", "_", text).strip("_.")
+    if plain == text:
+        return plain
+    return f"{plain[:60]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+@dataclass(frozen=True)
+class AttackFolder:
+    """The folder of one attack and budget.
+
+    Args:
+        path: where it is.
+        spec, epsilon: which it is.
+    """
+
+    path: Path
+    spec: str
+    epsilon: float
+
+    def records(self) -> dict[tuple[str, int], dict[str, Any]]:
+        """What has been judged, by defense and batch. A line that was cut short is not there."""
+        found: dict[tuple[str, int], dict[str, Any]] = {}
+        file = self.path / "records.jsonl"
+        if not file.exists():
+            return found
+        for line in file.read_text(encoding="utf-8").splitlines():
+            try:
+                record = json.loads(line)
+                found[record["defense"], record["batch"]] = record
+            except (json.JSONDecodeError, KeyError, TypeError):
+                continue
+        return found
+
+    def keep(self, task: Task, judged: Judged) -> dict[str, Any]:
+        """Append what a defense said, as a line of its own."""
+        record = {
+            "defense": judged.defense,
+            "batch": task.batch,
+            "right": judged.right,
+            "flagged": judged.flagged,
+            "drift": judged.drift,
+            "seconds": judged.seconds,
+        }
+        file = self.path / "records.jsonl"
+        self.path.mkdir(parents=True, exist_ok=True)
+        with file.open("ab+") as stream:
+            stream.seek(0, os.SEEK_END)
+            if stream.tell():
+                stream.seek(-1, os.SEEK_END)
+                if stream.read(1) != b"\n":  # a line that was cut short stands alone
+                    stream.write(b"\n")
+            stream.write(json.dumps(record).encode() + b"\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        return record
+
+    def images(self, task: Task) -> Path:
+        """Where the perturbation of a batch is kept."""
+        return self.path / "images" / slug(task.owner or "none") / f"{task.batch:05d}.safetensors"
+
+    def load(self, task: Task) -> Tensor | None:
+        """The perturbation of a batch; None where it, or some of it, has not been made.
+
+        Raises:
+            ValueError: a file that is not whole.
+        """
+        path = self.images(task)
+        if task.attack == CLEAN or not path.exists():
+            return None
+        try:
+            delta = load_file(path)["delta"]
+        except (SafetensorError, KeyError, OSError) as error:
+            raise ValueError(
+                f"{path}: not a file of kept images ({error}); remove it to make them again"
+            ) from error
+        return delta if len(delta) >= task.count else None
+
+    def save(self, task: Task, delta: Tensor, seconds: float) -> None:
+        """Keep the perturbation of a batch, float16."""
+        assert delta.dtype == torch.float16
+        with atomic(self.images(task)) as partial:
+            save_file({"delta": delta.contiguous()}, partial, {"seconds": str(seconds)})
+
+    def seconds(self, task: Task) -> float | None:
+        """How long the perturbation of a batch took; None where it has not been made."""
+        path = self.images(task)
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, "pt") as file:
+                return float(file.metadata()["seconds"])
+        except (SafetensorError, KeyError, TypeError, ValueError, OSError):
+            return None
+
+
+class Store:
+    """The folder of a run.
+
+    Args:
+        folder: made if it is not there.
+        facts: what its results depend on; a folder with other facts is refused.
+    """
+
+    def __init__(self, folder: Path, facts: dict[str, Any]) -> None:
+        self.folder = folder
+        facts = json.loads(json.dumps(facts))
+        with locked(folder, wait=True):
+            known = self._read("run.json")
+            if known is None:
+                write_json(folder / "run.json", facts)
+            elif known != facts:
+                names = sorted(k for k in {*known, *facts} if known.get(k) != facts.get(k))
+                raise ValueError(
+                    f"{folder} holds another run: {', '.join(names)} differ from this one's; give "
+                    "another --out, or remove it"
+                )
+        self.facts = facts
+
+    def _read(self, name: str) -> Any:
+        path = self.folder / name
+        if not path.exists():
+            return None
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path}: not JSON ({error}); remove it") from None
+
+    def attack(self, spec: str, epsilon: float, settings: dict[str, Any] | None = None) -> Any:
+        """The folder of an attack; with its settings it is made, and held against them."""
+        budget = "" if spec == CLEAN else "@" + format_epsilon(epsilon).replace("/", "_")
+        found = AttackFolder(self.folder / (slug(spec) + budget), spec, epsilon)
+        if settings is not None:
+            path = found.path / "attack.json"
+            facts = json.loads(json.dumps({"spec": spec, "epsilon": epsilon, **settings}))
+            known = self._read(str(path.relative_to(self.folder)))
+            if known is None:
+                write_json(path, facts)
+            elif known != facts:
+                raise ValueError(
+                    f"{path}: the attack had other settings when it was begun; give another "
+                    "--out, or remove the folder"
+                )
+        return found
+
+    def attacks(self) -> Iterator[tuple[AttackFolder, dict[str, Any]]]:
+        """Every attack that was begun, with its settings."""
+        for path in sorted(self.folder.glob("*/attack.json")):
+            facts = self._read(str(path.relative_to(self.folder)))
+            yield AttackFolder(path.parent, facts["spec"], facts["epsilon"]), facts
+
+    def describe(self, defenses: dict[str, dict[str, Any]]) -> None:
+        """Keep what rows say of the defenses; one that differs from before is refused."""
+        with locked(self.folder, wait=True):
+            known = self._read("defenses.json") or {}
+            for spec, facts in json.loads(json.dumps(defenses)).items():
+                if known.get(spec, facts) != facts:
+                    raise ValueError(
+                        f"{self.folder}: {spec} had other settings when it was judged there; give "
+                        "another --out"
+                    )
+                known[spec] = facts
+            write_json(self.folder / "defenses.json", dict(sorted(known.items())))
+
+    def defenses(self) -> dict[str, dict[str, Any]]:
+        """What rows say of the defenses."""
+        return self._read("defenses.json") or {}
+
+    def publish(self, results: dict[str, Any], timings: dict[str, Any]) -> None:
+        """Write both files whole."""
+        write_json(self.folder / "results.json", results)
+        write_json(self.folder / "timings.json", timings)

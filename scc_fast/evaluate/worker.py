@@ -1,0 +1,248 @@
+"""What one process does: it makes adversarial images of a batch and shows them to defenses."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scc_fast import attacks
+from scc_fast.api import image_seeds
+from scc_fast.attacks import Attack
+from scc_fast.config import format_epsilon
+from scc_fast.defenses import Defense, make_defense
+from scc_fast.evaluate.data import Dataset, open_dataset
+from scc_fast.models import VisionLanguage, load_spec
+
+CLEAN = "clean"
+_ATTACKERS = 1 << 32  # added to the seed: an attacker never draws what a defense is judged with
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What every result of a run depends on.
+
+    Args:
+        model: "tiny", "ViT-B-32@openai", "ViT-B-32@openai+FILE.pth.tar", "hf-hub:…", "local-dir:…".
+        dataset, split, protocol, root, download, n_samples, sample_seed: see open_dataset().
+        seed: of the noise of attackers and defenses.
+        batch: images at a time.
+        precision, engine: of the encoder, for attackers and defenses alike.
+        device: "cpu", "cuda", …; None takes CUDA where it is.
+    """
+
+    model: str = "tiny"
+    dataset: str = "emoji"
+    split: str | None = None
+    protocol: str = "ttc"
+    root: Path | None = None
+    download: bool = False
+    n_samples: int | None = None
+    sample_seed: int = 0
+    seed: int = 0
+    batch: int = 50
+    precision: str = "auto"
+    engine: str = "auto"
+    device: str | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """One batch: the images of an attack, and the defenses that are to see them.
+
+    Args:
+        attack: a spec such as "pgd10", or "clean".
+        epsilon: its budget.
+        owner: the defense that the attack knows; None for one made on the undefended model.
+        batch: which.
+        count: how many images it has.
+        defenses: the specs of those that are judged.
+    """
+
+    attack: str
+    epsilon: float
+    owner: str | None
+    batch: int
+    count: int
+    defenses: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Made:
+    """The perturbation of a batch, (n, 3, H, W) float16, and the seconds that it took."""
+
+    delta: Tensor
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What a defense said of each image.
+
+    Args:
+        right, flagged: one character an image, "1" for yes; flagged is "" without a gate.
+        drift: what the gate measured, empty without one.
+        seconds: of the whole batch.
+    """
+
+    defense: str
+    right: str
+    flagged: str
+    drift: tuple[float, ...]
+    seconds: float
+
+
+class Worker:
+    """The model, the data and the defenses of a run, loaded once.
+
+    Args:
+        setting: of the run.
+        model, dataset: where the caller has loaded them.
+    """
+
+    def __init__(
+        self,
+        setting: Setting,
+        model: VisionLanguage | None = None,
+        dataset: Dataset | None = None,
+    ) -> None:
+        self.setting = setting
+        self.model = load_spec(setting.model, setting.device) if model is None else model
+        self.data = self._opened() if dataset is None else dataset
+        self.defense: Callable[[str], Defense] = functools.cache(self._made)
+
+    def _opened(self) -> Dataset:
+        s = self.setting
+        return open_dataset(
+            s.dataset,
+            self.model,
+            root=s.root,
+            split=s.split,
+            protocol=s.protocol,
+            n_samples=s.n_samples,
+            seed=s.sample_seed,
+            download=s.download,
+        )
+
+    def _made(self, spec: str) -> Defense:
+        s = self.setting
+        options = {"precision": s.precision, "engine": s.engine}
+        return make_defense(spec, self.model, self.data.prompts, **options)
+
+    def facts(self) -> dict[str, Any]:
+        """What results depend on, as results.json has it."""
+        s = self.setting
+        return {
+            "model": {
+                "name": self.model.name,
+                "spec": s.model,
+                "source": self.model.source,
+                "weights_sha256": weights_hash(self.model),
+                "image_size": list(self.model.image_size),
+                "precision": self.defense("none").bare.precision,
+            },
+            "dataset": self.data.facts(),
+            "seed": s.seed,
+            "batch": s.batch,
+        }
+
+    def describe(self, spec: str) -> dict[str, Any]:
+        """What rows say of a defense."""
+        defense = self.defense(spec)
+        return {
+            "method": defense.name,
+            "traits": dataclasses.asdict(defense.traits),
+            "config": _readable(dataclasses.asdict(defense.config)),
+        }
+
+    def batches(self, limit: int | None = None) -> Iterator[tuple[int, int]]:
+        """(place, images) of each batch of the first `limit` images."""
+        last, size = min(len(self.data), limit or len(self.data)), self.setting.batch
+        for start in range(0, last, size):
+            yield start // size, min(size, last - start)
+
+    def work(self, task: Task, delta: Tensor | None = None) -> Iterator[Made | Judged]:
+        """Make the images of a batch, unless `delta` brings them, and show them to each defense."""
+        device = self.model.device
+        start = task.batch * self.setting.batch
+        stop = start + task.count
+        x, labels = (tensor.to(device) for tensor in self.data.batch(start, stop))
+        seen = x
+        if task.attack != CLEAN:
+            attack = attacks.parse_attack(task.attack, task.epsilon)
+            if delta is None:
+                made = self._attack(attack, task.owner, x, labels, self._seeds(start, stop, True))
+                yield made
+                delta = made.delta
+            seen = restored(x, delta[: len(x)].to(device), attack, task.batch)
+        for spec in task.defenses:
+            defense = self.defense(spec)
+            began = time.perf_counter()
+            found = defense(seen, self._seeds(start, stop, False))
+            answer = found.labels  # waits for the device
+            seconds = time.perf_counter() - began
+            gated = not bool(torch.isnan(found.drift).all())
+            flagged = _bits(found.flagged) if gated else ""
+            drift = tuple(round(value, 5) for value in found.drift.tolist()) if gated else ()
+            yield Judged(spec, _bits(answer == labels), flagged, drift, seconds)
+
+    def _attack(
+        self, attack: Attack, owner: str | None, x: Tensor, labels: Tensor, seeds: Tensor
+    ) -> Made:
+        target = self.defense(owner or "none")
+        began = time.perf_counter()
+        found = attack.run(target, x, labels, seeds)
+        delta = (found - x).clamp(-attack.epsilon, attack.epsilon)
+        # Rounded to nearest: at most 2^-11 of the perturbation is lost, and nothing is cut off.
+        stored = delta.to(torch.float16).cpu()
+        return Made(stored, time.perf_counter() - began)
+
+    def _seeds(self, start: int, stop: int, attacker: bool) -> Tensor:
+        seed = self.setting.seed + _ATTACKERS * attacker
+        return image_seeds(seed, stop, self.model.device)[start:]
+
+
+def restored(x: Tensor, delta: Tensor, attack: Attack, batch: int) -> Tensor:
+    """The attacked images from what is kept of them, verified.
+
+    Raises:
+        ValueError: another shape, not finite, or outside the ball by more than the rounding.
+    """
+    where = f"images kept of {attack.title} at {format_epsilon(attack.epsilon)}, batch {batch}"
+    if delta.shape != x.shape:
+        raise ValueError(f"{where}: shape {tuple(delta.shape)}, the pictures have {tuple(x.shape)}")
+    delta = delta.float()
+    # Half a unit in the last place of a float16, normal or not.
+    room = attack.epsilon * (1 + 2.0**-11) + 2.0**-25
+    if not bool((delta.abs() <= room).all()):  # NaN is not
+        raise ValueError(f"{where}: not within the budget; remove the file to make them again")
+    return (x + delta.clamp(-attack.epsilon, attack.epsilon)).clamp(0, 1)
+
+
+def _bits(flags: Tensor) -> str:
+    return "".join("1" if flag else "0" for flag in flags.tolist())
+
+
+def _readable(config: dict[str, Any]) -> dict[str, Any]:
+    """A config with its budgets as "4/255"."""
+    return {
+        name: format_epsilon(value) if name in ("epsilon", "alpha") and value is not None else value
+        for name, value in config.items()
+    }
+
+
+def weights_hash(model: VisionLanguage) -> str:
+    """sha256 of a model's weights and buffers."""
+    found = hashlib.sha256()
+    for name, value in getattr(model, "module", nn.Module()).state_dict().items():
+        found.update(name.encode())
+        found.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
