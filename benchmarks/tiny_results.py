@@ -74,7 +74,8 @@ CHEAP = {  # what a latency budget may choose from, beside the sweeps
 
 def stages(adaptive_n: int) -> dict[str, list[tuple[str, Asked]]]:
     """(split, what is asked) of each stage."""
-    swept = tuple(dict.fromkeys([s for v in SWEEPS.values() for s in v.values()] + [*CHEAP.values()]))
+    every = [spec for values in (*SWEEPS.values(), CHEAP) for spec in values.values()]
+    swept = tuple(dict.fromkeys(every))
     return {
         "table": [
             ("test", Asked(TABLE, ("pgd10",), ALL)),
@@ -175,7 +176,8 @@ def gates(folder: Path) -> list[dict[str, Any]]:
 
 def _auc(clean: torch.Tensor, attacked: torch.Tensor, low: bool) -> float:
     """The chance that an attacked image looks more attacked than a clean one (Mann-Whitney)."""
-    below = (attacked[:, None] < clean).double().mean() + (attacked[:, None] == clean).double().mean() / 2
+    pairs = attacked[:, None]
+    below = ((pairs < clean).double() + (pairs == clean).double() / 2).mean()
     return float(below if low else 1 - below)
 
 
@@ -186,15 +188,16 @@ def write_page(stored: Path) -> None:
         mark = f"<!-- table {name} -->"
         if mark not in page:
             raise ValueError(f"{PAGE} has no {mark}")
-        body = "\n".join(lines)
-        page = re.sub(rf"{re.escape(mark)}\n(\|.*\n)*", lambda _, m=mark, b=body: f"{m}\n{b}\n", page)
+        body = "\n".join([mark, *lines, ""])
+        page = re.sub(rf"{re.escape(mark)}\n(\|.*\n)*", lambda _, body=body: body, page)
     with atomic(PAGE) as partial:
         partial.write_text(page)
 
 
 def tables(stored: Path) -> dict[str, list[str]]:
     """The page's tables, by name, as lines of Markdown."""
-    runs = {path.parent.name: json.loads(path.read_text()) for path in stored.glob("*/results.json")}
+    files = stored.glob("*/results.json")
+    runs = {path.parent.name: json.loads(path.read_text()) for path in files}
     test = next(found for name, found in runs.items() if "validation" not in name)
     rows = {(r["defense"], r["attack"], r["eps"]): Row(**r) for r in test["rows"]}
     four = "4/255"

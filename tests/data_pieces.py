@@ -93,7 +93,7 @@ def words(name: str) -> tuple[str, ...]:
 
 
 def pixels(label: int, number: int, size: int = 16) -> NDArray[np.uint8]:
-    """uint8 (size, size, 3): the class sets the colour, and no two corners are alike."""
+    """uint8 (size, size, 3): the class sets the color, and no two corners are alike."""
     y, x = np.mgrid[:size, :size]
     plane = np.stack([label * 67 + 3 * y, label * 151 + 5 * x, number * 41 + y + x], axis=-1)
     return (plane % 256).astype(np.uint8)

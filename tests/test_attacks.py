@@ -116,6 +116,14 @@ def test_no_image_and_no_budget(spec: str) -> None:
     assert (nothing - x).abs().max() <= 1e-6
 
 
+@pytest.mark.parametrize("spec", [*SPECS, "aa:steps=2"])
+def test_whose_defense_it_is_makes_no_difference(spec: str) -> None:
+    target, x, labels, seeds = setup("open_clip", 2)
+    defended = make_defense("scc", model_of("open_clip"), FIVE)
+    attack = parse_attack(spec, 4 / 255)
+    assert torch.equal(attack.run(defended, x, labels, seeds), attack.run(target, x, labels, seeds))
+
+
 WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"x": np.zeros((2, 3, 32, 32))}, TypeError, "x must be a tensor, got ndarray"),
     ({"x": torch.zeros(2, 3, 32, 32).byte()}, ValueError, "x must be float32.*uint8"),
@@ -328,10 +336,10 @@ def test_transfer_needs_the_prompts() -> None:
         attack.run(target, pictures("open_clip", 1), torch.tensor([0]), torch.tensor([0]))
 
 
-def test_a_folder_with_an_at_sign_is_a_folder(tmp_path: Any) -> None:
-    (tmp_path / "clip@mine").mkdir()
-    attack = parse_attack(f"transfer:source={tmp_path}/clip@mine", 4 / 255)
-    assert attack.source == f"{tmp_path}/clip@mine"  # type: ignore[attr-defined]
+def test_folders_bring_their_weights(tmp_path: Any) -> None:
+    for source in (str(tmp_path), f"local-dir:{tmp_path}/clip@mine"):
+        attack = parse_attack(f"transfer:source={source}", 4 / 255)
+        assert attack.source == source  # type: ignore[attr-defined]
 
 
 # ------------------------------------------------------------------------------ the module

@@ -76,7 +76,9 @@ def test_demo(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     def short(self: Demo) -> list[Asked]:
         steps = {"pgd10": "pgd4", "view": "view-aware:steps=1", "bpda": "bpda:steps=1:eot=1"}
         return [
-            replace(asked, attacks=tuple(steps[a.split("-")[0].split(":")[0]] for a in asked.attacks))
+            replace(
+                asked, attacks=tuple(steps[a.split("-")[0].split(":")[0]] for a in asked.attacks)
+            )
             for asked in plan(self)
         ]
 
@@ -109,56 +111,6 @@ def test_the_real_demos_plan() -> None:
     ]  # fmt: skip
     assert [asked.adaptive_n for asked in show.plan()] == [None, 48, 16]
     assert {asked.eps[-1] for asked in show.plan()} == {4 / 255}
-
-
-# evaluate and report
-
-
-def test_evaluate_and_report(run: Run, tmp_path: Path) -> None:
-    out_folder = tmp_path / "results"
-    what = ("evaluate", "--n-samples", "4", "--batch", "2", "--out", out_folder)
-    asked = ("--defense", 'none,rn,scc{"warmup_steps": 1, "semantic": false}', "--attack", "pgd2")
-    code, out, err = run(*what, *asked, "--eps", "4/255", "--seeds", "0,1")
-    assert (code, err.strip()) == (0, "")
-    assert "PGD-2" in out
-    assert f"scc-fast report {out_folder}" in out
-    files = sorted(out_folder.glob("*/results.json"))
-    assert len(files) == 2
-    found = strict(files[0])
-    assert {row["defense"] for row in found["rows"]} == {
-        "none", "rn", 'scc{"warmup_steps": 1, "semantic": false}',
-    }  # fmt: skip
-    before = [path.read_bytes() for path in files]
-    assert run(*what, *asked, "--eps", "4/255", "--seeds", "0,1")[0] == 0
-    assert [path.read_bytes() for path in files] == before
-    code, out, err = run("report", out_folder)
-    assert (code, err.strip()) == (0, "")
-    assert (out_folder / "report" / "report.html").exists()
-    code, out, err = run("report", tmp_path / "nothing")
-    assert code == 1
-    assert "nothing" in err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "code", "message"),
-    [
-        (("--defense", "scx"), 1, "defense must be one of none, rn"),
-        (("--defense", " , "), 2, "--defense must be a list such as none,scc"),
-        (("--attack", "fgsm"), 2, "attack must be one of pgd"),
-        (("--eps", "4"), 2, "write 4/255"),
-        (("--eps", "0"), 2, "eps must be budgets"),
-        (("--seeds", "a"), 2, "--seeds must be whole numbers"),
-        (("--dataset", "cifar11"), 1, "cifar11"),
-        (("--protocol", "mine"), 1, "protocol"),
-        (("--model", "no-such-model@openai"), 1, "no-such-model"),
-        (("--engine", "dask"), 2, "--engine must be local or ray"),
-        (("--dataset", "cifar10", "--dataset-root", "nowhere"), 1, "nowhere"),
-    ],
-)
-def test_evaluate_refuses(run: Run, arguments: tuple[str, ...], code: int, message: str) -> None:
-    found, out, err = run("evaluate", "--n-samples", "2", *arguments)
-    assert found == code
-    assert message in " ".join((out + err).replace("│", " ").split())
 
 
 # defend

@@ -102,10 +102,11 @@ def test_random_boxes(size: tuple[int, int], scale: tuple[float, float]) -> None
     assert (top + tall).max() == size[0]
     assert (left + wide).max() <= size[1]
     ratio = wide / tall
-    assert 0.6 < ratio.min() < 0.8 < 1.2 < ratio.max() < 1.6  # rounded sides
+    assert 0.6 < ratio.min() <= ratio.max() < 1.6  # rounded sides
     area = tall * wide / (size[0] * size[1])
     assert area.max() <= scale[1]
     if size == (64, 64):
+        assert ratio.min() < 0.8 < 1.2 < ratio.max()
         assert scale[0] * 0.95 < area.min() < scale[0] * 1.1
         assert area.mean().item() == pytest.approx(sum(scale) / 2, abs=0.06)
         assert (top / (64 - tall).clamp_min(1)).mean().item() == pytest.approx(0.5, abs=0.05)
@@ -136,7 +137,8 @@ def direction(defense: Any, features: np.ndarray) -> tuple[np.ndarray, np.ndarra
         entropy = -(p * np.log(p)).sum(axis=1)
         d = z[1:][np.argsort(entropy)[: config.keep]] - z[0]
         mean = d.mean(axis=0)
-        cosine = d @ mean / np.linalg.norm(d, axis=1) / np.linalg.norm(mean)
+        norm = np.linalg.norm(d, axis=1)
+        cosine = np.where(norm > 1e-5, d @ mean / norm.clip(1e-9) / np.linalg.norm(mean), 0)
         factor = config.strength if cosine.mean() > config.threshold else 1.0
         star = z[0] + factor * mean
         scores.append(cosine.mean())
@@ -207,7 +209,7 @@ def test_what_an_attacker_differentiates() -> None:
         assert slope[(*at, 3)].item() == pytest.approx(want, rel=1e-2, abs=1e-3)
     x, seeds = dots(2, (3, 8, 8)), image_seeds(0, 2)
     leaf = x.clone().requires_grad_()
-    pictures = defense.repair(leaf, seeds).pictures
+    pictures = defense.views(leaf, seeds).pictures
     for at in range(32):
         (each,) = torch.autograd.grad(pictures[at].sum(), leaf, retain_graph=True)
         assert each.isfinite().all()

@@ -16,6 +16,7 @@ from test_api import defender_of
 from scc_fast.evaluate.report import cell, columns, comparison_figure, table, write_json
 from scc_fast.evaluate.rows import Row, format_rows, row_of, wilson, worst_of
 
+
 @pytest.mark.parametrize(
     ("hits", "n", "low", "high"),
     [  # R: prop.test(correct = FALSE), and Wilson's formula by hand
@@ -64,7 +65,8 @@ def test_rows() -> None:
     """Hits among the images that the undefended model gets right, and among the others."""
     found = row_of(
         "110100", "110011", "111000",
-        defense="scc", method="scc", attack="pgd10", title="PGD-10", aware=False, eps="1/255", seed=0,
+        defense="scc", method="scc", attack="pgd10", title="PGD-10", aware=False, eps="1/255",
+        seed=0,
     )  # fmt: skip
     assert (found.n, found.hits, found.accuracy) == (6, 3, 0.5)
     assert (found.ci_low, found.ci_high) == wilson(3, 6)

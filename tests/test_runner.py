@@ -94,7 +94,8 @@ def test_rows_are_what_the_defenses_say(whole: Path) -> None:
 
 def test_files(whole: Path) -> None:
     found = json.loads(results(whole))
-    assert list(found) == ["format", "run", "environment", "rows"]
+    assert list(found) == ["format", "run", "environment", "images", "rows"]
+    assert {image["undone_by_rounding"] for image in found["images"]} == {0}
     assert found["format"] == 1
     assert found["run"]["model"]["name"] == "tiny"
     assert len(found["run"]["model"]["weights_sha256"]) == 64
@@ -108,8 +109,8 @@ def test_files(whole: Path) -> None:
     assert times["rn", "clean"]["attack_ms_per_image"] is None
     images = sorted(path.relative_to(whole).parts[1:] for path in whole.rglob("*.safetensors"))
     assert [parts[-2:] for parts in images if parts[0].startswith("pgd3")] == [
-        ("none", f"0000{b}.safetensors") for b in range(3)
-    ]  # shared by all
+        ("shared", f"0000{b}.safetensors") for b in range(3)
+    ]
     assert {parts[2] for parts in images if parts[0].startswith("bpda")} == {"none", "rn"}
 
 
@@ -156,8 +157,9 @@ def test_an_interrupted_run_goes_on(
 def test_killed_at_any_moment(tmp_path: Path) -> None:
     """kill -9, as often as it takes; and then the same file as without."""
     command = [
-        sys.executable, "-m", "scc_fast.cli", "evaluate", "--n-samples", "12", "--batch", "2",
-        "--defense", "none,rn,ttc", "--attack", "pgd3", "--eps", "4/255", "--out",
+        sys.executable, "-c", "from scc_fast.cli import main; main()", "evaluate",
+        "--n-samples", "12", "--batch", "2", "--defense", "none,rn,ttc", "--attack", "pgd3",
+        "--eps", "4/255", "--out",
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run([*command, str(tmp_path / "a")], env=environment, check=True)
@@ -191,9 +193,12 @@ def test_more_defenses_attacks_and_images_come_to_what_is_there(
     run_in(tmp_path).go(ASKED, tick=made.append)
     assert results(tmp_path) == results(whole)
     # rn clean was there, and so was all of none but the images that bpda did not get
-    assert sorted(made) == ["none under bpda:steps=1:eot=1"] * 2 + [
-        "rn under bpda:steps=1:eot=1"
-    ] * 2 + ["rn under pgd3"] * 3
+    assert (
+        sorted(made)
+        == ["none under bpda:steps=1:eot=1"] * 2
+        + ["rn under bpda:steps=1:eot=1"] * 2
+        + ["rn under pgd3"] * 3
+    )
 
 
 def test_other_settings_are_refused(tmp_path: Path) -> None:
@@ -208,9 +213,9 @@ def test_other_settings_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"run\.json: not JSON"):
         run_in(tmp_path, n_samples=2)
     file.write_bytes(before)
-    with locked(tmp_path / file.parent.name / "clean", wait=False):
-        with pytest.raises(Busy, match=r"another process works in .*clean; wait"):
-            run.go(Asked(("none",), ("clean",)))
+    busy = pytest.raises(Busy, match=r"another process works in .*clean; wait")
+    with locked(tmp_path / file.parent.name / "clean", wait=False), busy:
+        run.go(Asked(("none",), ("clean",)))
     run.go(Asked(("none",), ("clean",)))
 
 

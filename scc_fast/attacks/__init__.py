@@ -7,6 +7,7 @@ import json
 import re
 from typing import Any
 
+from scc_fast.attacks.adaptive import BPDA, GateEvasion, PseudoLabel, ViewAware
 from scc_fast.attacks.apgd import APGDCE, APGDDLR, APGDT
 from scc_fast.attacks.autoattack import AutoAttack, PaperAA, Square
 from scc_fast.attacks.base import Attack
@@ -14,7 +15,9 @@ from scc_fast.attacks.leakage import PGDOwn, PGDRandom
 from scc_fast.attacks.margin import CW
 from scc_fast.attacks.module import BareLogits
 from scc_fast.attacks.pgd import PGD
+from scc_fast.attacks.suite import adaptive_suite
 from scc_fast.attacks.transfer import Transfer
+from scc_fast.attacks.unrolled import Unrolled
 
 ATTACKS: dict[str, type[Attack]] = {
     kind.name: kind
@@ -30,6 +33,11 @@ ATTACKS: dict[str, type[Attack]] = {
         Transfer,
         PGDOwn,
         PGDRandom,
+        ViewAware,
+        BPDA,
+        GateEvasion,
+        PseudoLabel,
+        Unrolled,
     )
 }
 
@@ -38,16 +46,22 @@ __all__ = [
     "APGDDLR",
     "APGDT",
     "ATTACKS",
+    "BPDA",
     "CW",
     "PGD",
     "Attack",
     "AutoAttack",
     "BareLogits",
+    "GateEvasion",
     "PGDOwn",
     "PGDRandom",
     "PaperAA",
+    "PseudoLabel",
     "Square",
     "Transfer",
+    "Unrolled",
+    "ViewAware",
+    "adaptive_suite",
     "parse_attack",
 ]
 

@@ -21,6 +21,7 @@ from scc_fast.attacks.base import Attack, Loss, plain, prepared, slope
 from scc_fast.attacks.margin import Distinct, margin
 from scc_fast.attacks.pgd import cross_entropy
 from scc_fast.defenses.base import Defense, Look
+from scc_fast.defenses.parts import whole, within
 from scc_fast.reference import philox, step
 
 # What an attacker's draws are for, beside philox.EOT: the views, and the pseudo-label's point.
@@ -73,7 +74,7 @@ def climb(
         delta: like x, within the ball and the box.
         epsilon: budget, pixel units.
         sizes: of the steps, pixel units.
-        momentum: in [0, 1).
+        momentum: in [0, 1].
 
     Returns:
         Of each image the surveyed point with the largest lead, if that is above 0, else the last
@@ -82,7 +83,7 @@ def climb(
     found, best = delta, x.new_zeros(len(x))
     along = torch.zeros_like(x)
     for at, size in enumerate(sizes):
-        gradient, lead = survey(x + delta, at)
+        gradient, lead = survey((x + delta).clamp(0, 1), at)  # a rounding outside has no slope
         if lead is not None:
             better = lead > best
             best = torch.where(better, lead, best)
@@ -129,7 +130,7 @@ class Aware(Attack):
     Args:
         steps: at least 1.
         alpha: step, pixel units; None: from epsilon/2 down to epsilon/16 (step_sizes).
-        momentum: of the direction, in [0, 1); 0: the last gradient alone.
+        momentum: of the direction, in [0, 1]; 0: the last gradient alone.
     """
 
     steps: int = 20
@@ -137,16 +138,15 @@ class Aware(Attack):
     momentum: float = 0.75
 
     aware: ClassVar[bool] = True
+    label: ClassVar[str]  # as a table shows it
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        momentum = self.momentum
-        if type(momentum) not in (int, float) or not 0 <= momentum < 1:
-            raise ValueError(f"momentum must be a number in [0, 1), got {momentum!r}")
+        within("momentum", self.momentum, 0, 1)
 
     @property
     def title(self) -> str:
-        return f"{self.name}-{self.steps}"
+        return f"{self.label}-{self.steps}"
 
     def run(self, target: Defense, x: Tensor, labels: Tensor, seeds: Tensor) -> Tensor:
         x, labels, seeds = prepared(target, x, labels, seeds)
@@ -186,6 +186,7 @@ class ViewAware(Aware):
     """
 
     name: ClassVar[str] = "view-aware"
+    label: ClassVar[str] = "View-aware"
 
     def survey(
         self, target: Defense, point: Tensor, labels: Tensor, seeds: Tensor, at: int
@@ -222,13 +223,13 @@ class BPDA(Aware):
     best: bool = True
 
     name: ClassVar[str] = "bpda"
+    label: ClassVar[str] = "BPDA"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.loss not in ("ce", "margin"):
             raise ValueError(f'loss must be "ce" or "margin", got {self.loss!r}')
-        if type(self.warmup) is not int or self.warmup < 0:
-            raise ValueError(f"warmup must be a whole number >= 0, got {self.warmup!r}")
+        whole("warmup", self.warmup, 0, 10_000)
         if type(self.best) is not bool:
             raise ValueError(f"best must be true or false, got {self.best!r}")
 
@@ -277,11 +278,11 @@ class GateEvasion(BPDA):
     weight: float = 1.0
 
     name: ClassVar[str] = "gate"
+    label: ClassVar[str] = "Gate evasion"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if type(self.weight) not in (int, float) or not 0 <= self.weight <= 1000:
-            raise ValueError(f"weight must be a number in [0, 1000], got {self.weight!r}")
+        within("weight", self.weight, 0, 1000)
 
     def suits(self, target: Defense) -> bool:
         return has_gate(target)
@@ -317,6 +318,7 @@ class PseudoLabel(Aware):
     eot: int = 1
 
     name: ClassVar[str] = "pseudo"
+    label: ClassVar[str] = "Pseudo-label"
 
     def suits(self, target: Defense) -> bool:
         return has_guess(target)

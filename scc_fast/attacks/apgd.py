@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from scc_fast.attacks.base import Attack, bare_look, plain, prepared, slope
+from scc_fast.attacks.base import Attack, bare_logits, bare_slope, plain, prepared
 from scc_fast.attacks.margin import Distinct, dlr, targeted_dlr
 from scc_fast.attacks.pgd import cross_entropy
 from scc_fast.defenses.base import Defense
@@ -168,13 +168,11 @@ class APGD(Attack):
         return images
 
     def _evaluate(self, target: Defense, classes: Distinct, goals: Tensor) -> Evaluate:
-        look = bare_look(target)
-
         def loss(logits: Tensor) -> Tensor:
             return self._loss(classes.logits(logits), classes.labels, goals)
 
         def evaluate(point: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            logits, gradient = slope(target, look, point, loss)
+            logits, gradient = bare_slope(target, point, loss)
             wrong = classes.logits(logits).argmax(dim=1) != classes.labels
             return loss(logits), wrong, gradient
 
@@ -250,7 +248,7 @@ class APGDT(APGD):
         return super().title + ("" if self.targets == 9 else f" ({self.targets} targets)")
 
     def _goals(self, target: Defense, x: Tensor, classes: Distinct) -> Tensor:
-        logits = classes.logits(target.answer(bare_look(target)(x)))
+        logits = classes.logits(bare_logits(target, x))
         logits = logits.scatter(1, classes.labels[:, None], -torch.inf)
         return logits.topk(min(self.targets, len(classes) - 1), dim=1).indices
 

@@ -145,11 +145,6 @@ def plain(device: torch.device) -> Iterator[None]:
         yield
 
 
-def bare_look(target: Defense) -> Callable[[Tensor], Look]:
-    """The look of who attacks the model as it is: the picture alone, read as its logits."""
-    return lambda point: Look(point[None], target.mean_logits)
-
-
 def slope(
     target: Defense, look: Callable[[Tensor], Look], point: Tensor, loss: Loss
 ) -> tuple[Tensor, Tensor]:
@@ -163,6 +158,20 @@ def slope(
         answer = target.answer(look(leaf))
         value = loss(answer).sum()
     return answer.detach(), torch.autograd.grad(value, leaf)[0]
+
+
+def bare_logits(target: Defense, x: Tensor) -> Tensor:
+    """Logits (B, K) of the undefended model, whatever the defense makes of x."""
+    return target.logits(target.encode(x))
+
+
+def bare_slope(target: Defense, point: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
+    """As slope(), of the undefended model: its logits (B, K), and the gradient of the loss."""
+    with torch.enable_grad():
+        leaf = point.detach().requires_grad_()
+        logits = bare_logits(target, leaf)
+        value = loss(logits).sum()
+    return logits.detach(), torch.autograd.grad(value, leaf)[0]
 
 
 def ascend(

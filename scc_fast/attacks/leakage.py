@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from scc_fast.attacks.base import Loss, bare_look
+from scc_fast.attacks.base import Loss, bare_logits
 from scc_fast.attacks.margin import Distinct
 from scc_fast.attacks.pgd import PGD, cross_entropy
 from scc_fast.defenses.base import Defense
@@ -37,7 +37,7 @@ class PGDOwn(PGD):
         return f"PGD-{self.steps} (own prediction)"
 
     def _loss(self, target: Defense, x: Tensor, labels: Tensor, seeds: Tensor) -> Loss:
-        own = target.answer(bare_look(target)(x)).argmax(dim=1)
+        own = bare_logits(target, x).argmax(dim=1)
         return lambda logits: cross_entropy(logits, own)
 
 

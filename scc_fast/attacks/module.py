@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from scc_fast.attacks.base import bare_logits
 from scc_fast.defenses.base import Defense
 
 
@@ -27,5 +28,5 @@ class BareLogits(nn.Module):
         return self
 
     def forward(self, pixels: Tensor) -> Tensor:
-        logits = self._target.logits(self._target.encode(pixels))
+        logits = bare_logits(self._target, pixels)
         return logits if self._columns is None else logits[:, self._columns]

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from scc_fast.attacks.base import Attack, Loss, ascend, bare_look, plain, prepared, slope
+from scc_fast.attacks.base import Attack, Loss, ascend, bare_slope, plain, prepared
 from scc_fast.defenses.base import Defense
 
 
@@ -43,12 +43,11 @@ class PGD(Attack):
         x, labels, seeds = prepared(target, x, labels, seeds)
         if len(x) == 0:
             return x.clone()
-        look = bare_look(target)
         with plain(x.device):
             loss = self._loss(target, x, labels, seeds)
 
             def gradient(point: Tensor, _: int) -> Tensor:
-                return slope(target, look, point, loss)[1]
+                return bare_slope(target, point, loss)[1]
 
             return ascend(
                 gradient, x, seeds, epsilon=self.epsilon, steps=self.steps, alpha=self.alpha

@@ -14,7 +14,7 @@ from scc_fast.attacks.base import prepared
 from scc_fast.attacks.pgd import PGD
 from scc_fast.defenses.base import Defense
 from scc_fast.defenses.served import Undefended
-from scc_fast.models import VisionLanguage, load_model
+from scc_fast.models import VisionLanguage, load_spec, parse_model
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Transfer(PGD):
 
     Args:
         steps, alpha: as for PGD.
-        source: the other model: an open_clip name with its weights, "ViT-B-16@openai"; "tiny";
-            "hf-hub:org/repo"; or a folder. Loaded once and kept.
+        source: the other model, as scc_fast.models.load_spec() takes it, with weights:
+            "ViT-B-16@openai", "hf-hub:org/repo", "tiny", a folder. The last two are kept loaded.
     """
 
     source: str = ""
@@ -37,12 +37,19 @@ class Transfer(PGD):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.source, str) or not self.source.strip():
+        try:
+            name, pretrained, _ = parse_model(self.source)
+        except (TypeError, ValueError) as error:
             raise ValueError(
-                'transfer: source must name the other model, such as "ViT-B-16@openai", got '
-                f"{self.source!r}"
+                f'transfer: source must name the other model, such as "ViT-B-16@openai"; {error}'
+            ) from None
+        brings = name == "tiny" or name.startswith(("hf-hub:", "local-dir:"))
+        if pretrained is None and not brings and not Path(name).expanduser().is_dir():
+            # load_model() would take random weights, which fool nobody.
+            raise ValueError(
+                f"transfer: source {self.source!r} is no folder and names no weights; an open_clip "
+                f'name needs them: "{name}@openai", or whichever tag or file it is'
             )
-        split(self.source)
 
     @property
     def title(self) -> str:
@@ -64,27 +71,7 @@ class Transfer(PGD):
         return super().run(other, x, labels, seeds)
 
 
-def split(source: str) -> tuple[str, str | None]:
-    """Name and weights of "NAME@WEIGHTS"; what brings its weights along is a name alone.
-
-    Raises:
-        ValueError: no weights are named. load_model() would take random ones, which fool nobody.
-    """
-    if Path(source).expanduser().is_dir():
-        return source, None
-    name, at, pretrained = source.partition("@")
-    if at and not (name and pretrained):
-        raise ValueError(f"transfer: source must be NAME@WEIGHTS around its @, got {source!r}")
-    if not at and name != "tiny" and not name.startswith(("hf-hub:", "local-dir:")):
-        raise ValueError(
-            f"transfer: source {source!r} is no folder and names no weights; an open_clip name "
-            f'needs them: "{source}@openai", or whichever tag or file it is'
-        )
-    return name, pretrained if at else None
-
-
 @functools.lru_cache(maxsize=2)
 def loaded(source: str, device: torch.device) -> VisionLanguage:
-    """The model of a source spec."""
-    name, pretrained = split(source)
-    return load_model(name, pretrained, device=device)
+    """The model of a source, loaded once."""
+    return load_spec(source, device)

@@ -5,9 +5,11 @@ Here the defense is written out under autograd, its ascent's gradients included,
 as a whole. Two of its operations have no useful derivative and get a straight-through one (Bengio
 et al., arXiv 1308.3432; for defenses Athalye et al., arXiv 1802.00420):
 
-- sign(g) of an ascent step: on the way back it counts as g / mean|g|, with the mean of each image
-  taken as a constant; so the surrogate's mean magnitude is that of the sign, 1.
-- the projection Π: its clamps pass gradients inside their bounds, which is their own derivative.
+- sign(g) of an ascent step: on the way back it counts as c · g / mean|g|, with the mean of each
+  image taken as a constant. At c = 1 the surrogate's mean magnitude is that of the sign, and the
+  gradient of step upon step grows a thousandfold and points anywhere; at c = 0 this is BPDA.
+- the projection Π: its clamp to the ball passes gradients inside, which is its own derivative; its
+  clamp to the box passes them all, for a pixel at the box is free to move away from it.
 
 What is decided (the gate, ŷ, the hardest negative) counts as constant; the soft pseudo-label
 does not.
@@ -21,16 +23,18 @@ defense, and takes attention in plain products, whose second derivative PyTorch 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from scc_fast.attacks.adaptive import BPDA
-from scc_fast.config import IDENTITY, SCCConfig, TTCConfig
+from scc_fast.config import IDENTITY, SCCConfig, TTCConfig, View
 from scc_fast.defenses.base import Defense
+from scc_fast.defenses.parts import within
 from scc_fast.defenses.served import SCC, TTC
 from scc_fast.reference import heads, step
 from scc_fast.reference.views import make_views
@@ -43,11 +47,20 @@ class Unrolled(BPDA):
     """Ascent of the loss along the gradient through all of TTC's or SCC's steps.
 
     Only defenses of at most 8 steps in total. A step costs some four runs of the defense.
+
+    Args:
+        slope: c, of the straight-through sign, in [0, 1].
     """
 
     steps: int = 10
+    slope: float = 0.1
 
     name: ClassVar[str] = "unrolled"
+    label: ClassVar[str] = "Unrolled"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        within("slope", self.slope, 0, 1)
 
     def suits(self, target: Defense) -> bool:
         return isinstance(target, TTC | SCC) and step_count(target) <= MOST_STEPS
@@ -57,7 +70,7 @@ class Unrolled(BPDA):
     ) -> tuple[Tensor, Tensor]:
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             leaf = point.detach().requires_grad_()
-            logits = unrolled(target, leaf, keys)
+            logits = unrolled(target, leaf, keys, self.slope)
             (gradient,) = torch.autograd.grad(self.of(target, labels)(logits).sum(), leaf)
         return logits.detach(), gradient
 
@@ -70,7 +83,7 @@ def step_count(target: Defense) -> int:
     return config.steps if isinstance(config, TTCConfig) else 0
 
 
-def unrolled(target: Defense, x: Tensor, seeds: Tensor) -> Tensor:
+def unrolled(target: Defense, x: Tensor, seeds: Tensor, slope: float = 1.0) -> Tensor:
     """The logits of TTC or SCC as a differentiable function of x.
 
     Their values are the defense's own (METHOD.md's steps 1 to 5), their derivative is the one
@@ -80,6 +93,7 @@ def unrolled(target: Defense, x: Tensor, seeds: Tensor) -> Tensor:
         target: TTC or SCC.
         x: (B, 3, H, W) float32 in [0, 1], B >= 1.
         seeds: (B,) int64.
+        slope: c, of the straight-through sign.
 
     Returns:
         (B, K).
@@ -91,14 +105,13 @@ def unrolled(target: Defense, x: Tensor, seeds: Tensor) -> Tensor:
         raise ValueError(f"only ttc and scc can be unrolled, got {target.name!r}")
     config = target.config
     views = target.defender.views(min(x.shape[-2:])) if isinstance(config, SCCConfig) else None
-    sight = _Sight(target, x, seeds, views or (IDENTITY,))
+    sight = _Sight(target, x, seeds, views or (IDENTITY,), slope)
     anchor = target.bare.encode(x)
-    start = step.initial_delta(x, seeds, config.epsilon)
+    start = step.initial_delta(x.detach(), seeds, config.epsilon)
     features, pixels = sight.look(start)
-    drift = heads.relative_drift(features[0], anchor).detach()
-    gated = isinstance(config, TTCConfig) or config.gate
     left = target.mean_logits(features)
-    open_ = drift < config.tau if gated else torch.ones_like(drift, dtype=torch.bool)
+    gate = target.gate(x.detach(), seeds)
+    open_ = target.answer(gate) > 0 if gate else torch.ones(len(x), dtype=torch.bool).to(x.device)
     if not open_.any():
         return left
 
@@ -127,8 +140,10 @@ def unrolled(target: Defense, x: Tensor, seeds: Tensor) -> Tensor:
 class _Sight:
     """Images x with gradients, the views of x + δ, and the defense's step."""
 
-    def __init__(self, target: TTC | SCC, x: Tensor, seeds: Tensor, views: Any) -> None:
-        self.target, self.x, self.seeds, self.views = target, x, seeds, views
+    def __init__(
+        self, target: TTC | SCC, x: Tensor, seeds: Tensor, views: Sequence[View], slope: float
+    ) -> None:
+        self.target, self.x, self.seeds, self.views, self.slope = target, x, seeds, views, slope
         self.fill = torch.tensor(target.model.mean, device=x.device)
 
     def look(self, delta: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,29 +157,19 @@ class _Sight:
         """Π(δ + α·sign(g)) with g the pull-back of ∂J/∂f, all of it differentiable."""
         config = self.target.config
         (gradient,) = torch.autograd.grad(features, pixels, head, create_graph=True)
-        moved = delta + config.alpha * straight_sign(gradient)
-        return step.project(moved, self.x, config.epsilon)
+        moved = delta + config.alpha * straight_sign(gradient, self.slope)
+        within_ball = moved.clamp(-config.epsilon, config.epsilon)
+        boxed = step.project(moved, self.x, config.epsilon)
+        return within_ball + (boxed - within_ball).detach()
 
 
-def straight_sign(gradient: Tensor) -> Tensor:
-    """sign(g), with the derivative of g / mean|g|, the mean of each image a constant.
+def straight_sign(gradient: Tensor, slope: float = 1.0) -> Tensor:
+    """sign(g), with the derivative of c·g / mean|g|, the mean of each image a constant.
 
     Args:
         gradient: (B, 3, H, W).
+        slope: c.
     """
-    found: Tensor = _StraightSign.apply(gradient)
-    return found
-
-
-class _StraightSign(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gradient: Tensor) -> Tensor:
-        mean = gradient.abs().mean(dim=(1, 2, 3), keepdim=True)
-        ctx.save_for_backward(torch.where(mean > 0, 1 / mean, 0.0))
-        return gradient.sign()
-
-    @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> Tensor:
-        (scale,) = ctx.saved_tensors
-        found: Tensor = slope * scale
-        return found
+    mean = gradient.detach().abs().mean(dim=(1, 2, 3), keepdim=True)
+    surrogate = gradient * (slope * torch.where(mean > 0, 1 / mean, 0.0))
+    return gradient.detach().sign() + (surrogate - surrogate.detach())

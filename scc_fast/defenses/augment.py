@@ -175,10 +175,9 @@ def weighted_blur(x: Tensor, weights: Tensor, padding: str = "reflect") -> Tenso
     height, width = x.shape[-2:]
     wide = F.pad(x, (reach,) * 4, mode=padding)
     taps = range(weights.shape[1])
-    across = sum(_wide(weights[:, k]) * wide[..., k : k + width] for k in taps)
-    return torch.as_tensor(
-        sum(_wide(weights[:, k]) * torch.as_tensor(across)[..., k : k + height, :] for k in taps)
-    )
+    factors = weights.T[..., None, None, None]
+    across = (factors * torch.stack([wide[..., k : k + width] for k in taps])).sum(dim=0)
+    return (factors * torch.stack([across[..., k : k + height, :] for k in taps])).sum(dim=0)
 
 
 def gaussian_blur(x: Tensor, sigma: Tensor, size: int = 5) -> Tensor:

@@ -166,7 +166,10 @@ class DBD(Sighted):
         copies = unit[1:].gather(0, kept[..., None].expand(-1, -1, unit.shape[-1]))
         shifts = copies - unit[0]
         mean = shifts.mean(dim=0)
-        return unit[0], mean, F.cosine_similarity(shifts, mean[None], dim=-1).mean(dim=0)
+        # A crop of all of the picture is no shift: what rounding makes of it has no direction.
+        moved = shifts.detach().norm(dim=-1) > 1e-5
+        along = F.cosine_similarity(shifts, mean[None], dim=-1) * moved
+        return unit[0], mean, along.mean(dim=0)
 
     def _read(self, features: Tensor) -> Tensor:
         start, mean, score = self._direction(features)

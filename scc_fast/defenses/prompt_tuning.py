@@ -59,7 +59,6 @@ class Context:
         self._local = threading.local()
         want = model.encode_text(list(place))
         self._tower, self.base = self._checked(model, want, int(length.max()), need)
-        self.width = self.base.shape[1]
 
     def features(self, offset: Tensor, keep: float = 1.0) -> Tensor:
         """Text embeddings, not normalised, for each image's own context.
@@ -73,8 +72,7 @@ class Context:
         """
         parts = []
         with torch.no_grad():
-            for rows, image, prompt in self._pieces(len(offset)):
-                del rows
+            for _, image, prompt in self._pieces(len(offset)):
                 parts.append(self._run(prompt, offset[image], keep))
         return torch.cat(parts).unflatten(0, (len(offset), -1))
 
@@ -174,9 +172,10 @@ def _tower(
 ) -> tuple[Callable[[Tensor, Tensor | None], Tensor], int]:
     """Ids (n, size) and mask to features (n, D), and the width of a token embedding."""
     twin = cast(Any, frozen_twin(model.module))
-    for vision in ("visual", "vision_model"):
-        if isinstance(getattr(twin, vision, None), nn.Module):
-            setattr(twin, vision, nn.Identity())
+    if type(twin).__module__.split(".")[0] in ("open_clip", "transformers"):
+        for vision in ("visual", "vision_model"):  # OpenAI's package asks it for its dtype
+            if isinstance(getattr(twin, vision, None), nn.Module):
+                setattr(twin, vision, nn.Identity())
     holder, embedding = _embedding(twin)
     if embedding is None:
         raise ValueError(

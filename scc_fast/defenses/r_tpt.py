@@ -128,8 +128,9 @@ class RTPT(Sighted):
         text = self._tuned(seen.detach())
 
         def read(features: Tensor) -> Tensor:
-            weights = self._reliability(features)
-            return (weights[..., None] * self._logits(features, text)).sum(dim=0)
+            weights = self._reliability(features)[..., None]
+            # Of each prompt once, so that equal ones get equal logits.
+            return (weights * self._logits(features, text)).sum(dim=0)[:, self.context.group]
 
         return Seen(pictures, read, **none_found(x), of=pictures, seen=seen)
 
@@ -157,12 +158,12 @@ class RTPT(Sighted):
         text, keep = self.context.base.expand(batch, -1, -1), 1.0
         if batch == 0:
             return text
-        kept = entropy(self._logits(features, text)).argsort(dim=0, stable=True)[: config.selected]
+        kept = self._entropy(features, text).argsort(dim=0, stable=True)[: config.selected]
         chosen = features.gather(0, kept[..., None].expand(-1, -1, features.shape[-1]))
         for at in range(1, config.steps + 1):
             with torch.enable_grad():
                 leaf = text.detach().requires_grad_()
-                loss = entropy(self._logits(chosen, leaf)).mean(dim=0).sum()
+                loss = self._entropy(chosen, leaf).mean(dim=0).sum()
                 (slope,) = torch.autograd.grad(loss, leaf)
             slope = self.context.pull(offset, slope, keep)
             first = BETAS[0] * first + (1 - BETAS[0]) * slope
@@ -176,10 +177,14 @@ class RTPT(Sighted):
         return text
 
     def _logits(self, features: Tensor, text: Tensor) -> Tensor:
-        """s·cos + b: (V, B, D) and each image's (B, U, D) → (V, B, K)."""
+        """s·cos + b: (V, B, D) and each image's (B, U, D) → (V, B, U)."""
         cosines = F.normalize(features, dim=-1).transpose(0, 1) @ F.normalize(text, dim=-1).mT
-        found = self.table.scale * cosines.transpose(0, 1) + self.table.bias
-        return found[..., self.context.group]
+        return self.table.scale * cosines.transpose(0, 1) + self.table.bias
+
+    def _entropy(self, features: Tensor, text: Tensor) -> Tensor:
+        """Of each view's distribution over the classes, nats: (V, B)."""
+        logs = self._logits(features, text)[..., self.context.group].log_softmax(dim=-1)
+        return -(logs.exp() * logs).sum(dim=-1)
 
     def _reliability(self, features: Tensor) -> Tensor:
         """The views' weights, (V, B, D) → (V, B), which sum to 1 over the views."""
@@ -194,9 +199,3 @@ class RTPT(Sighted):
         lost = (score == -torch.inf).all(dim=-1, keepdim=True)
         score = torch.where(lost, torch.zeros_like(score), score)
         return torch.softmax(score / self.config.temperature, dim=-1).T
-
-
-def entropy(logits: Tensor) -> Tensor:
-    """Of softmax(logits), nats: (..., K) → (...)."""
-    logs = logits.log_softmax(dim=-1)
-    return -(logs.exp() * logs).sum(dim=-1)

@@ -126,7 +126,9 @@ class Served(Defense):
 
     def _views(self, x: Tensor, seeds: Tensor) -> Look:
         views = self.defender.views(min(x.shape[-2:]))
-        pictures = ops.make_views(x.clamp(0, 1), None, seeds, views, fill=self.model.mean)
+        # clamp() has no gradient at 0 and 1 themselves, where many pixels are; this one passes it.
+        inside = x + (x.clamp(0, 1) - x).detach()
+        pictures = ops.make_views(inside, None, seeds, views, fill=self.model.mean)
         return Look(pictures.unflatten(0, (len(views), len(x))), self.mean_logits)
 
 

@@ -57,20 +57,21 @@ def _is_alone(group: Group, defense: str, eps: str) -> bool:
 
 def _leaks(group: Group, where: str) -> list[str]:
     """Robust above clean accuracy."""
-    found = []
-    for (defense, attack, eps), measures in group.rows.items():
-        clean = pooled(group.clean(defense))
-        robust = pooled(measures)
+    found: dict[tuple[str, float], list[str]] = {}
+    for (defense, _, eps), measures in group.rows.items():
+        clean, robust = pooled(group.clean(defense)).value, pooled(measures).value
         one = measures[0]
-        if attack == WORST or one.aware or not is_oblivious(one) or is_control(one):
+        if not is_oblivious(one) or is_control(one) or clean is None or robust is None:
             continue
-        if clean.value is not None and robust.value is not None and robust.value > clean.value:
-            found.append(
-                f"{where}: {defense} has {robust.value:.1f} % under {one.title} at {eps} but "
-                f"{clean.value:.1f} % on clean images. Robust above clean is the signature of an "
-                "attack that gives the true label away; see the table of the label leak."
-            )
-    return found
+        if robust > clean:
+            text = f"{robust:.1f} % under {one.title} at {eps}"
+            found.setdefault((defense, clean), []).append(text)
+    return [
+        f"{where}: {defense} has {', '.join(attacks)}, but {clean:.1f} % on clean images. Robust "
+        "above clean is the signature of an attack that gives the true label away; see the table "
+        "of the label leak."
+        for (defense, clean), attacks in found.items()
+    ]
 
 
 def _small(group: Group, where: str) -> list[str]:
@@ -117,7 +118,7 @@ def _partial(group: Group, where: str) -> list[str]:
     duplicates = max((run.duplicates for run in group.runs), default=0)
     if duplicates:
         found.append(
-            f"{where}: {duplicates} prompts that read as another class's; between such classes "
+            f"{where}: prompts that name two classes or more: {duplicates}; between such classes "
             "the answer is arbitrary."
         )
     return list(dict.fromkeys(found))

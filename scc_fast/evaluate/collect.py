@@ -100,7 +100,7 @@ class Run:
 
     Args:
         asked: pictures that the run is over, of `pictures` there; the protocol expects `expected`.
-        classes: how many; `duplicates`: prompts that are the same as another's.
+        classes: how many; `duplicates`: prompts that name two or more.
     """
 
     path: Path
@@ -172,6 +172,10 @@ class _Fields:
     def maybe(self, name: str, kind: type[T]) -> T | None:
         return None if self.value.get(name) is None else self.get(name, kind)
 
+    def either(self, name: str, other: str, kind: type[T]) -> T | None:
+        """A field that has two spellings."""
+        return self.maybe(name if name in self.value else other, kind)
+
     def inside(self, name: str) -> _Fields:
         return _Fields(self.path, f"{self.where}.{name}".strip("."), self.get(name, dict))
 
@@ -198,7 +202,9 @@ def _run(path: Path) -> Run:
         if measure is not None:
             ms, attack_ms = times.get(measure.key, (None, None))
             measures.append(dataclasses.replace(measure, ms=ms, attack_ms=attack_ms))
-    name = data.get("name", str)
+    name, asked = data.get("name", str), data.get("n", int)
+    pictures = data.maybe("pictures", int)
+    whole = pictures is not None and asked >= pictures
     return Run(
         path=path,
         model=Model(
@@ -210,19 +216,19 @@ def _run(path: Path) -> Run:
         ),
         data=Data(
             name,
-            data.optional("paper_name", str, name) or name,
+            data.either("paper", "paper_name", str) or name,
             data.optional("split", str, ""),
             data.optional("protocol", str, ""),
             _text(data.value.get("template")),
             data.optional("prompts_sha256", str, ""),
-            _text(data.value.get("sample_seed")),
+            "" if whole else _text(data.either("sampling_seed", "sample_seed", int)),
         ),
         seed=run.get("seed", int),
-        asked=data.get("n", int),
-        pictures=data.maybe("pictures", int),
-        expected=data.maybe("expected", int),
+        asked=asked,
+        pictures=pictures,
+        expected=data.either("pictures_expected", "expected", int),
         classes=_size(data.value.get("classes")),
-        duplicates=_size(data.value.get("duplicates")) or 0,
+        duplicates=_size(data.value.get("duplicate_prompts", data.value.get("duplicates"))) or 0,
         environment=top.optional("environment", dict, {}),
         measures=_once(path, measures),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from scc_fast.config import parse_epsilon
@@ -91,7 +92,7 @@ def run_all(
         rows = run.go(
             asked,
             execute=execute,
-            start=lambda total, done, name=run.store.folder.name: start(name, total, done),
+            start=partial(start, run.store.folder.name),
             tick=tick,
         )
         times = {r["defense"]: r["ms_per_image"] for r in run.timings() if r["attack"] == "clean"}

@@ -5,6 +5,7 @@ One panel a data set and budget. Drawn without a display.
 
 from __future__ import annotations
 
+import itertools
 import math
 import textwrap
 from collections import Counter
@@ -261,8 +262,18 @@ def _pareto(axis: Any, panel: Panel) -> None:
 def _label_pareto(axis: Any, panel: Panel) -> None:
     some = _priced(panel)
     named = [(p.cost or 0.0, p.oblivious.value or 0.0, p.name) for p in some]
-    marks = [(p.cost or 0.0, cell.value) for p in some for cell in (p.oblivious, p.adaptive)]
-    label_points(axis, named, [(x, y) for x, y in marks if y is not None])
+    marks, walls = [], []
+    for name in ("oblivious", "adaptive"):
+        cells = [(p.cost or 0.0, getattr(p, name).value) for p in some]
+        pairs = [(x, y) for x, y in cells if y is not None]
+        marks += pairs
+        edge = front(pairs)
+        for (x0, y0), (x1, y1) in itertools.pairwise(edge):
+            walls += [((x0, y0), (x1, y0)), ((x1, y0), (x1, y1))]
+    for p in some:
+        if p.cost and p.oblivious.value is not None and p.adaptive.value is not None:
+            walls.append(((p.cost, p.adaptive.value), (p.cost, p.oblivious.value)))
+    label_points(axis, named, marks, walls)
 
 
 def _sweep(group: Group) -> Measure | None:
@@ -280,18 +291,17 @@ def _lines(panel: Panel) -> dict[str, list[tuple[float, Cell]]]:
     for defense in group.defenses():
         line = [(0.0, pooled(group.clean(defense)))]
         for eps in group.budgets():
-            worst = panel.adaptive and not group.first(defense).method == "none"
-            spec = panel.attack.attack
-            some = group.worst(defense, eps) if worst else group.get(defense, spec, eps)
+            some = group.get(defense, panel.attack.attack, eps)
+            if panel.adaptive:  # to whom nothing is unknown of the bare model, either is the same
+                is_bare = group.first(defense).method == "none"
+                some = group.worst(defense, eps) or (some if is_bare else ())
             line.append((255 * parse_epsilon(eps), pooled(some)))
         line = [(x, cell) for x, cell in line if cell.measured]
         if len(line) > 1 and not is_ablation(group.first(defense)):
             found[_name(group, defense)] = line
-    # The undefended model alone is the other panel's.
-    aware = any(
-        group.worst(defense, eps) for defense in group.defenses() for eps in group.budgets()
-    )
-    return found if aware or not panel.adaptive else {}
+    pairs = ((defense, eps) for defense in group.defenses() for eps in group.budgets())
+    known = any(group.worst(*pair) for pair in pairs)
+    return found if known or not panel.adaptive else {}
 
 
 def _epsilon(axis: Any, panel: Panel) -> None:
@@ -308,6 +318,8 @@ def _epsilon(axis: Any, panel: Panel) -> None:
             elinewidth=0.8,
             label=name,
         )
+    budgets = sorted({x for line in _lines(panel).values() for x, _ in line})
+    axis.set_xticks(budgets, [f"{x:g}" for x in budgets])
     axis.set(xlabel="budget ε, in 1/255", ylabel="accuracy, %", ylim=(-3, 103))
     _title(axis, f"{panel.where}, {_WORST if panel.adaptive else panel.attack.title}")
     axis.legend(

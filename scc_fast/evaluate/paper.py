@@ -225,4 +225,5 @@ def encoder_of(name: str, source: str) -> str:
         if re.search(pattern, text):
             return key
     is_b32 = re.search(r"vit-?b[-/_]?32|clip-vit-base-patch32", text)
-    return "clip" if is_b32 and "openai" in text else ""
+    tuned = "+" in name  # another image encoder, from a file
+    return "clip" if is_b32 and "openai" in text and not tuned else ""

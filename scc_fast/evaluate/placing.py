@@ -12,10 +12,14 @@ _SIDES = ((1, 1), (0, 1), (-1, 1), (1, -1), (1, 0), (-1, 0), (0, -1), (-1, -1))
 _SIZE = 8.0  # points
 
 Box = tuple[float, float, float, float]
+Spot = tuple[float, float]
 
 
 def label_points(
-    axis: Any, named: Sequence[tuple[float, float, str]], marks: Sequence[tuple[float, float]]
+    axis: Any,
+    named: Sequence[tuple[float, float, str]],
+    marks: Sequence[Spot],
+    walls: Sequence[tuple[Spot, Spot]] = (),
 ) -> None:
     """Write a name beside each point, with a thin line to it where it has to stand off.
 
@@ -23,6 +27,7 @@ def label_points(
         axis: matplotlib axes with their final limits and size.
         named: (x, y, name) in data coordinates.
         marks: (x, y) of everything that must stay visible.
+        walls: the two ends of lines, level or upright, that labels should not cross.
     """
     from matplotlib.patheffects import withStroke
 
@@ -35,6 +40,9 @@ def label_points(
     for x, y in marks:
         px, py = to_pixels((x, y))
         taken.append((px - radius, py - radius, px + radius, py + radius))
+    for ends in walls:
+        (x0, y0), (x1, y1) = sorted(map(tuple, to_pixels(ends)))
+        taken.append((x0 - 1, min(y0, y1) - 1, x1 + 1, max(y0, y1) + 1))
     for x, y, name in sorted(named, key=lambda one: (-one[1], one[0])):
         px, py = to_pixels((x, y))
         text = axis.annotate(

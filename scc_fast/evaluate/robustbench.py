@@ -48,7 +48,7 @@ def _free(taken: dict[str, dict[str, Any]], parts: list[str]) -> str:
 
 
 def _slug(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9.=_-]+", "_", text).strip("_.")[:150] or "unnamed"
+    return re.sub(r"[^A-Za-z0-9.=-]+", "_", text).strip("_.")[:150] or "unnamed"
 
 
 def _entry(group: Group, defense: str) -> dict[str, Any] | None:

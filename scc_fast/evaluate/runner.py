@@ -22,7 +22,7 @@ from scc_fast import attacks
 from scc_fast.attacks import Attack
 from scc_fast.config import format_epsilon
 from scc_fast.evaluate.rows import Row, check_attack, format_rows, row_of, worst_of
-from scc_fast.evaluate.store import FORMAT, AttackFolder, Store, locked, slug
+from scc_fast.evaluate.store import FORMAT, AttackFolder, Store, locked, owner_folder, slug
 from scc_fast.evaluate.worker import CLEAN, Judged, Made, Setting, Task, Worker
 
 ADAPTIVE = "adaptive"  # on a command line: every attack that suits a defense and knows it
@@ -90,12 +90,16 @@ class Run:
     def tasks(self, asked: Asked) -> list[Task]:
         """Every task, done or not: the undefended model first under each attack."""
         others = tuple(spec for spec in asked.defenses if spec != "none")
-        plain = [(CLEAN, 0.0)] + [
-            (spec, epsilon)
-            for spec in asked.attacks
-            if spec not in (CLEAN, ADAPTIVE) and not attacks.parse_attack(spec, 4 / 255).aware
-            for epsilon in asked.eps
-        ]
+        plain = [(CLEAN, 0.0)]
+        for spec in asked.attacks:
+            if spec in (CLEAN, ADAPTIVE) or attacks.parse_attack(spec, 4 / 255).aware:
+                continue
+            if not attacks.parse_attack(spec, 4 / 255).suits(self.worker.defense("none")):
+                raise ValueError(
+                    f"attack {spec!r} cannot be made here: {self.worker.data.name} has "
+                    f"{len(set(self.worker.data.prompts))} different classes"
+                )
+            plain += [(spec, epsilon) for epsilon in asked.eps]
         every = list(self.worker.batches())
         found = [Task(spec, e, None, *b, ("none",)) for spec, e in plain for b in every]
         found += [Task(spec, e, None, *b, others) for spec, e in plain for b in every if others]
@@ -189,7 +193,7 @@ class Run:
         for task, found in execute(tasks, lambda task: self._folder(task).load(task)):
             folder = self._folder(task)
             if isinstance(found, Made):
-                folder.save(task, found.delta, found.seconds)
+                folder.save(task, found)
                 continue
             folder.keep(task, found)
             key = task.attack, task.epsilon, found.defense
@@ -220,7 +224,7 @@ class Run:
         n = len(self.worker.data)
         described = self.store.defenses()
         bits: dict[tuple[str, float], dict[str, str]] = {}
-        flags: dict[tuple[str, float, str], str] = {}
+        flags: dict[tuple[str, float], dict[str, str]] = {}
         settings: dict[tuple[str, float], dict[str, Any]] = {}
         for folder, facts in self.store.attacks():
             key = folder.spec, folder.epsilon
@@ -232,7 +236,7 @@ class Run:
                 # An attack that knows the defense may have seen the first batches alone.
                 if len(right) == n or (facts["aware"] and found):
                     bits.setdefault(key, {})[spec] = right
-                    flags[(*key, spec)] = "".join(record["flagged"] for record in found)
+                    flags.setdefault(key, {})[spec] = "".join(record["flagged"] for record in found)
         clean = bits.get((CLEAN, 0.0), {})
         base = clean.get("none", "")
         rows = []
@@ -242,7 +246,7 @@ class Run:
                     row_of(
                         bits[key][spec],
                         base,
-                        flags[(*key, spec)],
+                        flags[key][spec],
                         attack=key[0],
                         title=settings[key]["title"],
                         aware=settings[key]["aware"],
@@ -277,28 +281,36 @@ class Run:
         """Milliseconds an image: of each defense under each attack, and of the attack; medians."""
         found = []
         for folder, _ in self.store.attacks():
-            by_defense: dict[str, list[float]] = {}
-            made: dict[str, list[float]] = {}
+            made: dict[str, dict[int, float]] = {}
+            for owner, batch, seconds, _ in folder.kept():
+                made.setdefault(owner, {})[batch] = seconds
+            judged: dict[str, dict[int, tuple[float, int]]] = {}
             for (spec, batch), record in sorted(folder.records().items()):
-                count = len(record["right"])
-                by_defense.setdefault(spec, []).append(1e3 * record["seconds"] / count)
-                for owner in (None, spec):
-                    task = Task(folder.spec, folder.epsilon, owner, batch, count, ())
-                    seconds = folder.seconds(task)
-                    if seconds is not None:
-                        made.setdefault(spec, []).append(1e3 * seconds / count)
-                        break
-            for spec in sorted(by_defense):
-                attack = statistics.median(made[spec]) if spec in made else None
+                judged.setdefault(spec, {})[batch] = record["seconds"], len(record["right"])
+            for spec, batches in sorted(judged.items()):
+                attack = made.get(owner_folder(None), made.get(owner_folder(spec), {}))
+                making = [1e3 * attack[b] / n for b, (_, n) in batches.items() if b in attack]
                 found.append(
                     {
                         "defense": spec,
                         "attack": folder.spec,
                         "eps": format_epsilon(folder.epsilon),
-                        "ms_per_image": statistics.median(by_defense[spec]),
-                        "attack_ms_per_image": attack,
+                        "ms_per_image": statistics.median(1e3 * s / n for s, n in batches.values()),
+                        "attack_ms_per_image": statistics.median(making) if making else None,
                     }
                 )
+        return found
+
+    def rounded(self) -> list[dict[str, Any]]:
+        """How many attacked images fool the undefended model no more as they are kept."""
+        found = []
+        for folder, _ in self.store.attacks():
+            undone: dict[str, int] = {}
+            for owner, _, _, count in folder.kept():
+                undone[owner] = undone.get(owner, 0) + count
+            for owner, count in sorted(undone.items()):
+                facts = {"attack": folder.spec, "eps": format_epsilon(folder.epsilon)}
+                found.append({**facts, "made_against": owner, "undone_by_rounding": count})
         return found
 
     def publish(self) -> list[Row]:
@@ -309,6 +321,7 @@ class Run:
                 "format": FORMAT,
                 "run": self.store.facts,
                 "environment": environment(self.worker.model.device),
+                "images": self.rounded(),
                 "rows": format_rows(rows),
             }
             self.store.publish(results, {"rows": self.timings()})

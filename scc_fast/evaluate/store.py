@@ -29,7 +29,7 @@ from torch import Tensor
 
 from scc_fast.config import format_epsilon
 from scc_fast.evaluate.report import atomic, write_json
-from scc_fast.evaluate.worker import CLEAN, Judged, Task
+from scc_fast.evaluate.worker import CLEAN, Judged, Made, Task
 
 FORMAT = 1
 
@@ -63,6 +63,11 @@ def slug(text: str) -> str:
     if plain == text:
         return plain
     return f"{plain[:60]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def owner_folder(owner: str | None) -> str:
+    """Where the images are kept that know a defense, or none."""
+    return "shared" if owner is None else slug(owner)
 
 
 @dataclass(frozen=True)
@@ -117,7 +122,7 @@ class AttackFolder:
 
     def images(self, task: Task) -> Path:
         """Where the perturbation of a batch is kept."""
-        return self.path / "images" / slug(task.owner or "none") / f"{task.batch:05d}.safetensors"
+        return self.path / "images" / owner_folder(task.owner) / f"{task.batch:05d}.safetensors"
 
     def load(self, task: Task) -> Tensor | None:
         """The perturbation of a batch; None where it, or some of it, has not been made.
@@ -136,22 +141,27 @@ class AttackFolder:
             ) from error
         return delta if len(delta) >= task.count else None
 
-    def save(self, task: Task, delta: Tensor, seconds: float) -> None:
-        """Keep the perturbation of a batch, float16."""
-        assert delta.dtype == torch.float16
+    def save(self, task: Task, made: Made) -> None:
+        """Keep what was made of a batch."""
+        assert made.delta.dtype == torch.float16
         with atomic(self.images(task)) as partial:
-            save_file({"delta": delta.contiguous()}, partial, {"seconds": str(seconds)})
+            facts = {"seconds": str(made.seconds), "undone": str(made.undone)}
+            save_file({"delta": made.delta.contiguous()}, partial, facts)
 
-    def seconds(self, task: Task) -> float | None:
-        """How long the perturbation of a batch took; None where it has not been made."""
-        path = self.images(task)
-        if not path.exists():
-            return None
-        try:
-            with safe_open(path, "pt") as file:
-                return float(file.metadata()["seconds"])
-        except (SafetensorError, KeyError, TypeError, ValueError, OSError):
-            return None
+    def kept(self) -> Iterator[tuple[str, int, float, int]]:
+        """(owner, batch, seconds, undone) of every batch that is kept."""
+        for path in sorted((self.path / "images").glob("*/*.safetensors")):
+            try:
+                with safe_open(path, "pt") as file:
+                    facts = file.metadata()
+                    yield (
+                        path.parent.name,
+                        int(path.stem),
+                        float(facts["seconds"]),
+                        int(facts["undone"]),
+                    )
+            except (SafetensorError, KeyError, TypeError, ValueError, OSError):
+                continue  # load() says what is wrong with it, when it is needed
 
 
 class Store:

@@ -77,10 +77,18 @@ class Task:
 
 @dataclass(frozen=True, eq=False)
 class Made:
-    """The perturbation of a batch, (n, 3, H, W) float16, and the seconds that it took."""
+    """What is kept of the attacked images of a batch.
+
+    Args:
+        delta: the perturbation, (n, 3, H, W) float16.
+        seconds: that it took.
+        undone: images that fool the undefended model as they were made, and do not as they are
+            kept.
+    """
 
     delta: Tensor
     seconds: float
+    undone: int
 
 
 @dataclass(frozen=True)
@@ -200,10 +208,15 @@ class Worker:
         target = self.defense(owner or "none")
         began = time.perf_counter()
         found = attack.run(target, x, labels, seeds)
-        delta = (found - x).clamp(-attack.epsilon, attack.epsilon)
+        delta = (found.clamp(0, 1) - x).clamp(-attack.epsilon, attack.epsilon)
         # Rounded to nearest: at most 2^-11 of the perturbation is lost, and nothing is cut off.
-        stored = delta.to(torch.float16).cpu()
-        return Made(stored, time.perf_counter() - began)
+        stored = delta.to(torch.float16)
+        seconds = time.perf_counter() - began
+        bare = self.defense("none")
+        as_made = bare.run((x + delta).clamp(0, 1), seeds).logits.argmax(dim=-1)
+        as_kept = bare.run(restored(x, stored, attack, 0), seeds).logits.argmax(dim=-1)
+        undone = int(((as_made != labels) & (as_kept == labels)).sum())
+        return Made(stored.cpu(), seconds, undone)
 
     def _seeds(self, start: int, stop: int, attacker: bool) -> Tensor:
         seed = self.setting.seed + _ATTACKERS * attacker

@@ -2,8 +2,12 @@
 
 Sizes, splits, templates and names of the sixteen are those of TTC's release (Xing et al., CVPR
 2025, github.com/Sxing2/CLIP-Test-time-Counterattacks), on which the tables of TTC, DOC and SCC
-stand. For the six medical sets the SCC paper prints no prompts, splits or sizes: the splits and
-sizes are those of BiomedCoOp (Koleilat et al., CVPR 2025), the prompts are our own.
+stand; how Pets, Flowers102, Food101, DTD, Cars and countries are cleaned is read from the code it
+descends from (github.com/zhyblue424/TGA-ZSR, replace/datasets). CLIP's tokenizer lowers the case,
+so that "Boeing" and "boeing" are one prompt to it.
+
+For the six medical sets the SCC paper prints no prompts, splits or sizes: splits and sizes are
+those of BiomedCoOp (Koleilat et al., CVPR 2025), the prompts are our own.
 """
 
 from __future__ import annotations
@@ -125,7 +129,10 @@ _KNEE = _rows(
 
 _TV = "torchvision.datasets."
 _FOLDERS = "<split>/<class>/<picture>, or BiomedCoOp's split_<name>.json"
-_999 = "the label file of the TTC release has 999 of the 1000 classes, without n03710637 (maillot)"
+_999 = (
+    "names are open_clip's; the label file of the TTC release has 999 of the 1000 classes, without "
+    "n03710637 (maillot)"
+)
 _YEAR = "without the year seven pairs of classes have equal prompts"
 _PERSON = "Faces and Faces_easy have equal prompts: 870 of 8677 pictures are decided by a tie"
 _SPLIT = "split and size of BiomedCoOp, prompts of our own: the SCC paper names none"

@@ -119,28 +119,11 @@ def from_source(
     if len(valid) < len(labels):
         _warn(f"{entry.name}: {len(labels) - len(valid)} pictures have no valid label: left out")
     indices = valid[_draw(len(valid), n_samples, seed, entry.name)]
-    whole = source.split == entry.split or (entry.name == "imagenet1k" and source.split == "test")
-    facts = {
-        "name": entry.name,
-        "paper": entry.paper,
-        "split": source.split,
-        "protocol": chosen.name,
-        **preparation.facts(),
-        "template": template,
-        "pictures": len(labels),
-        "pictures_expected": entry.size if whole else None,
-        "pictures_without_label": len(labels) - len(valid),
-        "n": len(indices),
-        "sampling_seed": None if n_samples is None else seed,
-        "classes": list(classes),
-        "classes_expected": entry.n_classes,
-        "classes_present": len(np.unique(labels[valid])),
-        "class_names": "of the protocol" if known else "as on disk",
-        "prompts_sha256": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
-        "reader": source.reader,
-        "duplicate_prompts": duplicates,
-        "note": entry.note,
-    }
+    facts = _facts(entry, source, labels[valid], known)
+    facts |= {"protocol": chosen.name, **preparation.facts(), "template": template}
+    facts |= {"n": len(indices), "sampling_seed": None if n_samples is None else seed}
+    facts |= {"classes": list(classes), "duplicate_prompts": duplicates}
+    facts["prompts_sha256"] = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
     data = Dataset(
         name=entry.name,
         split=source.split,
@@ -260,6 +243,24 @@ class Dataset:
                 )
             self._opened.append(source)
         return self._opened[0]
+
+
+def _facts(entry: Entry, source: Source, labels: np.ndarray, known: bool) -> dict[str, Any]:
+    """What is known of the files; ``labels`` are the valid ones."""
+    whole = source.split == entry.split or (entry.name == "imagenet1k" and source.split == "test")
+    return {
+        "name": entry.name,
+        "paper": entry.paper,
+        "split": source.split,
+        "pictures": len(source),
+        "pictures_expected": entry.size if whole else None,
+        "pictures_without_label": len(source) - len(labels),
+        "classes_expected": entry.n_classes,
+        "classes_present": len(np.unique(labels)),
+        "class_names": "of the protocol" if known else "as on disk",
+        "reader": source.reader,
+        "note": entry.note,
+    }
 
 
 def _names(entry: Entry, source: Source) -> tuple[list[str], bool]:

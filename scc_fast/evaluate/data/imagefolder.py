@@ -119,25 +119,22 @@ def class_folders(folder: Path) -> tuple[list[str], list[tuple[str, int]]]:
     return (classes, samples) if len(classes) > 1 and samples else ([], [])
 
 
-def read_folder(name: str, folder: Path, splits: Sequence[str], default: bool) -> Source | None:
+def read_folder(name: str, folder: Path, split: str, default: bool) -> Source | None:
     """Read ``folder/<split>/<class>/<picture>``, or ``folder/<class>/<picture>`` as split "all".
 
     Args:
         name: what the Source shall be called.
         folder: where the data set lies.
-        splits: the first of these that is there is read.
+        split: the name of its folder.
         default: nobody asked for a split, so that a folder without split folders will do.
 
     Returns:
         The Source, or None where no such split lies there.
     """
-    for split in splits:
-        classes, samples = class_folders(folder / split)
-        if samples:
-            return from_files(name, split, classes, samples)
-    if (default or "all" in splits) and not any(
-        (folder / split).is_dir() for split in SPLIT_FOLDERS
-    ):
+    classes, samples = class_folders(folder / split)
+    if samples:
+        return from_files(name, split, classes, samples)
+    if (default or split == "all") and not any((folder / part).is_dir() for part in SPLIT_FOLDERS):
         classes, samples = class_folders(folder)
         if samples:
             return from_files(name, "all", classes, samples)
@@ -157,7 +154,7 @@ def split_file(folder: Path) -> Path | None:
     return found[0] if found else None
 
 
-def read_split_file(name: str, folder: Path, splits: Sequence[str]) -> Source | None:
+def read_split_file(name: str, folder: Path, split: str) -> Source | None:
     """Read a data set laid out as BiomedCoOp publishes it.
 
     ``folder/split_<name>.json`` maps "train", "val" and "test" to lists of [path, label, class
@@ -165,7 +162,7 @@ def read_split_file(name: str, folder: Path, splits: Sequence[str]) -> Source | 
     (github.com/HealthX-Lab/BiomedCoOp, assets/DATASETS.md).
 
     Returns:
-        The Source, or None where there is no such file or none of ``splits`` in it.
+        The Source, or None where there is no such file or no such split in it.
 
     Raises:
         ValueError: the file is not of that form.
@@ -180,8 +177,7 @@ def read_split_file(name: str, folder: Path, splits: Sequence[str]) -> Source | 
         raise ValueError(
             f"{path} should map train, val and test to lists of [path, label, class name]: {error}"
         ) from error
-    split = next((part for part in splits if entries.get(part)), None)
-    if split is None:
+    if not entries.get(split):
         return None
     names = {label: word for rows in entries.values() for _, label, word in rows}
     if sorted(names) != list(range(len(names))):

@@ -8,7 +8,7 @@ from pathlib import Path
 from scc_fast.evaluate.data.imagefolder import class_folders, read_folder, read_split_file
 from scc_fast.evaluate.data.source import MissingData, Source
 from scc_fast.evaluate.data.torchvision_sets import LAYOUTS, read_torchvision
-from scc_fast.evaluate.data.webdataset import read_webdataset, split_of
+from scc_fast.evaluate.data.webdataset import has_shards, read_webdataset
 
 # The split the papers evaluate. "all": the whole set, because it has no agreed split.
 DEFAULT_SPLITS: dict[str, str] = {
@@ -126,7 +126,7 @@ def _known(name: str) -> str | None:
 def read(name: str, root: Path, split: str | None = None, download: bool = False) -> Source:
     """The pictures of a data set under ``root``: names and labels now, pictures when asked for.
 
-    The first of these that lies there is read:
+    The first of these that holds the split is read:
 
     1. torchvision's own files, such as ``root/cifar-10-batches-py``;
     2. clip-benchmark's webdataset, ``root/wds_<name>/<split>/*.tar`` beside ``classnames.txt``
@@ -154,16 +154,16 @@ def read(name: str, root: Path, split: str | None = None, download: bool = False
     splits = _candidates(name, split)
     layout = LAYOUTS.get(name)
     mine = [part for part in splits if layout and part in layout.splits]
-    for part in mine:
-        if layout and not layout.missing(root, part):
-            return read_torchvision(name, root, part)
     folders = _folders(name, root)
-    for folder in folders:
-        if (part_here := split_of(folder, splits)) is not None:
-            return read_webdataset(name, folder, part_here)
-    found = _in_folders(name, root, folders, splits, split is None)
-    if found is not None:
-        return found
+    for part in splits:
+        if layout and part in mine and not layout.missing(root, part):
+            return read_torchvision(name, root, part)
+        for folder in folders:
+            if has_shards(folder, part):
+                return read_webdataset(name, folder, part)
+        found = _in_folders(name, root, folders, part, split is None)
+        if found is not None:
+            return found
     ways = _how_to_get(name, root, folders, splits, download)
     if download and layout and mine and not layout.no_download:
         try:
@@ -193,20 +193,19 @@ def _folders(name: str, root: Path) -> list[Path]:
 
 
 def _in_folders(
-    name: str, root: Path, folders: list[Path], splits: tuple[str, ...], default: bool
+    name: str, root: Path, folders: list[Path], split: str, default: bool
 ) -> Source | None:
     for folder in folders:
-        if name in MEDICAL and (source := read_split_file(name, folder, splits)) is not None:
+        if name in MEDICAL and (source := read_split_file(name, folder, split)) is not None:
             return source
         if not _is_torchvisions(name, root, folder):
-            source = read_folder(name, folder, splits, default)
+            source = read_folder(name, folder, split, default)
             if source is not None:
                 return source
     if name == "imagenet1k":
-        for split in splits:
-            classes, _ = class_folders(root / split)
-            if classes and all(re.fullmatch(r"n\d{8}", word) for word in classes):
-                return read_folder(name, root, (split,), False)
+        classes, _ = class_folders(root / split)
+        if classes and all(re.fullmatch(r"n\d{8}", word) for word in classes):
+            return read_folder(name, root, split, False)
     return None
 
 

@@ -11,7 +11,6 @@ Layout, as ``clip_benchmark_export_wds`` writes it and the Hugging Face reposito
 from __future__ import annotations
 
 import tarfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,9 +52,9 @@ class TarPictures:
         return decode(data, where)
 
 
-def split_of(folder: Path, splits: Sequence[str]) -> str | None:
-    """The first of ``splits`` that has shards in ``folder``."""
-    return next((split for split in splits if any((folder / split).glob("*.tar"))), None)
+def has_shards(folder: Path, split: str) -> bool:
+    """Whether ``folder`` holds tar files of this split."""
+    return any((folder / split).glob("*.tar"))
 
 
 def read_webdataset(name: str, folder: Path, split: str) -> Source:
@@ -126,7 +125,6 @@ def _samples(shard: Path) -> list[tuple[str, int, int, int]]:
     """Key, label, first byte and number of bytes of every picture, in the order of the shard."""
     labels: dict[str, int] = {}
     pictures: dict[str, tuple[int, int]] = {}
-    length = shard.stat().st_size
     try:
         with tarfile.open(shard, "r:") as archive, open(shard, "rb") as file:
             for member in archive:
@@ -138,8 +136,6 @@ def _samples(shard: Path) -> list[tuple[str, int, int, int]]:
                     continue
                 if key in (labels if extension == "cls" else pictures):
                     raise ValueError(f"{key} has two members of the kind of {member.name}")
-                if member.offset_data + member.size > length:
-                    raise ValueError(f"{member.name} is cut off")
                 if extension == "cls":
                     file.seek(member.offset_data)
                     labels[key] = int(file.read(member.size))

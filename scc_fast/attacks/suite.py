@@ -1,0 +1,30 @@
+"""What "adaptive" stands for: the attacks that know a defense, those that suit it."""
+
+from __future__ import annotations
+
+from scc_fast.attacks.adaptive import BPDA, GateEvasion, PseudoLabel, ViewAware
+from scc_fast.attacks.base import Attack
+from scc_fast.attacks.unrolled import Unrolled
+from scc_fast.defenses.base import Defense
+
+
+def adaptive_suite(target: Defense, epsilon: float, *, quick: bool = False) -> list[Attack]:
+    """The attacks on a defense whose worst per image is to be reported, cheapest first.
+
+    None of them contains another: which is the strongest depends on the defense and the image.
+
+    Args:
+        target: the defense.
+        epsilon: budget, pixel units in [0, 1).
+        quick: only the view-aware one and BPDA, of 10 steps: for a first look.
+    """
+    if quick:
+        return [ViewAware(epsilon, steps=10), BPDA(epsilon, steps=10)]
+    every = (
+        ViewAware(epsilon, steps=30),
+        PseudoLabel(epsilon),
+        BPDA(epsilon),
+        GateEvasion(epsilon),
+        Unrolled(epsilon),
+    )
+    return [attack for attack in every if attack.suits(target)]
