@@ -225,7 +225,12 @@ def evaluate(
         def tick(what: str) -> None:
             bar.update(task, description=what, advance=1)
 
-        outcomes = command.run_all(settings, asked, folder, cluster, start=start, tick=tick)
+        def say(text: str) -> None:
+            err.print(f"scc-fast: {text}", markup=False)
+
+        outcomes = command.run_all(
+            settings, asked, folder, cluster, start=start, tick=tick, say=say
+        )
     for outcome in outcomes:
         out.print(table(outcome.rows, outcome.folder.name, outcome.times))
     out.print(f"results: {folder}; tables and figures: scc-fast report {folder}", markup=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import threading
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 
 import scc_fast
 from scc_fast import DefendedCLIP, Defender, attacks
+from scc_fast.defenses import DEFENSES, make_defense
 
 MODES: dict[str, Callable[[], Any]] = {
     "inference_mode": torch.inference_mode,
@@ -145,7 +147,8 @@ def test_the_users_model_is_left_as_found(kind: str) -> None:
     leaf = x.clone().requires_grad_()
     robust(leaf).sum().backward()
     labels = first.labels
-    attacks.adaptive(defender, x, labels, first.seeds, epsilon=4 / 255, steps=1, eot=1)
+    knowing = make_defense("scc:gate=false", model, FIVE)
+    attacks.parse_attack("bpda:steps=1:eot=1", 4 / 255).run(knowing, x, labels, first.seeds)
     nn.Sequential(robust).train().double()
     assert state() == before
     assert all(before[2])
@@ -171,7 +174,16 @@ def test_global_random_state_is_untouched() -> None:
     noisy(x)
     labels = torch.tensor([0, 1])
     seeds = scc_fast.image_seeds(None, 2)
-    attacks.adaptive(noisy, x, labels, seeds, epsilon="4/255", steps=1)  # type: ignore[arg-type]
+    for spec in attacks.ATTACKS:
+        if spec != "transfer":  # wants another encoder
+            target = make_defense("scc:views=paper", noisy.model, FIVE)
+            attack = attacks.parse_attack(spec, 4 / 255)
+            small = {"steps": 1, "queries": 2}
+            known = {f.name for f in dataclasses.fields(attack)}
+            given = {k: v for k, v in small.items() if k in known}
+            dataclasses.replace(attack, **given).run(target, x, labels, seeds)
+    for spec in DEFENSES:
+        make_defense(spec, noisy.model, FIVE)(x)
     scc_fast.load_model("tiny")
     assert state() == before
     assert flags == (torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads())

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -213,10 +214,30 @@ def test_other_settings_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"run\.json: not JSON"):
         run_in(tmp_path, n_samples=2)
     file.write_bytes(before)
-    busy = pytest.raises(Busy, match=r"another process works in .*clean; wait")
-    with locked(tmp_path / file.parent.name / "clean", wait=False), busy:
-        run.go(Asked(("none",), ("clean",)))
-    run.go(Asked(("none",), ("clean",)))
+
+
+def test_two_processes_do_not_do_the_same(tmp_path: Path) -> None:
+    run = run_in(tmp_path, n_samples=2)
+    asked = Asked(("none",), ("clean",))
+    run.store.attack("clean", 0.0, {"title": "clean", "aware": False, "settings": {}})
+    folder = run.store.attack("clean", 0.0)
+    said: list[str] = []
+    ticks: list[str] = []
+    with ThreadPoolExecutor(1) as pool:
+        with locked(folder.path, wait=False):  # the other one
+            with pytest.raises(Busy, match="another process works in"), locked(folder.path, False):
+                pass
+            done = pool.submit(run.go, asked, say=said.append, tick=ticks.append)
+            while not said and not done.done():
+                time.sleep(0.01)
+            (task,) = run.tasks(asked)
+            for found in run.worker.work(task):
+                assert isinstance(found, Judged)
+                folder.keep(task, found)
+        rows = done.result()
+    assert said == [f"waiting for another process that works in {folder.path}"]
+    assert ticks == []
+    assert rows[0].n == 2
 
 
 def test_an_attack_that_does_nothing_stops_the_run(tmp_path: Path) -> None:

@@ -73,6 +73,7 @@ def run_all(
     *,
     start: Callable[[str, int, int], None],
     tick: Callable[[str], None],
+    say: Callable[[str], None] = print,
 ) -> list[Outcome]:
     """Every setting in turn, the model and the data loaded once.
 
@@ -94,6 +95,7 @@ def run_all(
             execute=execute,
             start=partial(start, run.store.folder.name),
             tick=tick,
+            say=say,
         )
         times = {r["defense"]: r["ms_per_image"] for r in run.timings() if r["attack"] == "clean"}
         outcomes.append(Outcome(run.store.folder, rows, times))

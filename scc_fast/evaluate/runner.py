@@ -9,7 +9,7 @@ from __future__ import annotations
 import platform
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,7 +22,15 @@ from scc_fast import attacks
 from scc_fast.attacks import Attack
 from scc_fast.config import format_epsilon
 from scc_fast.evaluate.rows import Row, check_attack, format_rows, row_of, worst_of
-from scc_fast.evaluate.store import FORMAT, AttackFolder, Store, locked, owner_folder, slug
+from scc_fast.evaluate.store import (
+    FORMAT,
+    AttackFolder,
+    Busy,
+    Store,
+    locked,
+    owner_folder,
+    slug,
+)
 from scc_fast.evaluate.worker import CLEAN, Judged, Made, Setting, Task, Worker
 
 ADAPTIVE = "adaptive"  # on a command line: every attack that suits a defense and knows it
@@ -151,36 +159,49 @@ class Run:
         execute: Executor | None = None,
         start: Callable[[int, int], None] = lambda total, done: None,
         tick: Callable[[str], None] = lambda what: None,
+        say: Callable[[str], None] = lambda what: None,
     ) -> list[Row]:
         """Do what is left, and return the rows.
+
+        Where another process works on the same attack, its end is waited for.
 
         Args:
             asked: what is wanted.
             execute: who does it; None: this process.
             start: told how many judgements there are, and how many are done already.
             tick: told each judgement, as text.
+            say: told what the user should know.
 
         Raises:
             AttackFailed: an attack leaves the undefended model standing; what was done is kept.
-            Busy: another process works on one of the attacks.
         """
         execute = self.execute if execute is None else execute
         self.store.describe({spec: self.worker.describe(spec) for spec in asked.defenses})
         tasks = self.tasks(asked)
-        with ExitStack() as stack:
-            for spec, epsilon in dict.fromkeys((task.attack, task.epsilon) for task in tasks):
-                folder = self.store.attack(spec, epsilon, _settings(spec, epsilon))
-                stack.enter_context(locked(folder.path, wait=False))
-            total = sum(len(task.defenses) for task in tasks)
-            first = [t for t in tasks if t.owner is None and t.defenses == ("none",)]
-            rest = [t for t in tasks if t not in set(first)]
-            left = [self._left(first), self._left(rest)]
-            start(total, total - sum(len(t.defenses) for phase in left for t in phase))
-            for phase in left:
-                self._do(phase, execute, tick)
-                if not asked.allow_weak:
-                    self._check(first)
+        for spec, epsilon in dict.fromkeys((task.attack, task.epsilon) for task in tasks):
+            self.store.attack(spec, epsilon, _settings(spec, epsilon))
+        first = [t for t in tasks if t.owner is None and t.defenses == ("none",)]
+        rest = [t for t in tasks if t not in set(first)]
+        done = sum(len(t.defenses) for t in tasks) - sum(len(t.defenses) for t in self._left(tasks))
+        start(sum(len(task.defenses) for task in tasks), done)
+        for phase in (first, rest):
+            with self._alone(phase, say):
+                self._do(self._left(phase), execute, tick)
+            if not asked.allow_weak:
+                self._check(first)
         return self.publish()
+
+    @contextmanager
+    def _alone(self, tasks: Sequence[Task], say: Callable[[str], None]) -> Iterator[None]:
+        """The folders of what is left for this process alone, in one order for all processes."""
+        with ExitStack() as stack:
+            for path in sorted({self._folder(task).path for task in self._left(tasks)}):
+                try:
+                    stack.enter_context(locked(path, wait=False))
+                except Busy:
+                    say(f"waiting for another process that works in {path}")
+                    stack.enter_context(locked(path, wait=True))
+            yield
 
     def _do(self, tasks: Sequence[Task], execute: Executor, tick: Callable[[str], None]) -> None:
         remaining: dict[tuple[str, float, str], int] = {}

@@ -51,9 +51,7 @@ def locked(folder: Path, wait: bool) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
-            raise Busy(
-                f"another process works in {folder}; wait for it, or give another --out"
-            ) from None
+            raise Busy(f"another process works in {folder}") from None
         yield
 
 
