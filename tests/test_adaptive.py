@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -124,22 +124,27 @@ def test_the_margin_loss_climbs_from_the_true_class_to_the_best_wrong_one() -> N
     torch.testing.assert_close((found - x).flatten(1), expected, atol=1e-6, rtol=0)
 
 
-def test_view_aware_takes_the_mean_of_the_views_cross_entropies() -> None:
+def test_view_aware_on_each_view_and_on_their_mean() -> None:
     def views(x: Tensor) -> Tensor:
         return torch.stack([x, 3 * x.flip(-1)])
 
     toy, x = Toy(weights(seed=3), views=views), images(6)
     start = random_start(x, seeds(6), EPS)
-    found = ViewAware(EPS, **ONE_STEP).run(toy, x, labels(6), seeds(6))
     w, target = toy.w.double().numpy(), np.eye(3)[labels(6)]
     mirrored = weights(seed=3).view(3, 3, 2, 2).flip(-1).flatten(1).double().numpy()
     point = (x + start).flatten(1).double().numpy()
     first, second = point @ w.T, 3 * point @ mirrored.T
     gradient = (softmax(first) - target) @ w + (softmax(second) - target) @ (3 * mirrored)
-    expected = (start.flatten(1).numpy() + np.sign(gradient) / 255).clip(-EPS, EPS)
-    np.testing.assert_allclose((found - x).flatten(1).numpy(), expected, atol=1e-6)
     of_mean = (softmax((first + second) / 2) - target) @ (w + 3 * mirrored)
     assert (np.sign(of_mean) != np.sign(gradient)).any()
+    kinds: list[tuple[Literal["each", "mean"], np.ndarray]] = [
+        ("each", gradient),
+        ("mean", of_mean),
+    ]
+    for of, slope in kinds:
+        found = ViewAware(EPS, **ONE_STEP, of=of).run(toy, x, labels(6), seeds(6))
+        expected = (start.flatten(1).numpy() + np.sign(slope) / 255).clip(-EPS, EPS)
+        np.testing.assert_allclose((found - x).flatten(1).numpy(), expected, atol=1e-6)
 
 
 def test_the_pseudo_label_attack_climbs_at_the_guess() -> None:
@@ -263,7 +268,7 @@ def test_an_empty_batch_and_any_mode(kind: type[Attack]) -> None:
 
 def test_bpda_begins_where_the_view_aware_attack_ends() -> None:
     toy, x = Toy(weights(), views=lambda x: torch.stack([x, x.flip(-1)])), images(3)
-    warm = ViewAware(EPS, steps=7).run(toy, x, labels(3), seeds(3))
+    warm = ViewAware(EPS, steps=7, of="mean").run(toy, x, labels(3), seeds(3))
     BPDA(EPS, steps=1, warmup=7).run(toy, x, labels(3), seeds(3))
     torch.testing.assert_close(toy.points[0], warm, atol=1e-6, rtol=0)
 
@@ -353,6 +358,7 @@ def test_an_attack_that_does_not_suit_says_why() -> None:
         ("bpda:best=1", "best.*true or false, got 1"),
         ("bpda:momentum=1.5", "momentum.*1.5"),
         ("gate:weight=-1", "weight.*-1"),
+        ("view-aware:of=best", "of.*each.*'best'"),
         ("view-aware:steps=0", "steps.*got 0"),
         ("pseudo:alpha=2", "alpha.*got 2"),
     ],

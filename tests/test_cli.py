@@ -74,7 +74,7 @@ def test_demo(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     plan = Demo.plan
 
     def short(self: Demo) -> list[Asked]:
-        steps = {"pgd10": "pgd4", "view": "view-aware:steps=1", "bpda": "bpda:steps=1:eot=1"}
+        steps = {"pgd10": "pgd4", "view": "view-aware:steps=1", "bpda": "bpda:steps=1:warmup=1"}
         return [
             replace(
                 asked, attacks=tuple(steps[a.split("-")[0].split(":")[0]] for a in asked.attacks)
@@ -107,7 +107,7 @@ def test_demo(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def test_the_real_demos_plan() -> None:
     show = Demo(n=48, adaptive_n=16)
     assert [asked.attacks for asked in show.plan()] == [
-        ("pgd10",), ("view-aware:steps=20",), ("bpda:steps=10:eot=2",),
+        ("pgd10",), ("view-aware:steps=20",), ("bpda:steps=10",),
     ]  # fmt: skip
     assert [asked.adaptive_n for asked in show.plan()] == [None, 48, 16]
     assert {asked.eps[-1] for asked in show.plan()} == {4 / 255}

@@ -31,7 +31,7 @@ from scc_fast.evaluate.worker import Judged, Made, Setting, Task, Worker, restor
 
 N, BATCH = 5, 2
 FOUR = 4 / 255
-ASKED = Asked(("none", "rn"), ("pgd3", "bpda:steps=1:eot=1"), (FOUR,), adaptive_n=3)
+ASKED = Asked(("none", "rn"), ("pgd3", "bpda:steps=1:warmup=1"), (FOUR,), adaptive_n=3)
 
 
 class Stop(Exception):
@@ -68,7 +68,7 @@ def by_name(rows: list[Row]) -> dict[tuple[str, str], Row]:
 def test_rows_are_what_the_defenses_say(whole: Path) -> None:
     rows = by_name(run_in(whole).rows())
     assert set(rows) == {
-        (d, a) for d in ("none", "rn") for a in ("clean", "pgd3", "bpda:steps=1:eot=1", "worst")
+        (d, a) for d in ("none", "rn") for a in ("clean", "pgd3", "bpda:steps=1:warmup=1", "worst")
     }
     x, labels = open_dataset("emoji", model_of("tiny"), n_samples=N).batch(0, N)
     prompts = open_dataset("emoji", model_of("tiny"), n_samples=N).prompts
@@ -82,9 +82,9 @@ def test_rows_are_what_the_defenses_say(whole: Path) -> None:
         assert rows[name, "pgd3"].hits == int(right.sum())
         assert rows[name, "clean"].hits == int((defense(x, judge).labels == labels).sum())
     assert rows["rn", "pgd3"].n == 5
-    assert rows["rn", "bpda:steps=1:eot=1"].n == rows["rn", "worst"].n == 3
-    assert rows["rn", "worst"].of == ["clean", "pgd3", "bpda:steps=1:eot=1"]
-    assert rows["rn", "worst"].hits <= rows["rn", "bpda:steps=1:eot=1"].hits
+    assert rows["rn", "bpda:steps=1:warmup=1"].n == rows["rn", "worst"].n == 3
+    assert rows["rn", "worst"].of == ["clean", "pgd3", "bpda:steps=1:warmup=1"]
+    assert rows["rn", "worst"].hits <= rows["rn", "bpda:steps=1:warmup=1"].hits
     assert rows["rn", "pgd3"].traits["random"] is True
     assert rows["rn", "pgd3"].config == {"epsilon": "4/255"}
     assert rows["rn", "pgd3"].attack_settings["epsilon"] == "4/255"
@@ -187,17 +187,17 @@ def test_more_defenses_attacks_and_images_come_to_what_is_there(
     tmp_path: Path, whole: Path
 ) -> None:
     run_in(tmp_path).go(Asked(("none",), ("pgd3",), (FOUR,)))
-    small = Asked(("none", "rn"), ("bpda:steps=1:eot=1",), (FOUR,), adaptive_n=1)
+    small = Asked(("none", "rn"), ("bpda:steps=1:warmup=1",), (FOUR,), adaptive_n=1)
     rows = by_name(run_in(tmp_path).go(small))
-    assert rows["rn", "bpda:steps=1:eot=1"].n == 1
+    assert rows["rn", "bpda:steps=1:warmup=1"].n == 1
     made: list[str] = []
     run_in(tmp_path).go(ASKED, tick=made.append)
     assert results(tmp_path) == results(whole)
     # rn clean was there, and so was all of none but the images that bpda did not get
     assert (
         sorted(made)
-        == ["none under bpda:steps=1:eot=1"] * 2
-        + ["rn under bpda:steps=1:eot=1"] * 2
+        == ["none under bpda:steps=1:warmup=1"] * 2
+        + ["rn under bpda:steps=1:warmup=1"] * 2
         + ["rn under pgd3"] * 3
     )
 

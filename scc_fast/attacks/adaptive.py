@@ -179,14 +179,25 @@ class Aware(Attack):
 
 @dataclass(frozen=True)
 class ViewAware(Aware):
-    """PGD on the mean cross-entropy of the views that the defense looks at, not repaired.
+    """PGD on the views that the defense looks at, not repaired.
 
-    The mean of the cross-entropies, not that of the mean logits: no view is let off because
-    another is already lost. Where the views are noisy, each step draws anew.
+    Where the views are noisy, each step draws anew.
+
+    Args:
+        of: "each", the mean of the views' cross-entropies, which lets no view off because another
+            is lost, but goes on with those that are; "mean", the cross-entropy of what the
+            defense reads off all of them, which is the stronger where it averages logits.
     """
+
+    of: Literal["each", "mean"] = "mean"
 
     name: ClassVar[str] = "view-aware"
     label: ClassVar[str] = "View-aware"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.of not in ("each", "mean"):
+            raise ValueError(f'of must be "each" or "mean", got {self.of!r}')
 
     def survey(
         self, target: Defense, point: Tensor, labels: Tensor, seeds: Tensor, at: int
@@ -194,9 +205,11 @@ class ViewAware(Aware):
         keys = philox.derive(seeds, VIEW_DRAWS, at)
 
         def look(pixels: Tensor) -> Look:
-            return Look(target.views(pixels, keys).pictures, target.logits)
+            seen = target.views(pixels, keys)
+            return seen if self.of == "mean" else Look(seen.pictures, target.logits)
 
-        return slope(target, look, point, lambda found: cross_entropies(found, labels))[1], None
+        loss = cross_entropy if self.of == "mean" else cross_entropies
+        return slope(target, look, point, lambda found: loss(found, labels))[1], None
 
 
 @dataclass(frozen=True)
@@ -211,8 +224,8 @@ class BPDA(Aware):
         eot: draws of the defense's randomness in a step; momentum averages over the steps' too.
         loss: of the defense's logits: "ce", cross-entropy of the true class; "margin", lead of
             the best wrong class.
-        warmup: steps of the view-aware attack before, from where this one then begins: they cost
-            a fraction of a step through the defense.
+        warmup: steps of the view-aware attack before, from where this one then begins:
+            they cost a fraction of a step through the defense.
         best: return the point that fooled the defense by most in the attacker's own draws,
             instead of the last one, where there is one.
     """

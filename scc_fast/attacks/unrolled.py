@@ -15,8 +15,9 @@ What is decided (the gate, ŷ, the hardest negative) counts as constant; the sof
 does not.
 
 Memory and time: every pass of the defense and its way back are kept, and differentiated once
-more: the encoder's activations of (1 + L)·(N + 1) + L·(S + 1) pictures of one image, N steps of
-warm-up, S semantic ones, about twice each, and some four times the time of the defense itself.
+more: the encoder's activations of 1 + L·(N + S + 1) pictures of one image, N steps of
+warm-up, S semantic ones, about twice each. On a CPU it took three times as long as the
+reference of the defense, and five to eight times as long as the runner.
 It runs through the model's own modules in the weights' precision, whatever engine serves the
 defense, and takes attention in plain products, whose second derivative PyTorch has.
 """
@@ -46,7 +47,7 @@ MOST_STEPS = 8  # of the defense: more do not fit, and their gradient is noise
 class Unrolled(BPDA):
     """Ascent of the loss along the gradient through all of TTC's or SCC's steps.
 
-    Only defenses of at most 8 steps in total. A step costs some four runs of the defense.
+    Only defenses of at most 8 steps in total. A step costs some five to eight runs of the defense.
 
     Args:
         slope: c, of the straight-through sign, in [0, 1].

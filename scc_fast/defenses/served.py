@@ -113,7 +113,8 @@ class Served(Defense):
         def read(features: Tensor) -> Tensor:
             return config.tau - heads.relative_drift(features[1], features[0])
 
-        return _Gate(torch.stack([x, (x + delta).clamp(0, 1)]), read)
+        moved = x + ((x + delta).clamp(0, 1) - x).detach()  # clamp has no slope at its bounds
+        return _Gate(torch.stack([x, moved]), read)
 
     def guess(self, x: Tensor, seeds: Tensor) -> Look | None:
         """The views of x_w, the image after the warm-up (SCC's step 2)."""

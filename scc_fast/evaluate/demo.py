@@ -36,7 +36,7 @@ class Demo:
         budgets = (1 / 255, 2 / 255, 4 / 255)
         knowing = {
             "view-aware:steps=20": self.n,
-            f"bpda:steps={self.adaptive_steps}:eot=2": self.adaptive_n,
+            f"bpda:steps={self.adaptive_steps}": self.adaptive_n,
         }
         return [
             Asked(DEFENSES, ("pgd10",), budgets),

@@ -185,22 +185,24 @@ class Run:
         done = sum(len(t.defenses) for t in tasks) - sum(len(t.defenses) for t in self._left(tasks))
         start(sum(len(task.defenses) for task in tasks), done)
         for phase in (first, rest):
-            with self._alone(phase, say):
-                self._do(self._left(phase), execute, tick)
+            for path in dict.fromkeys(self._folder(task).path for task in phase):
+                mine = [task for task in phase if self._folder(task).path == path]
+                if self._left(mine):
+                    with self._alone(path, say):
+                        self._do(self._left(mine), execute, tick)
             if not asked.allow_weak:
                 self._check(first)
         return self.publish()
 
     @contextmanager
-    def _alone(self, tasks: Sequence[Task], say: Callable[[str], None]) -> Iterator[None]:
-        """The folders of what is left for this process alone, in one order for all processes."""
+    def _alone(self, path: Path, say: Callable[[str], None]) -> Iterator[None]:
+        """An attack's folder for this process alone."""
         with ExitStack() as stack:
-            for path in sorted({self._folder(task).path for task in self._left(tasks)}):
-                try:
-                    stack.enter_context(locked(path, wait=False))
-                except Busy:
-                    say(f"waiting for another process that works in {path}")
-                    stack.enter_context(locked(path, wait=True))
+            try:
+                stack.enter_context(locked(path, wait=False))
+            except Busy:
+                say(f"waiting for another process that works in {path}")
+                stack.enter_context(locked(path, wait=True))
             yield
 
     def _do(self, tasks: Sequence[Task], execute: Executor, tick: Callable[[str], None]) -> None:
@@ -296,7 +298,8 @@ class Run:
         return rows
 
     def _facts(self, spec: str, described: dict[str, dict[str, Any]]) -> dict[str, Any]:
-        return {"defense": spec, "seed": self.worker.setting.seed, **described[spec]}
+        facts = described.get(spec) or self.worker.describe(spec)
+        return {"defense": spec, "seed": self.worker.setting.seed, **facts}
 
     def timings(self) -> list[dict[str, Any]]:
         """Milliseconds an image: of each defense under each attack, and of the attack; medians."""
