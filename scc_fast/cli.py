@@ -233,7 +233,8 @@ def evaluate(
         )
     for outcome in outcomes:
         out.print(table(outcome.rows, outcome.folder.name, outcome.times))
-    out.print(f"results: {folder}; tables and figures: scc-fast report {folder}", markup=False)
+    text = f"results: {folder}; tables and figures: scc-fast report {folder}"
+    out.print(text, markup=False, soft_wrap=True)
 
 
 @app.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import data_on_disk
 import pytest
 from test_cli import Run, run, strict
 
@@ -55,3 +56,22 @@ def test_evaluate_refuses(run: Run, arguments: tuple[str, ...], code: int, messa
     found, out, err = run("evaluate", "--n-samples", "2", *arguments)
     assert found == code
     assert message in " ".join((out + err).replace("│", " ").split())
+
+
+@pytest.mark.parametrize("name", data_on_disk.NAMES)
+def test_every_data_set_of_the_papers(run: Run, tmp_path: Path, name: str) -> None:
+    """The whole way from files in the data set's format to its rows."""
+    root, out = tmp_path / "data", tmp_path / "results"
+    data_on_disk.write(name, root, 1, layout="webdataset")
+    code, _, err = run(
+        "evaluate", "--dataset", name, "--dataset-root", root, "--out", out, "--n-samples", "2",
+        "--defense", "none,rn", "--attack", "pgd1", "--eps", "1/255", "--allow-weak-attack",
+    )  # fmt: skip
+    assert code == 0, err
+    (file,) = out.glob("*/results.json")
+    found = strict(file)
+    assert found["run"]["dataset"]["name"] == name
+    assert found["run"]["dataset"]["protocol"] == "ttc"
+    assert {(r["defense"], r["attack"], r["n"]) for r in found["rows"]} == {
+        (d, a, 2) for d in ("none", "rn") for a in ("clean", "pgd1")
+    }
