@@ -1,6 +1,7 @@
 """Everything that docs/results.md shows, with the public runner on the bundled model.
 
     python benchmarks/tiny_results.py run table knowing ablation sweep   # hours; goes on
+    python benchmarks/tiny_results.py times       # on a machine that does nothing else
     python benchmarks/tiny_results.py gather      # into results/cpu/evaluation, and the page
 
 Runs are in --out (with the attacked images); `gather` copies what the page is made of.
@@ -12,6 +13,8 @@ import argparse
 import json
 import re
 import shutil
+import statistics
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +26,15 @@ from scc_fast.evaluate import command
 from scc_fast.evaluate.report import atomic, cell, write_json
 from scc_fast.evaluate.report_page import make_report
 from scc_fast.evaluate.rows import Row, wilson
-from scc_fast.evaluate.runner import Asked
-from scc_fast.evaluate.worker import Setting
+from scc_fast.evaluate.runner import Asked, environment
+from scc_fast.evaluate.worker import Setting, Worker
 
 HERE = Path(__file__).parent
 STORED = HERE / "results" / "cpu" / "evaluation"
 PAGE = HERE.parent / "docs" / "results.md"
 ALL = (1 / 255, 2 / 255, 4 / 255)
 FOUR = ALL[-1:]
+BUDGET = "4/255"
 TABLE = (
     "none", "rn", "views", "tte", "anti_adv", "hd", "ttc", "doc", "r_tpt", "scc", "csr", "dbd",
     "mac",
@@ -121,6 +125,7 @@ def gather(out: Path) -> None:
             shutil.copyfile(folder / file, target)
     test = next(f for f in folders if "validation" not in f.name)
     write_json(STORED / "gates.json", gates(test))
+    sweeps(STORED, PAGE.parent / "results-sweeps.png")
     make_report(STORED, STORED / "report")
     write_page(STORED)
 
@@ -198,20 +203,126 @@ def tables(stored: Path) -> dict[str, list[str]]:
     """The page's tables, by name, as lines of Markdown."""
     files = stored.glob("*/results.json")
     runs = {path.parent.name: json.loads(path.read_text()) for path in files}
-    test = next(found for name, found in runs.items() if "validation" not in name)
-    rows = {(r["defense"], r["attack"], r["eps"]): Row(**r) for r in test["rows"]}
-    four = "4/255"
+    test, swept = (
+        {
+            (r["defense"], r["attack"].split(":")[0], r["eps"]): Row(**r)
+            for name, found in runs.items()
+            if ("validation" in name) == validation
+            for r in found["rows"]
+        }
+        for validation in (False, True)
+    )
     oblivious = {
         "clean": ("clean", "0/255"),
-        **{f"PGD-10 {i}/255": ("pgd10", f"{i}/255") for i in (1, 2, 4)},
-        "PGD-100 4/255": ("pgd100", four),
-        "CW-10 4/255": ("cw10", four),
-        "AA, paper's 4/255": ("aa", four),
-        "AutoAttack 4/255": ("autoattack", four),
-        "worst, knowing 4/255": ("worst", four),
+        **{f"PGD-10, {i}/255": ("pgd10", f"{i}/255") for i in (1, 2, 4)},
+        "PGD-100, 4/255": ("pgd100", BUDGET),
+        "AutoAttack (apgd-ce, apgd-dlr), 4/255": ("aa", BUDGET),
+        "worst of all, 4/255": ("worst", BUDGET),
     }
-    found = {"methods": _grid(TABLE, oblivious, rows)}
-    return found
+    aware = ("view-aware", "pseudo", "bpda", "gate", "unrolled", "worst")
+    ablation = {
+        "clean": ("clean", "0/255"),
+        "PGD-10, 4/255": ("pgd10", BUDGET),
+    }
+    controls = {
+        "clean": ("clean", "0/255"),
+        **{name: (name, BUDGET) for name in ("pgd10", *CONTROLS)},
+    }
+    return {
+        "methods": _grid(TABLE, oblivious, test),
+        "cost": _cost(stored, test),
+        "knowing": _grid(TABLE, {name: (name, BUDGET) for name in aware}, test),
+        "ablation": _grid(("scc", *ABLATION, "ttc", "views"), ablation, test),
+        "gates": _gates(json.loads((stored / "gates.json").read_text())),
+        "controls": _grid(("none", "views", "ttc", "scc", "csr", "dbd"), controls, test),
+        "leak": _leak(test),
+        "budgets": _grid((*CHEAP.values(), "scc:gate=false"), ablation, swept),
+    }
+
+
+def _cost(stored: Path, rows: dict[tuple[str, str, str], Row]) -> list[str]:
+    times = json.loads((stored / "times.json").read_text())["ms_per_image"]
+    lines = [
+        "| defense | F | B | ms/image | random | optimises | needs text | needs gradients |",
+        "| --- |" + " --: |" * 3 + " --- |" * 4,
+    ]
+    for name in TABLE:
+        traits = rows[name, "clean", "0/255"].traits
+        words = ["yes" if traits[k] else "no" for k in ("random", "dynamic", "text", "gradients")]
+        head = [name, f"{traits['forward']:g}", f"{traits['backward']:g}", f"{times[name]:.1f}"]
+        lines.append("| " + " | ".join(head + words) + " |")
+    return lines
+
+
+def _gates(found: list[dict[str, Any]]) -> list[str]:
+    attacks = list(dict.fromkeys(row["attack"] for row in found))
+    lines = ["| gate | " + " | ".join(attacks) + " |", "| --- |" + " --: |" * len(attacks)]
+    for gate in dict.fromkeys(row["gate"] for row in found):
+        cells = []
+        for row in (r for r in found if r["gate"] == gate):
+            low, high = (100 * end for end in row["wilson_95"])
+            text = f"{100 * row['hits'] / row['n']:.1f} [{low:.1f}, {high:.1f}]"
+            text += f", flags {100 * row['flagged']:.1f} %"
+            cells.append(text if row["auc"] is None else f"{text}, AUC {row['auc']:.2f}")
+        lines.append(f"| {gate} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _leak(rows: dict[tuple[str, str, str], Row]) -> list[str]:
+    """Accuracy under PGD apart for what the undefended model gets right and wrong when clean."""
+    lines = ["| defense | right when clean | wrong when clean |", "| --- | --: | --: |"]
+    for name in TABLE:
+        row = rows.get((name, "pgd10", BUDGET))
+        if row is None:
+            continue
+        cells = []
+        for part in (row.clean_right, row.clean_wrong):
+            low, high = (100 * end for end in wilson(part["hits"], part["n"]))
+            cells.append(f"{part['hits']} of {part['n']} [{low:.1f}, {high:.1f}] %")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def sweeps(stored: Path, path: Path) -> None:
+    """One panel for each thing that is varied: clean, PGD-10 at 4/255, with intervals."""
+    from matplotlib.figure import Figure
+
+    file = next(p for p in stored.glob("*/results.json") if "validation" in p.parent.name)
+    rows = {(r["defense"], r["attack"]): Row(**r) for r in json.loads(file.read_text())["rows"]}
+    figure = Figure(figsize=(12, 2.9))
+    for axis, (what, values) in zip(
+        figure.subplots(1, len(SWEEPS), sharey=True), SWEEPS.items(), strict=True
+    ):
+        for attack, label in (("clean", "clean"), ("pgd10", "PGD-10, 4/255")):
+            found = [rows[spec, attack] for spec in values.values()]
+            middle = [100 * row.accuracy for row in found]
+            low = [100 * (row.accuracy - row.ci_low) for row in found]
+            high = [100 * (row.ci_high - row.accuracy) for row in found]
+            axis.errorbar(list(values), middle, [low, high], marker="o", capsize=2, label=label)
+        axis.set_title(what, fontsize=10)
+        axis.grid(alpha=0.3)
+    figure.axes[0].set_ylabel(f"% right, n = {found[0].n}")
+    figure.axes[0].legend(fontsize=8)
+    figure.tight_layout()
+    with atomic(path) as partial:
+        figure.savefig(partial, dpi=130)
+
+
+def times(out: Path, precision: str) -> None:
+    """Milliseconds an image of each method on 50 clean pictures, median of 5 rounds in turns."""
+    setting = Setting(n_samples=50, precision=precision, device="cpu")
+    worker = Worker(setting)
+    x, _ = worker.data.batch(0, 50)
+    found: dict[str, list[float]] = {name: [] for name in TABLE}
+    for turn in range(6):
+        for name in TABLE:
+            began = time.perf_counter()
+            worker.defense(name)(x, 0)
+            if turn:  # the first warms up
+                found[name].append(1e3 * (time.perf_counter() - began) / 50)
+    medians = {name: statistics.median(rounds) for name, rounds in found.items()}
+    facts = {**environment(worker.model.device), "precision": precision, "batch": 50, "rounds": 5}
+    write_json(out / "times.json", {"ms_per_image": medians, "environment": facts})
 
 
 def _grid(
@@ -233,7 +344,7 @@ def _grid(
 def main() -> None:
     """Parse and do."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("run", "gather"))
+    parser.add_argument("what", choices=("run", "times", "gather"))
     parser.add_argument("stages", nargs="*")
     parser.add_argument("--out", type=Path, default=Path("tiny_results"))
     parser.add_argument("--n", type=int, default=1000)
@@ -243,6 +354,8 @@ def main() -> None:
     if options.what == "run":
         names = options.stages or list(stages(1))
         run(names, options.out, options.n, options.adaptive_n, options.precision)
+    elif options.what == "times":
+        times(STORED, options.precision)
     else:
         gather(options.out)
 

@@ -13,14 +13,17 @@ from scc_fast.config import (
 )
 from scc_fast.defended import DefendedCLIP
 from scc_fast.models import VisionLanguage, load_model
+from scc_fast.presets import PRESETS, Preset, recommended
 from scc_fast.result import DefenseResult
 
 __all__ = [
+    "PRESETS",
     "DefendedCLIP",
     "Defender",
     "DefenseResult",
     "MethodConfig",
     "NoneConfig",
+    "Preset",
     "RNConfig",
     "SCCConfig",
     "TTCConfig",
@@ -31,4 +34,5 @@ __all__ = [
     "defend",
     "image_seeds",
     "load_model",
+    "recommended",
 ]

@@ -24,7 +24,7 @@ ROWS = (
     ("evaluate", "doctor"),
     ("attacks",),
     ("defenses",),
-    ("defended",),
+    ("defended", "presets"),
     ("api",),
     ("engine",),
     ("ops",),
