@@ -65,3 +65,13 @@ def figure_format(figure: Path) -> None:
     """Refuse what matplotlib could not write."""
     if figure.suffix.lower() not in (".png", ".pdf", ".svg"):
         raise typer.BadParameter(f"--figure must end in .png, .pdf or .svg, got {figure}")
+
+
+def engine_suits(engine: str, distributed: bool) -> None:
+    """Refuse another engine than local and ray, and what is ray's alone where it does not run."""
+    if engine not in ("local", "ray"):
+        raise typer.BadParameter(f"--engine must be local or ray, got {engine!r}")
+    if engine == "local" and distributed:
+        raise typer.BadParameter(
+            "--workers, --cores, --gpus and --ray-address need --engine ray, got --engine local"
+        )

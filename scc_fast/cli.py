@@ -185,8 +185,11 @@ def evaluate(
     from scc_fast.evaluate import command
     from scc_fast.evaluate.report import table
 
-    if engine not in ("local", "ray"):
-        raise typer.BadParameter(f"--engine must be local or ray, got {engine!r}")
+    options.engine_suits(
+        engine, workers is not None or cores != 1 or gpus != 0 or ray_address is not None
+    )
+    if folder.exists() and not folder.is_dir():
+        raise typer.BadParameter(f"--out must be a folder, {folder} is a file")
     options.device_is_there(None if device is None else device.value)
     try:
         asked = command.Asked(

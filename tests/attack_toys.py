@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -53,6 +53,9 @@ class Toy(Defense):
         self.encode: Any = lambda pixels: pixels.flatten(1)
         self.keys: list[int] = []
         self.points: list[Tensor] = []
+
+    def pieces(self, x: Tensor, seeds: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        yield x, seeds
 
     @property
     def traits(self) -> Traits:

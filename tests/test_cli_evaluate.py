@@ -39,7 +39,10 @@ def test_evaluate_and_report(run: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (("--defense", "scx"), 1, "defense must be one of none, rn"),
+        (("--workers", "2"), 2, "need --engine ray, got --engine local"),
+        (("--out", "a-file"), 2, "--out must be a folder, a-file is a file"),
+        (("--seeds", "-1"), 2, "--seeds must be whole numbers in [0, 2^32)"),
+        (("--defense", "scx"), 2, "defense must be one of none, rn"),
         (("--defense", " , "), 2, "--defense must be a list such as none,scc"),
         (("--attack", "fgsm"), 2, "attack must be one of pgd"),
         (("--eps", "4"), 2, "write 4/255"),
@@ -53,6 +56,7 @@ def test_evaluate_and_report(run: Run, tmp_path: Path) -> None:
     ],
 )
 def test_evaluate_refuses(run: Run, arguments: tuple[str, ...], code: int, message: str) -> None:
+    Path("a-file").touch()
     found, out, err = run("evaluate", "--n-samples", "2", *arguments)
     assert found == code
     assert message in " ".join((out + err).replace("│", " ").split())

@@ -44,7 +44,6 @@ def test_a_thousand_classes_do_not_overflow_half_precision() -> None:
     ("config", "epsilon", "alpha"),
     [
         ({"steps": 3}, 4 / 255, 2 / 255),
-        ({"steps": 3, "published": True}, 8 / 255, 4 / 255),
         ({"steps": 2, "epsilon": "6/255", "alpha": "1/255"}, 6 / 255, 1 / 255),
         ({"steps": 0}, 4 / 255, 2 / 255),
     ],
@@ -66,6 +65,26 @@ def test_steps_by_hand(config: dict[str, Any], epsilon: float, alpha: float) -> 
     assert outcome.drift.isnan().all()
 
 
+def test_the_released_code_by_hand() -> None:
+    """Of δ⁰ … δ⁴ it looks at δ¹, δ² and δ³ together."""
+    defense, x, seeds = toyed(HD, steps=4, published=True), dots(), image_seeds(4, 3)
+    start = toyed(HD, steps=0, epsilon=0.031).run(x, seeds).delta
+    pixels, delta = np.float64(x.numpy()), np.float64(start.numpy())
+    path = [delta]
+    for _ in range(4):
+        slope = softmax(exact_logits(defense, pixels + delta)) - 1 / CLASSES
+        ascent = np.sign(exact_gradient(defense, pixels + delta, slope))
+        delta = confined(delta + 0.007 * ascent, pixels, 0.031)
+        path.append(delta)
+    outcome = defense.run(x, seeds)
+    np.testing.assert_allclose(outcome.delta.numpy(), path[3], atol=1e-6)
+    together = np.mean([exact_logits(defense, pixels + path[at]) for at in (1, 2, 3)], axis=0)
+    np.testing.assert_allclose(outcome.logits.numpy(), together, atol=1e-4)
+    live = x.clone().requires_grad_()
+    look = defense.repair(live, seeds)
+    np.testing.assert_allclose(defense.answer(look).detach().numpy(), together, atol=1e-4)
+
+
 def test_it_evens_the_classes_out() -> None:
     x, seeds = dots(8), image_seeds(0, 8)
     losses = [hedge(toyed(HD, steps=steps).run(x, seeds).logits) for steps in (0, 20)]
@@ -84,8 +103,8 @@ def test_it_starts_where_random_noise_ends(epsilon: float) -> None:
 def test_config() -> None:
     assert HDConfig() == HDConfig(epsilon=4 / 255, alpha=2 / 255, steps=20)
     original = HDConfig(published=True)
-    assert (original.epsilon, original.alpha, original.steps) == (8 / 255, 4 / 255, 20)
-    assert HDConfig(published=True, epsilon="4/255").alpha == 2 / 255  # type: ignore[arg-type]
+    assert (original.epsilon, original.alpha, original.steps) == (0.031, 0.007, 20)
+    assert HDConfig(epsilon="2/255").alpha == 1 / 255  # type: ignore[arg-type]
     assert HDConfig(epsilon=0.0).alpha == 0
     for config in (HDConfig(), original, HDConfig(alpha=1 / 255)):
         assert HDConfig.from_json(config.to_json()) == config
@@ -94,14 +113,17 @@ def test_config() -> None:
         ({"steps": 2.0}, "steps must be a whole number"),
         ({"epsilon": -0.1}, "epsilon must be in"),
         ({"alpha": "big"}, "alpha must be a number"),
+        ({"steps": 1, "published": True}, "steps must be at least 2 where published, got 1"),
     ]:
         with pytest.raises(ValueError, match=told):
             HDConfig(**wrong)
 
 
-@pytest.mark.parametrize("steps", [0, 1, 5])
-def test_cost(steps: int) -> None:
-    check_costs(toyed(HD, steps=steps))
+@pytest.mark.parametrize(
+    "config", [{"steps": 0}, {"steps": 1}, {"steps": 5}, {"steps": 5, "published": True}]
+)
+def test_cost(config: dict[str, Any]) -> None:
+    check_costs(toyed(HD, **config))
 
 
 def test_what_an_attacker_differentiates() -> None:

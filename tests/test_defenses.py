@@ -134,6 +134,22 @@ def test_a_fine_tuned_models_gate_is_the_original_encoders(method: str) -> None:
     gate = defense.gate(x, SEEDS)
     assert gate is not None
     torch.testing.assert_close(defense.answer(gate), tau - found.drift, rtol=1e-3, atol=1e-6)
+    if method == "scc":  # an attacker of the pseudo-label sees what that gate lets through
+        warm = make_defense(f"scc:tau={tau!r}:semantic=false", model, FIVE, engine="eager")
+        guess = defense.guess(x, SEEDS)
+        assert guess is not None
+        expected = warm(x, SEEDS).logits
+        torch.testing.assert_close(defense.answer(guess), expected, rtol=1e-4, atol=1e-3)
+
+
+def test_max_batch_counts_views() -> None:
+    x = pictures("tiny", 4)
+    defense = made("scc", max_batch=8)
+    assert [len(piece) for piece, _ in defense.pieces(x, image_seeds(0, 4))] == [2, 2]
+    assert [len(piece) for piece, _ in made("dbd", max_batch=64).pieces(x, image_seeds(0, 4))] == [
+        2,
+        2,
+    ]
 
 
 @pytest.mark.parametrize("size", [(32, 32), (40, 27)])

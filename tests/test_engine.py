@@ -264,7 +264,7 @@ def test_half_precision_does_not_underflow(model: Any) -> None:
     tower = tower_of(model, torch.float16)
     assert isinstance(tower, Tower)
     defender = Defender(model, PROMPTS, precision="fp32")
-    setting = dataclasses.replace(defender._fast, encoder=Runner(tower))
+    setting = dataclasses.replace(defender.setting, encoder=Runner(tower))
     sight = methods.Sight(setting, x, seeds, (View(),))
     with torch.no_grad():
         begun = methods.begin(sight, 4 / 255)
@@ -315,7 +315,8 @@ def test_modules_in_fp16_do_not_underflow_either(monkeypatch: pytest.MonkeyPatch
     model = scc_fast.load_model("tiny", device="cpu")
     monkeypatch.setattr(serve, "is_native", lambda dtype, kind: True)
     defender = Defender(model, PROMPTS, precision="fp16", engine="eager")
-    sight = methods.Sight(defender._fast, pictures(1, 64, model.device), torch.arange(1), (View(),))
+    images = pictures(1, 64, model.device)
+    sight = methods.Sight(defender.setting, images, torch.arange(1), (View(),))
     seen: list[Tensor] = []
     way = encoder.Way(lambda slope: seen.append(slope) or slope)  # type: ignore[func-returns-value]
     sight.back(way, torch.full((1, 1, 8), 1e-9))

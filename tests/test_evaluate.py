@@ -12,8 +12,14 @@ import pytest
 import torch
 from PIL import Image
 from test_api import defender_of
+from test_report import row as result
+from test_report import write
 
-from scc_fast.evaluate.report import cell, columns, comparison_figure, table, write_json
+from scc_fast.evaluate.collect import read
+from scc_fast.evaluate.groups import groups
+from scc_fast.evaluate.report import cell, comparison_figure, table, write_json
+from scc_fast.evaluate.report_page import make_report
+from scc_fast.evaluate.robustbench import entries
 from scc_fast.evaluate.rows import Row, format_rows, row_of, wilson, worst_of
 
 
@@ -79,9 +85,6 @@ def test_rows() -> None:
 
 
 def test_the_terminal_table() -> None:
-    assert columns(ROWS) == [
-        ("clean", "0/255"), ("PGD-10", "1/255"), ("worst per image", "4/255"),
-    ]  # fmt: skip
     assert cell(ROWS[0]) == "95.0 [88.8, 97.8]"
     assert cell(None) == "–"
     drawn = table(ROWS, "a title", {"none": 2.04})
@@ -96,6 +99,20 @@ def test_the_terminal_table() -> None:
     assert cells[2] == ["25.0\n18–34", "–"]
     assert cells[-1] == ["2.0", "–"]
     assert len(table(ROWS, "a title").columns) == 4
+
+
+def test_attacks_of_one_title_have_columns_of_their_own() -> None:
+    strong = row("none", "PGD-10", "1/255", "1" * 5 + "0" * 15)
+    strong = dataclasses.replace(strong, attack="pgd10:restarts=5")
+    drawn = table([*ROWS[:2], strong, ROWS[2]], "a title")
+    heads = [str(column.header).split("\n") for column in drawn.columns]
+    assert heads[2:4] == [
+        ["PGD-10", "(pgd-10)", "1/255", "n=100"],
+        ["PGD-10", "(pgd10:", "restarts=5)", "1/255", "n=20"],
+    ]
+    # Wilson by hand for 5 of 20: (0.25 + 0.0960 ± 0.2146) / 1.1921 = 0.112 to 0.469.
+    cells = [list(column.cells) for column in drawn.columns[2:4]]
+    assert cells == [["25.0\n18–34"], ["25.0\n11–47"]]
 
 
 def test_json_is_written_whole_or_not_at_all(
@@ -151,3 +168,146 @@ def test_comparison_figure(tmp_path: Path, suffix: str, attacked: bool) -> None:
     else:
         assert b"<svg" in data
         assert data.rstrip().endswith(b"</svg>")
+
+
+# ------------------------------------------------------------------- what a report says of its own
+
+
+def report_of(folder: Path) -> str:
+    make_report(folder)
+    return (folder / "report" / "report.md").read_text().replace("\\", "")
+
+
+def test_what_the_worst_is_of_stands_below_a_table_once(tmp_path: Path) -> None:
+    of = ["clean", "pgd10", "bpda"]
+    rows = [result(name, "worst", 100, of=of) for name in ("ttc", "scc")]
+    write(tmp_path, [*rows, result("ttc", "pgd10", 300), result("scc", "pgd10", 600)])
+    text = report_of(tmp_path)
+    assert "\nAdapt. of CIFAR-10: the worst of pgd10 + bpda.\n" in text
+    assert "\nAdapt.: the worst of pgd10 + bpda.\n" in text
+    assert "\nworst adaptive at 1/255: the worst of pgd10 + bpda.\n" in text
+    assert "\nworst per image at 1/255: the worst of pgd10 + bpda.\n" in text
+    assert "(worst of" not in text
+    assert "same attacks everywhere" not in text
+    assert "other numbers of images" not in text
+
+
+def test_a_worst_over_other_attacks_or_images_is_said(tmp_path: Path) -> None:
+    rows = [
+        result("ttc", "pgd10", 300),
+        result("ttc", "worst", 100, of=["clean", "pgd10", "bpda"]),
+        result("scc", "pgd10", 600),
+        result("scc", "worst", 60, n=500, of=["clean", "pgd10", "bpda", "gate"]),
+        result("anti", "pgd10", 500),
+        result("anti", "bpda", 90),
+    ]
+    write(tmp_path, rows)
+    text = report_of(tmp_path)
+    head, body = text.split("## ", 2)[1:]
+    said = "ttc: pgd10 + bpda; scc: pgd10 + bpda + gate; anti: bpda alone"
+    assert sorted(said.split("; ")) == sorted(
+        head.split("same attacks everywhere (")[1].split(").")[0].split("; ")
+    )
+    assert "worst per image at 1/255 rests on other numbers of images" in head
+    assert "ttc: n=1000" in head
+    assert "scc: n=500" in head
+    assert "10.0 [8.0, 13.0] (n=1000, worst of pgd10 + bpda)" in body
+    assert "12.0 [10.0, 15.0] (n=500, worst of pgd10 + bpda + gate)" in body
+    assert "9.0 [7.0, 12.0] (n=1000, bpda alone)" in body
+    assert ": the worst of" not in body
+    found = entries(groups(read(tmp_path)))
+    assert found["ViT-B-32-cifar10-scc.json"]["adaptive_over"] == "pgd10 + bpda + gate"
+
+
+def test_seeds_over_other_attacks_are_told_apart(tmp_path: Path) -> None:
+    for seed, of in enumerate((["bpda", "gate"], ["bpda"])):
+        rows = [result("scc", "pgd10", 600), result("scc", "worst", 100, of=of)]
+        write(tmp_path / str(seed), rows, seed=seed)
+    text = report_of(tmp_path)
+    assert "everywhere (scc: bpda + gate / bpda)" in text
+
+
+def test_an_average_counts_a_data_set_once(tmp_path: Path) -> None:
+    """CIFAR-10 full and sampled beside STL-10: (60 + 70)/2, and not (60 + 20 + 70)/3."""
+    full = [result("scc", "pgd10", 6000, n=10000), result("scc", hits=8000, n=10000)]
+    some = [result("scc", "pgd10", 200), result("scc", hits=500), result("ttc", "pgd10", 300)]
+    stl = {"name": "stl10", "paper": "STL-10", "pictures": 8000, "pictures_expected": 8000}
+    write(tmp_path / "sampled", some)
+    write(tmp_path / "full", full, data={"n": 10000})
+    write(tmp_path / "stl", [result("scc", "pgd10", 700), result("scc", hits=900)], data=stl)
+    text = report_of(tmp_path)
+    table_1 = text.split("### Table 1 (PGD-10")[1].split("\n### ")[0].splitlines()
+    (ours,) = [line for line in table_1 if line.startswith("| ViT-B-32 | SCC |")]
+    # Clean: (80 + 90)/2. Intervals of ±2 and ±3 are √8/2 and √18/2 wide.
+    assert ours.endswith("| 65.0 [63.6, 67.1] (2 sets) | 85.0 [83.6, 87.1] (2 sets) |")
+    # The sampled run alone has TTC: it counts there.
+    (other,) = [line for line in table_1 if line.startswith("| ViT-B-32 | TTC |")]
+    assert other.endswith("| 30.0 [28.0, 33.0] (1 set) |  |")
+    line = next(line for line in text.splitlines() if "in no average for" in line)
+    left, kept = line.split(": in no average for scc; ")
+    assert left.startswith("- CIFAR-10 (sample 0), ViT-B-32")
+    assert kept.startswith("CIFAR-10")
+    assert "sample 0" not in kept
+    assert text.count("in no average for") == 1
+
+
+@pytest.mark.parametrize(
+    ("attack", "settings", "own", "papers"),
+    [
+        ("autoattack", {}, "5.00", None),
+        ("autoattack", {"steps": 20}, None, None),
+        ("autoattack", {"queries": 100}, None, None),
+        ("autoattack", {"complete": True}, None, None),
+        ("autoattack", {"queries": None}, None, None),
+        ("aa", {}, None, "5.00"),
+        ("aa", {"steps": 20}, None, None),
+        ("aa", {"complete": True}, None, None),
+    ],
+)
+def test_autoattack_is_the_standard_one_alone(
+    tmp_path: Path, attack: str, settings: dict[str, Any], own: str | None, papers: str | None
+) -> None:
+    usual = {"attack": attack, "steps": 100, "queries": 5000, "complete": False, **settings}
+    write(tmp_path, [result("scc", attack, 50, attack_settings=usual)])
+    (entry,) = entries(groups(read(tmp_path))).values()
+    assert (entry["autoattack_acc"], entry["paper_autoattack_acc"]) == (own, papers)
+
+
+def test_entries_that_are_no_more_are_removed_and_nothing_else(tmp_path: Path) -> None:
+    attacked = [result("scc", "pgd10", 600), result("ttc", "pgd10", 300)]
+    path = write(tmp_path, attacked)
+    make_report(tmp_path)
+    folder = tmp_path / "report" / "robustbench"
+    stale, kept = folder / "ViT-B-32-cifar10-ttc.json", folder / "ViT-B-32-cifar10-scc.json"
+    others = {
+        "mine.json": stale.read_text(),  # a copy that somebody made
+        "ViT-B-32-cifar10-else.json": '{"clean_acc": "1.0"}',
+        "ViT-B-32-cifar10-cut.json": stale.read_text()[:100],
+        "notes.txt": "mine",
+    }
+    for name, text in others.items():
+        (folder / name).write_text(text)
+    assert stale.is_file()
+    write(path.parent, attacked[:1])
+    make_report(tmp_path)
+    assert {one.name for one in folder.iterdir()} == {kept.name, *others}
+    assert all((folder / name).read_text() == text for name, text in others.items())
+
+
+def test_one_environment_or_several(tmp_path: Path) -> None:
+    path = write(tmp_path, [result("scc", "pgd10", 600)])
+    content = json.loads(path.read_text())
+    first = content["environment"]
+    second = {**first, "device": "NVIDIA H200"}
+    assert read(tmp_path)[0].environments == (first,)
+    path.write_text(json.dumps({**content, "environments": [first, second, first]}))
+    assert read(tmp_path)[0].environments == (first, second)
+    (entry,) = entries(groups(read(tmp_path))).values()
+    assert entry["env"] == [first, second]
+    text = report_of(tmp_path)
+    assert "device cpu; scc_fast 0.1.0, torch 2.15.0, device NVIDIA H200" in text
+    path.write_text(json.dumps({**content, "environment": None, "environments": [second]}))
+    assert read(tmp_path)[0].environments == (second,)
+    path.write_text(json.dumps({**content, "environments": [first, "cpu"]}))
+    with pytest.raises(ValueError, match=r"results\.json: environments\[1\] must be an object"):
+        read(tmp_path)

@@ -69,7 +69,7 @@ def both(defender: Defender, graphs: Graphs, x: Tensor, seed: int = 3) -> tuple[
     with torch.no_grad():
         config: Any = defender.config
         known = config if isinstance(config, graph.SCCConfig | graph.TTCConfig) else None
-        captured = graphs.run(defender._fast, x, seeds, views, known)
+        captured = graphs.run(defender.setting, x, seeds, views, known)
         return defender.run(x, seeds), captured
 
 
@@ -255,9 +255,9 @@ def test_what_is_captured_asks_the_device_nothing(
     with FakeTensorMode(), torch.no_grad():
         x = torch.empty(3, 3, 64, 64, device="cuda")
         seeds = torch.empty(3, dtype=torch.int64, device="cuda")
-        table = on_cuda(defender._fast.table).padded(64, 64)
+        table = on_cuda(defender.setting.table).padded(64, 64)
         setting = dataclasses.replace(
-            defender._fast, encoder=Runner(on_cuda(tower)), table=table, backend="triton"
+            defender.setting, encoder=Runner(on_cuda(tower)), table=table, backend="triton"
         )
         sight = methods.Sight(setting, x, seeds, defender.views(64))
         delta, logits = methods.repair(sight, defender.config, methods.begin(sight, 4 / 255))

@@ -85,7 +85,7 @@ def test_the_engine_makes_the_passes_of_its_plan(model: Any, name: str) -> None:
     if defender.backend == "reference":
         pytest.skip("no compiled ops: the reference serves")
     encoder = Counted(model)
-    object.__setattr__(defender._fast, "encoder", encoder)
+    object.__setattr__(defender.setting, "encoder", encoder)
     defender(tiny.generate("test", range(3))[0], 0)
     plan = defender.plan()
     plan = plan.clean() if name == "clean" else plan

@@ -27,7 +27,7 @@ from scc_fast.evaluate.data import open_dataset
 from scc_fast.evaluate.rows import AttackFailed, Row
 from scc_fast.evaluate.runner import Asked, Run
 from scc_fast.evaluate.store import Busy, locked
-from scc_fast.evaluate.worker import Judged, Made, Setting, Task, Worker, restored
+from scc_fast.evaluate.worker import Judged, Made, Place, Setting, Task, Worker, restored
 
 N, BATCH = 5, 2
 FOUR = 4 / 255
@@ -120,7 +120,7 @@ class Unplugged(Run):
 
     after = 0
 
-    def execute(self, tasks: Any, kept: Any) -> Iterator[tuple[Task, Made | Judged]]:
+    def execute(self, tasks: Any, kept: Any) -> Iterator[tuple[Task, Place | Made | Judged]]:
         for found in super().execute(tasks, kept):
             if type(self).after == 0:
                 raise Stop
@@ -207,11 +207,16 @@ def test_other_settings_are_refused(tmp_path: Path) -> None:
     run.go(Asked(("none",), ("clean",)))
     (file,) = tmp_path.glob("*/run.json")
     before = file.read_bytes()
-    with pytest.raises(ValueError, match=r"holds another run: batch differ.*give another --out"):
+    with pytest.raises(
+        ValueError, match=r"holds another run: batch is 2 there and 1 here; give another --out"
+    ):
         run_in(tmp_path, n_samples=2, batch=1)
     assert file.read_bytes() == before
     file.write_bytes(before[:20])
     with pytest.raises(ValueError, match=r"run\.json: not JSON"):
+        run_in(tmp_path, n_samples=2)
+    file.write_text("[]")
+    with pytest.raises(ValueError, match=r"run\.json: not what the runner wrote there"):
         run_in(tmp_path, n_samples=2)
     file.write_bytes(before)
 
@@ -336,3 +341,29 @@ def test_adaptive_is_what_suits_a_defense(tmp_path: Path) -> None:
     assert ("ttc", "gate") in found
     assert ("none", "gate") not in found
     assert not [key for key in found if key[1] == runner.ADAPTIVE]
+
+
+def test_where_numbers_were_made_is_not_where_they_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = Asked(("none",), ("clean",))
+    run_in(tmp_path, n_samples=2).go(asked)
+    before = results(tmp_path)
+    elsewhere = Place({"device": "another"})
+    monkeypatch.setattr(Worker, "place", lambda self: elsewhere)
+    run_in(tmp_path, n_samples=2).go(asked)
+    assert results(tmp_path) == before
+    run_in(tmp_path, n_samples=2).go(Asked(("none", "rn"), ("clean",)))
+    found = json.loads(results(tmp_path))
+    assert elsewhere.environment in found["environments"]
+    assert len(found["environments"]) == 2
+
+
+def test_an_attack_that_suits_none_is_said(tmp_path: Path) -> None:
+    said: list[str] = []
+    run_in(tmp_path, n_samples=2).go(Asked(("none", "rn"), ("gate",), (FOUR,)), say=said.append)
+    assert said == ["attack gate suits none of none, rn: left out"]
+
+
+def test_budgets_on_the_grid_are_one() -> None:
+    assert Asked(eps=(1 / 255, 0.00392157, 0.01)).eps == (1 / 255, 0.01)

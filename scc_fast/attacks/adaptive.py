@@ -19,7 +19,7 @@ from torch import Tensor
 
 from scc_fast.attacks.base import Attack, Loss, plain, prepared, slope
 from scc_fast.attacks.margin import Distinct, margin
-from scc_fast.attacks.pgd import cross_entropy
+from scc_fast.attacks.pgd import cross_entropy as single
 from scc_fast.defenses.base import Defense, Look
 from scc_fast.defenses.parts import whole, within
 from scc_fast.reference import philox, step
@@ -31,6 +31,11 @@ VIEW_DRAWS, GUESS_DRAWS = 180, 181
 Survey = Callable[[Tensor, int], tuple[Tensor, Tensor | None]]
 
 _FADING = ((0.3, 1 / 2), (0.6, 1 / 4), (0.85, 1 / 8), (1.0, 1 / 16))
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """(B, K), (B,) → (B,) float64: in float32 an answer with a lead of 17 has no slope left."""
+    return single(logits.double(), labels)
 
 
 def step_sizes(steps: int, alpha: float | None, epsilon: float) -> list[float]:
@@ -152,6 +157,11 @@ class Aware(Attack):
         x, labels, seeds = prepared(target, x, labels, seeds)
         if len(x) == 0:
             return x.clone()
+        # Nothing here sees another image; a wide defense's pictures would not fit all at once.
+        some = [len(piece) for piece, _ in target.pieces(x, seeds)]
+        if len(some) > 1:
+            parts = zip(x.split(some), labels.split(some), seeds.split(some), strict=True)
+            return torch.cat([self.run(target, *part) for part in parts])
         with plain(x.device):
 
             def survey(point: Tensor, at: int) -> tuple[Tensor, Tensor | None]:

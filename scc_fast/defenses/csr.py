@@ -26,7 +26,8 @@ class CSRConfig(MethodConfig):
         radius: of the Gaussian low-pass, in frequency bins of a picture with 224 pixels a side;
             on another size the same share of the band passes.
         repulsion: λ, the weight of the similarity to the picture as it came.
-        fast: the released FastCSR, which leaves out the last of the steps.
+        fast: the released FastCSR, which leaves out the last of the steps; there, too, the picture
+            as it came is a candidate only where published.
         published: the released code's choice, where the picture as it came, with R = C − λ,
             competes with the iterates; without, as in the paper, the best of the steps' results
             is taken, even if it is worse than the picture.

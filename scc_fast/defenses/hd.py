@@ -13,6 +13,7 @@ from torch import Tensor
 from scc_fast import ops
 from scc_fast.config import MethodConfig, parse_budget
 from scc_fast.defenses.base import Defense, Repair, Traits
+from scc_fast.defenses.parts import Seen, Sighted
 from scc_fast.reference import philox, step
 
 
@@ -24,13 +25,13 @@ class HDConfig(MethodConfig):
     gradient method of such a table one budget, 4/255, with the original ratio of alpha to it.
 
     Args:
-        epsilon: max |δ|, L-infinity, pixel units in [0, 1). None: 4/255; where published, 8/255.
-        alpha: step, pixel units in [0, 1). None: half of epsilon.
+        epsilon: max |δ|, L-infinity, pixel units in [0, 1). None: 4/255; where published, 0.031.
+        alpha: step, pixel units in [0, 1). None: half of epsilon; where published, 0.007.
         steps: K.
-        published: the original budget, 8/255 in steps of 4/255, made for adversarially trained
-            models on CIFAR-10; it changes no more than those two defaults. (The authors'
-            repository, burcywu/hedge_defense, differs from its paper: epsilon 0.031, alpha
-            0.007, and the logits of δ⁰ … δ^(K-1) summed; here δ^K alone is looked at.)
+        published: as in the authors' repository (burcywu/hedge_defense), made for adversarially
+            trained models on CIFAR-10: that budget, and the prediction is that of the logits of
+            δ¹ … δ^(K-1) together instead of δ^K's, at KF + KB. (The repository sums them; here it
+            is their mean, which has the same largest and does not saturate a cross-entropy.)
     """
 
     epsilon: float | None = None
@@ -39,11 +40,14 @@ class HDConfig(MethodConfig):
     published: bool = False
 
     def __post_init__(self) -> None:
-        default = 8 / 255 if self.published else 4 / 255
+        default = 0.031 if self.published else 4 / 255
         epsilon = parse_budget("epsilon", default if self.epsilon is None else self.epsilon)
         object.__setattr__(self, "epsilon", epsilon)
-        object.__setattr__(self, "alpha", epsilon / 2 if self.alpha is None else self.alpha)
+        if self.alpha is None:
+            object.__setattr__(self, "alpha", 0.007 if self.published else epsilon / 2)
         super().__post_init__()
+        if self.published and self.steps < 2:
+            raise ValueError(f"steps must be at least 2 where published, got {self.steps}")
 
 
 def random_start(defense: Defense, x: Tensor, seeds: Tensor, epsilon: float) -> Tensor:
@@ -59,7 +63,7 @@ def hedge(logits: Tensor) -> Tensor:
     return logits.logsumexp(dim=-1) - logits.mean(dim=-1)
 
 
-class HD(Defense):
+class HD(Sighted):
     """Hedge defense: attacks all classes, from a random start, and predicts at the last iterate."""
 
     name, Config = "hd", HDConfig
@@ -68,25 +72,37 @@ class HD(Defense):
     def traits(self) -> Traits:
         steps = self.config.steps
         return Traits(
-            forward=steps + 1,
+            forward=steps + (not self.config.published),
             backward=steps,
             random=True,
             dynamic=True,
             text=True,
             gradients=True,
-            source="arXiv 2106.04938; published: 8/255 in steps of 4/255",
+            source="arXiv 2106.04938; published: the released code's budget and prediction",
         )
 
     def repair(self, x: Tensor, seeds: Tensor) -> Repair:
         config, still = self.config, x.detach()
         delta = random_start(self, still, seeds, config.epsilon)
+        path, seen = [], []
         for _ in range(config.steps):
             with torch.enable_grad():
                 leaf = delta.detach().requires_grad_()
-                loss = hedge(self.logits(self.encode(still + leaf))).sum()
+                features = self.encode(still + leaf)
+                loss = hedge(self.logits(features)).sum()
             gradient = torch.autograd.grad(loss, leaf)[0]
+            if config.published:
+                path.append(delta)
+                seen.append(features.detach())
             delta = step.pgd_step(delta, gradient, still, config.alpha, config.epsilon)
         rows = x.new_full((len(x),), torch.nan)
+        if config.published:  # the code's sum leaves out the start; its mean has the same argmax
+            looked = x + torch.stack(path[1:])
+            found = {"delta": path[-1], "drift": rows, "flagged": torch.ones_like(rows).bool()}
+            if looked.requires_grad:  # an attacker's: the features kept have no way back to x
+                return Repair(looked, self.mean_logits, **found)
+            kept = torch.stack(seen[1:])
+            return Seen(looked, self.mean_logits, **found, of=looked, seen=kept)
         return Repair(
             (x + delta)[None], self.mean_logits, delta, rows, torch.ones_like(rows).bool()
         )

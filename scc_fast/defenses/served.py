@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -68,9 +68,20 @@ class Served(Defense):
 
     def run(self, x: Tensor, seeds: Tensor) -> Outcome:
         with torch.inference_mode(False), torch.no_grad():
-            return self.defender.run(x, seeds) if self._judge is None else self._judged(x, seeds)
+            return self._ran(self.config, x, seeds)
 
-    def _judged(self, x: Tensor, seeds: Tensor) -> Outcome:
+    def pieces(self, x: Tensor, seeds: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        return self.defender.pieces(x, seeds)
+
+    def out_of_memory(self, x: Tensor) -> RuntimeError:
+        return self.defender.out_of_memory(x)
+
+    def _ran(self, config: MethodConfig, x: Tensor, seeds: Tensor) -> Outcome:
+        if self._judge is None:
+            return self.defender.variant(config).run(x, seeds)
+        return self._judged(config, x, seeds)
+
+    def _judged(self, config: Any, x: Tensor, seeds: Tensor) -> Outcome:
         """The method with τ from the original encoder: what it flags is repaired, all else kept."""
         margin = self.gate(x, seeds)
         assert margin is not None
@@ -80,9 +91,7 @@ class Served(Defense):
         delta = torch.zeros_like(x)
         for rows, tau in ((flagged, math.inf), (~flagged, 0.0)):
             if rows.any():
-                found = self.defender.variant(replace(self.config, tau=tau)).run(
-                    x[rows], seeds[rows]
-                )
+                found = self.defender.variant(replace(config, tau=tau)).run(x[rows], seeds[rows])
                 logits[rows], delta[rows] = found.logits, found.delta
         return Outcome(logits, delta, drift, flagged)
 
@@ -120,9 +129,8 @@ class Served(Defense):
         """The views of x_w, the image after the warm-up (SCC's step 2)."""
         if not isinstance(self.config, SCCConfig) or not self.config.semantic:
             return None
-        warm_up = self.defender.variant(replace(self.config, semantic=False))
-        with torch.no_grad():
-            delta = warm_up.run(x.detach(), seeds).delta
+        with torch.inference_mode(False), torch.no_grad():
+            delta = self._ran(replace(self.config, semantic=False), x.detach(), seeds).delta
         return self._views(x + delta, seeds)
 
     def _views(self, x: Tensor, seeds: Tensor) -> Look:

@@ -4,10 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from scc_fast.evaluate.cells import Cell, pooled, pooled_counts
+from scc_fast.evaluate.cells import (
+    Cell,
+    common_over,
+    over_notes,
+    pooled,
+    pooled_counts,
+    worst_cell,
+)
 from scc_fast.evaluate.collect import CLEAN, WORST, Data, Measure, Model
-from scc_fast.evaluate.groups import Group, base_of, is_control, is_oblivious, steps_of, titles
-from scc_fast.evaluate.paper_tables import MEASURED_NOTE, method_title, worst_cell
+from scc_fast.evaluate.groups import (
+    Group,
+    attack_titles,
+    base_of,
+    is_control,
+    is_oblivious,
+    steps_of,
+    titles,
+)
+from scc_fast.evaluate.paper_tables import MEASURED_NOTE, method_title
 from scc_fast.evaluate.tables import Line, Table
 
 ADAPTIVE = "worst adaptive"
@@ -39,7 +54,9 @@ def _oblivious(group: Group, where: str) -> list[Table]:
         return []
     columns: list[tuple[str, str]] = []
     readers: list[tuple[str, str]] = []
-    for one, title in zip(some, _titled(some), strict=True):
+    named, common = attack_titles(some), _common(group)
+    for one in some:
+        title = named[one.attack, one.eps]
         columns.append(("" if one.attack == CLEAN else f"at {one.eps}", title))
         readers.append((one.attack, one.eps))
         last = [other for other in some if other.eps == one.eps][-1]
@@ -49,7 +66,7 @@ def _oblivious(group: Group, where: str) -> list[Table]:
     lines = []
     for defense in group.defenses():
         cells = [
-            worst_cell(group, defense, eps)
+            worst_cell(group.worst(defense, eps), common[eps])
             if attack == WORST
             else pooled(group.get(defense, attack, eps))
             for attack, eps in readers
@@ -65,7 +82,9 @@ def _oblivious(group: Group, where: str) -> list[Table]:
             (
                 MEASURED_NOTE,
                 f"{ADAPTIVE}: image by image the worst of all attacks of that budget, those that "
-                "know the defense among them. Read it before the columns on its left.",
+                "know the defense among them; where defenses did not meet the same attacks, each "
+                "figure says its own. Read it before the columns on its left.",
+                *over_notes(ADAPTIVE, {f"at {eps}": text for eps, text in common.items()}),
             ),
         )
     ]
@@ -76,36 +95,39 @@ def _aware(group: Group, where: str) -> list[Table]:
     some = [one for one in group.attacks() if one.aware]
     if not some:
         return []
-    lines = [
-        _line(
-            group,
-            defense,
-            [pooled(group.get(defense, one.attack, one.eps)) for one in some],
-        )
-        for defense in group.defenses()
-    ]
+    named, common = attack_titles(some), _common(group)
+    lines = []
+    for defense in group.defenses():
+        found = [group.get(defense, one.attack, one.eps) for one in some]
+        cells = [
+            worst_cell(ms, common[one.eps]) if one.attack == WORST else pooled(ms)
+            for one, ms in zip(some, found, strict=True)
+        ]
+        lines.append(_line(group, defense, cells))
+    worst = [one for one in some if one.attack == WORST]
+    over = {f"at {one.eps}": common[one.eps] for one in worst}
     return [
         Table(
             "attacks",
             f"Attacks that know the defense ({where})",
             ("defense",),
-            tuple((f"at {one.eps}", t) for one, t in zip(some, _titled(some), strict=True)),
+            tuple((f"at {one.eps}", named[one.attack, one.eps]) for one in some),
             _filled(lines),
             (
                 MEASURED_NOTE,
                 "Each is made against each defense. Empty: it does not suit it, or was not run.",
+                *(over_notes(worst[0].title, over) if worst else ()),
             ),
         )
     ]
 
 
-def _titled(some: Sequence[Measure]) -> list[str]:
-    """The attacks' titles; where two of one budget share it, with what was asked for."""
-    seen = [(one.title, one.eps) for one in some]
-    return [
-        one.title if seen.count(pair) == 1 else f"{one.title} ({one.attack})"
-        for one, pair in zip(some, seen, strict=True)
-    ]
+def _common(group: Group) -> dict[str, str]:
+    """For each budget what the worst of every defense is over, "" where they differ."""
+    return {
+        eps: common_over(group.worst(defense, eps) for defense in group.defenses())
+        for eps in group.budgets()
+    }
 
 
 def _line(group: Group, defense: str, cells: Sequence[Cell]) -> Line:
@@ -122,9 +144,9 @@ def _filled(lines: Sequence[Line]) -> tuple[Line, ...]:
 def _leak(group: Group, where: str) -> list[Table]:
     """Images that the undefended model gets right and wrong apart, and the control attacks."""
     lines = []
-    for attack in group.attacks():
-        if not is_oblivious(attack) or is_control(attack):
-            continue
+    some = [one for one in group.attacks() if is_oblivious(one) and not is_control(one)]
+    named = attack_titles(some)
+    for attack in some:
         for defense in group.defenses():
             found = group.get(defense, attack.attack, attack.eps)
             right = [m.right for m in found if m.right is not None]
@@ -140,7 +162,8 @@ def _leak(group: Group, where: str) -> list[Table]:
                 _control(group, defense, attack, "pgd-random"),
             )
             title = method_title(found[0].method, defense)
-            lines.append(Line((f"{attack.title} at {attack.eps}", title), cells))
+            name = f"{named[attack.attack, attack.eps]} at {attack.eps}"
+            lines.append(Line((name, title), cells))
     if not lines:
         return []
     names = ("Acc.", "Rob.", "Rob., clean-right", "Rob., clean-wrong", "own label", "random target")

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from scc_fast.evaluate import paper
 from scc_fast.evaluate.attack_tables import place
-from scc_fast.evaluate.cells import pooled
+from scc_fast.evaluate.cells import over, pooled
 from scc_fast.evaluate.collect import WORST
-from scc_fast.evaluate.groups import Group, is_control, is_oblivious, titles
+from scc_fast.evaluate.groups import (
+    Group,
+    attack_of,
+    is_control,
+    is_oblivious,
+    once_a_set,
+    titles,
+)
 
 FEW = 500
 
@@ -19,6 +27,8 @@ def cautions(groups: Sequence[Group]) -> list[str]:
     named = [(group, place(group, models, datas)) for group in groups]
     found = [text for group, where in named for text in _alone(group, where)]
     found += [text for group, where in named for text in _leaks(group, where)]
+    found += [text for group, where in named for text in _uneven(group, where)]
+    found += _twice(groups, {id(group): where for group, where in named})
     protocols = list(dict.fromkeys(group.data.protocol or "unnamed" for group in groups))
     if len(protocols) > 1:
         found.append(
@@ -53,6 +63,62 @@ def _is_alone(group: Group, defense: str, eps: str) -> bool:
         key[0] == defense and found[0].eps == eps and is_oblivious(found[0])
         for key, found in group.rows.items()
     )
+
+
+def _uneven(group: Group, where: str) -> list[str]:
+    """Where defenses met different attacks that know them, or on different numbers of images."""
+    found = []
+    for eps in group.budgets():
+        met: dict[str, list[str]] = {}
+        for defense in group.defenses():
+            if text := over(group.worst(defense, eps)):
+                met.setdefault(text, []).append(defense)
+        if len(met) > 1 or any(" / " in text for text in met):
+            found.append(
+                f"{where}, at {eps}: the worst adaptive is not over the same attacks everywhere "
+                f"({_by(met)}). An attack is missing where it does not suit a defense (one on the "
+                "gate where there is none) or was not run; every attack more can only lower the "
+                "figure."
+            )
+    for one in group.attacks():
+        if not one.aware and one.attack != WORST:
+            continue
+        counts: dict[str, list[str]] = {}
+        for defense in group.defenses():
+            if measures := group.get(defense, one.attack, one.eps):
+                n = "/".join(str(n) for n in sorted({m.n for m in measures}))
+                counts.setdefault(f"n={n}", []).append(defense)
+        if len(counts) > 1:
+            found.append(
+                f"{where}: {one.title} at {one.eps} rests on other numbers of images for some "
+                f"defenses than for others ({_by(counts)}); compare them with that in mind."
+            )
+    return found
+
+
+def _by(found: dict[str, list[str]]) -> str:
+    return "; ".join(f"{', '.join(names)}: {what}" for what, names in found.items())
+
+
+def _twice(groups: Sequence[Group], where: dict[int, str]) -> list[str]:
+    """Groups that an average leaves out, because it has their data set from another one."""
+    left: dict[tuple[int, int], dict[str, None]] = {}
+    for sets, attacks in ((paper.SETS, paper.SIXTEEN), (paper.MEDICAL, paper.SIX)):
+        for attack, eps in attacks:
+            of: dict[tuple[object, str], list[Group]] = {}
+            for group in groups:
+                if paper.known_set(group.data.name) in sets and attack_of(group, attack, eps):
+                    of.setdefault((group.model, group.data.protocol), []).append(group)
+            for some in of.values():
+                for defense in dict.fromkeys(d for group in some for d in group.defenses()):
+                    for first, *rest in once_a_set(some, defense, attack, eps).values():
+                        for other in rest:
+                            left.setdefault((id(other), id(first)), {})[defense] = None
+    return [
+        f"{where[other]}: in no average for {', '.join(defenses)}; {where[first]} is the same data "
+        "set with as many images or more, and is counted in its place."
+        for (other, first), defenses in left.items()
+    ]
 
 
 def _leaks(group: Group, where: str) -> list[str]:

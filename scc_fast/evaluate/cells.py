@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from scc_fast.evaluate.collect import Count, Measure
+from scc_fast.evaluate.collect import CLEAN, WORST, Count, Measure
 from scc_fast.evaluate.paper import Published
 from scc_fast.evaluate.rows import wilson
 
@@ -100,6 +100,48 @@ def pooled(measures: Sequence[Measure], note: str = "") -> Cell:
         return cell
     only = measures[0]
     return Cell(cell.value, 100 * only.low, 100 * only.high, n=cell.n, note=note)
+
+
+def over(measures: Sequence[Measure]) -> str:
+    """What a "worst adaptive" figure is the worst of, as "pgd10 + bpda"; "" for no measure.
+
+    One attack that stands in for it is "BPDA alone"; where seeds differ, "pgd10 + bpda / pgd10".
+    """
+    if measures and measures[0].attack != WORST:
+        return f"{measures[0].title} alone"
+    named = [" + ".join(spec for spec in m.of if spec != CLEAN) for m in measures]
+    return " / ".join(dict.fromkeys(text or "attacks that are not named" for text in named))
+
+
+def common_over(column: Iterable[Sequence[Measure]]) -> str:
+    """What every worst row of a column is over; "" where they differ, or there is none."""
+    found = {over(measures) for measures in column if measures and measures[0].attack == WORST}
+    return found.pop() if len(found) == 1 else ""
+
+
+def worst_cell(measures: Sequence[Measure], common: str = "") -> Cell:
+    """A "worst adaptive" figure, which says what it is over unless that is `common`."""
+    text = over(measures)
+    if measures and measures[0].attack == WORST:
+        text = "" if text == common else f"worst of {text}"
+    return pooled(measures, text)
+
+
+def over_notes(column: str, common: Mapping[str, str]) -> tuple[str, ...]:
+    """What the columns of one name are over, for below a table.
+
+    Args:
+        column: their name.
+        common: common_over() of each, by what tells it from the others ("at 1/255", or "").
+    """
+    labels: dict[str, list[str]] = {}
+    for label, text in common.items():
+        if text:
+            labels.setdefault(text, []).append(label)
+    return tuple(
+        f"{f'{column} ' + ', '.join(some)}".strip() + f": the worst of {text}."
+        for text, some in labels.items()
+    )
 
 
 def pooled_counts(counts: Sequence[Count], note: str = "") -> Cell:

@@ -101,6 +101,7 @@ class Run:
     Args:
         asked: pictures that the run is over, of `pictures` there; the protocol expects `expected`.
         classes: how many; `duplicates`: prompts that name two or more.
+        environments: where it was made, the first first; several machines may have had a part.
     """
 
     path: Path
@@ -112,7 +113,7 @@ class Run:
     expected: int | None
     classes: int | None
     duplicates: int
-    environment: dict[str, Any]
+    environments: tuple[dict[str, Any], ...]
     measures: tuple[Measure, ...]
 
 
@@ -229,9 +230,17 @@ def _run(path: Path) -> Run:
         expected=data.either("pictures_expected", "expected", int),
         classes=_size(data.value.get("classes")),
         duplicates=_size(data.value.get("duplicate_prompts", data.value.get("duplicates"))) or 0,
-        environment=top.optional("environment", dict, {}),
+        environments=_environments(top),
         measures=_once(path, measures),
     )
+
+
+def _environments(top: _Fields) -> tuple[dict[str, Any], ...]:
+    """The first under `environment`, all of them under `environments`; either may lack."""
+    found = [top.optional("environment", dict, {})]
+    for index, value in enumerate(top.optional("environments", list, [])):
+        found.append(_Fields(top.path, f"environments[{index}]", value).value)
+    return tuple(value for at, value in enumerate(found) if value and value not in found[:at])
 
 
 def _text(value: Any) -> str:

@@ -60,9 +60,14 @@ def budgets(text: str) -> tuple[float, ...]:
 def seeds_of(text: str) -> tuple[int, ...]:
     """The seeds of "0,1,2"."""
     try:
-        return tuple(int(part) for part in listed("--seeds", text))
+        found = tuple(dict.fromkeys(int(part) for part in listed("--seeds", text)))
+        if not all(0 <= seed < 1 << 32 for seed in found):
+            raise ValueError
+        return found
     except ValueError:
-        raise ValueError(f"--seeds must be whole numbers such as 0,1,2; got {text!r}") from None
+        raise ValueError(
+            f"--seeds must be whole numbers in [0, 2^32) such as 0,1,2; got {text!r}"
+        ) from None
 
 
 def run_all(
@@ -89,7 +94,14 @@ def run_all(
         run = Run(setting, out, worker)
         execute = None
         if cluster is not None:
-            execute = OnRay(setting, cluster.workers, cluster.cores, cluster.gpus, cluster.address)
+            execute = OnRay(
+                setting,
+                run.store.facts,
+                workers=cluster.workers,
+                cores=cluster.cores,
+                gpus=cluster.gpus,
+                address=cluster.address,
+            )
         rows = run.go(
             asked,
             execute=execute,

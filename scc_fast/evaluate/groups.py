@@ -11,11 +11,11 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from scc_fast.config import format_epsilon, parse_epsilon
 from scc_fast.evaluate.collect import CLEAN, WORST, Data, Measure, Model, Run
-from scc_fast.evaluate.paper import METHODS
+from scc_fast.evaluate.paper import METHODS, known_set
 
 T = TypeVar("T")
 NO_ATTACK = CLEAN, format_epsilon(0.0)
@@ -60,6 +60,13 @@ def paper_attack(one: Measure) -> str:
         return ("pgd10" if base == "pgd" else "cw") if alike else ""
     plain = steps == 100 and one.settings.get("complete", False) is False
     return "aa" if base == "aa" and plain else ""
+
+
+def is_standard(one: Measure) -> bool:
+    """AutoAttack 'standard' as published: all four attacks with its own steps and queries."""
+    same = {"steps": 100, "queries": 5000, "complete": False}
+    plain = all(one.settings.get(name) == value for name, value in same.items())
+    return is_oblivious(one) and base_of(one) == "autoattack" and plain
 
 
 @dataclass(frozen=True)
@@ -142,6 +149,40 @@ class Group:
         )
 
 
+def attack_of(group: Group, attack: str, eps: str) -> str | None:
+    """The spec under which a group has a paper's attack at a budget."""
+    for one in group.attacks():
+        if one.eps == eps and paper_attack(one) == attack:
+            return one.attack
+    return None
+
+
+def once_a_set(
+    groups: Sequence[Group], defense: str, attack: str, eps: str
+) -> dict[str, list[Group]]:
+    """By data set the groups that have a defense, the one that an average may count first.
+
+    That is the one with the most images under a paper's attack, then when clean: a full and a
+    sampled run, or two splits, are the same data set. Groups that have neither are not named.
+
+    Args:
+        groups: of one model and protocol.
+        attack: as paper_attack names it.
+    """
+    found: dict[str, list[tuple[int, int, Group]]] = {}
+    for group in groups:
+        spec = attack_of(group, attack, eps)
+        hit = () if spec is None else group.get(defense, spec, eps)
+        clean = group.clean(defense)
+        if hit or clean:
+            name = known_set(group.data.name) or group.data.name
+            attacked, whole = (max((m.n for m in some), default=0) for some in (hit, clean))
+            found.setdefault(name, []).append((attacked, whole, group))
+    for some in found.values():
+        some.sort(key=lambda item: item[:2], reverse=True)
+    return {name: [group for _, _, group in some] for name, some in found.items()}
+
+
 def groups(runs: Sequence[Run]) -> list[Group]:
     """Runs by model and data set; where two have a row of one seed, the one with more images.
 
@@ -188,6 +229,27 @@ def _all(runs: Sequence[Run]) -> Iterator[tuple[Measure, Run]]:
     for run in runs:
         for measure in run.measures:
             yield measure, run
+
+
+class Attacked(Protocol):
+    """What names an attack: Measure and Row."""
+
+    @property
+    def attack(self) -> str: ...
+    @property
+    def title(self) -> str: ...
+    @property
+    def eps(self) -> str: ...
+
+
+def attack_titles(some: Sequence[Attacked]) -> dict[tuple[str, str], str]:
+    """{(attack, eps): title}, in order; where two of one budget share a title, with the spec."""
+    named = {(one.attack, one.eps): one.title for one in some}
+    seen = [(title, eps) for (_, eps), title in named.items()]
+    return {
+        key: title if seen.count((title, key[1])) == 1 else f"{title} ({key[0]})"
+        for key, title in named.items()
+    }
 
 
 def titles(things: Sequence[T]) -> dict[T, str]:

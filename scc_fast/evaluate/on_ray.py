@@ -6,15 +6,22 @@ batch alone, so that the results are those of one process.
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import pickle
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
-from scc_fast.evaluate.worker import Judged, Made, Setting, Task, Worker
+from scc_fast.evaluate.data import default_root
+from scc_fast.evaluate.store import differences
+from scc_fast.evaluate.worker import Judged, Made, Place, Setting, Task, Worker
+
+_AT_ONCE = 16  # batches of an actor that are handed out together: their images are in memory
+_RETRIES = 3
 
 
 @dataclass(frozen=True)
@@ -23,6 +30,7 @@ class OnRay:
 
     Args:
         setting: of the run; each actor loads its own model and data.
+        facts: what the run's results depend on; an actor for which they differ is refused.
         workers: how many actors; None: as many as the cluster has room for.
         cores: CPU cores, and threads, of an actor without a GPU.
         gpus: of an actor, may be a fraction; 0 runs on the CPU.
@@ -30,6 +38,7 @@ class OnRay:
     """
 
     setting: Setting
+    facts: dict[str, Any]
     workers: int | None = None
     cores: int = 1
     gpus: float = 0.0
@@ -37,28 +46,50 @@ class OnRay:
 
     def __call__(
         self, tasks: Sequence[Task], kept: Callable[[Task], Tensor | None]
-    ) -> Iterator[tuple[Task, Made | Judged]]:
+    ) -> Iterator[tuple[Task, Place | Made | Judged]]:
         ray = _ray()
         if not ray.is_initialized():
-            ray.init(address=self.address, log_to_driver=False, logging_level="error")
+            ray.init(address=self.address or "local", log_to_driver=False, logging_level="error")
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+        workers = min(self.workers or self._room(ray), len(tasks))
+        for start in range(0, len(tasks), _AT_ONCE * workers):
+            yield from self._some(ray, tasks[start : start + _AT_ONCE * workers], kept, workers)
+
+    def _some(
+        self, ray: Any, tasks: Sequence[Task], kept: Callable[[Task], Tensor | None], workers: int
+    ) -> Iterator[tuple[Task, Place | Made | Judged]]:
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
-        workers = min(self.workers or self._room(ray), len(tasks))
         items = [
             {"task": pickle.dumps((place, task, kept(task)))} for place, task in enumerate(tasks)
         ]
+        device = "cuda" if self.gpus else "cpu"
+        # Files are named from where this process stands, which an actor does not share.
+        root = (self.setting.root or default_root()).absolute()
+        setting = replace(self.setting, root=root, device=device)
         found = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
             _Actor,
-            fn_constructor_args=(self.setting, self.cores if self.gpus == 0 else None),
+            fn_constructor_args=(setting, self.facts, None if self.gpus else self.cores),
             batch_size=1,
-            concurrency=workers,
+            concurrency=min(workers, len(items)),
             num_cpus=self.cores,
             num_gpus=self.gpus,
+            max_restarts=_RETRIES,
+            max_task_retries=_RETRIES,
         )
-        for row in found.iter_rows():
-            place, events = pickle.loads(row["found"])
-            for event in events:
-                yield tasks[place], event
+        try:
+            for row in found.iter_rows():
+                place, events = pickle.loads(row["found"])
+                if isinstance(events, str):
+                    raise RuntimeError(f"a worker failed: {events}")
+                for event in events:
+                    yield tasks[place], event
+        except ray.exceptions.RayError as error:
+            last = str(error).strip().splitlines()[-1]
+            raise RuntimeError(
+                f"a worker died {_RETRIES + 1} times, of memory perhaps: a smaller --batch or "
+                f"fewer --workers may help ({last})"
+            ) from None
 
     def _room(self, ray: Any) -> int:
         """One actor a GPU, or as many as there are cores for."""
@@ -69,21 +100,37 @@ class OnRay:
 
 
 class _Actor:
-    """A worker in a process of its own."""
+    """A worker in a process of its own, made with its first batch."""
 
-    def __init__(self, setting: Setting, threads: int | None) -> None:
-        if threads is not None:
-            import torch
-
-            torch.set_num_threads(threads)
-        self.worker = Worker(setting)
+    def __init__(self, setting: Setting, facts: dict[str, Any], threads: int | None) -> None:
+        self.setting, self.facts, self.threads = setting, facts, threads
+        self.worker: Worker | None = None
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         found = []
         for item in batch["task"]:
             place, task, delta = pickle.loads(item)
-            found.append(pickle.dumps((place, list(self.worker.work(task, delta)))))
+            events: list[Any] | str
+            try:
+                worker = self._made()
+                events = [worker.place(), *worker.work(task, delta)]
+            except Exception as error:  # its text travels; Ray's would be a page
+                events = " ".join(f"{type(error).__name__}: {error}".split())
+            found.append(pickle.dumps((place, events)))
         return {"found": found}
+
+    def _made(self) -> Worker:
+        if self.worker is None:
+            if self.threads is not None:
+                import torch
+
+                torch.set_num_threads(self.threads)
+            worker = Worker(self.setting)
+            other = differences(self.facts, json.loads(json.dumps(worker.facts())))
+            if other:
+                raise ValueError(f"it has another model or other data than the run: {other}")
+            self.worker = worker
+        return self.worker
 
 
 def _ray() -> Any:

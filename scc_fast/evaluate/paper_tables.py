@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 
 from scc_fast.evaluate import paper
 from scc_fast.evaluate.cells import (
@@ -10,13 +10,16 @@ from scc_fast.evaluate.cells import (
     EMPTY,
     Cell,
     average,
+    common_over,
     number,
+    over_notes,
     passes,
     pooled,
     printed,
+    worst_cell,
 )
 from scc_fast.evaluate.collect import Data, Measure, Model
-from scc_fast.evaluate.groups import Group, paper_attack, titles
+from scc_fast.evaluate.groups import Group, attack_of, once_a_set, paper_attack, titles
 from scc_fast.evaluate.paper import AVERAGE, METHODS, Published
 from scc_fast.evaluate.tables import Line, Table
 
@@ -29,7 +32,8 @@ MEASURED_NOTE = (
 )
 ADAPTIVE_NOTE = (
     "Adapt.: image by image the worst of all attacks of that budget, those that know the defense "
-    "among them; Rob. alone is against an attacker who does not know of the defense."
+    "among them; Rob. alone is against an attacker who does not know of the defense. Where lines "
+    "are not over the same attacks, each figure says its own."
 )
 
 
@@ -38,13 +42,6 @@ def method_title(method: str, spec: str) -> str:
     title = METHODS[method].title if method in METHODS else method
     rest = spec.partition(":")[2]
     return f"{title} ({rest.replace(':', ', ')})" if rest else title
-
-
-def worst_cell(group: Group, defense: str, eps: str) -> Cell:
-    """Under the worst that knows the defense; says which it is where it is one attack alone."""
-    found = group.worst(defense, eps)
-    note = "" if not found or found[0].attack == "worst" else f"{found[0].title} alone"
-    return pooled(found, note)
 
 
 def is_ablation(one: Measure) -> bool:
@@ -80,21 +77,13 @@ def _set_tables(
     some = [
         group
         for group in groups
-        if paper.known_set(group.data.name) in sets and _attack_of(group, attack, eps)
+        if paper.known_set(group.data.name) in sets and attack_of(group, attack, eps)
     ]
     found = []
     for protocol in dict.fromkeys(group.data.protocol for group in some):
         same = [group for group in some if group.data.protocol == protocol]
         found.append(_set_table(kind, same, list(sets), attack, eps, published))
     return found
-
-
-def _attack_of(group: Group, attack: str, eps: str) -> str | None:
-    """The spec under which a group has a paper's attack at a budget."""
-    for one in group.attacks():
-        if one.eps == eps and paper_attack(one) == attack:
-            return one.attack
-    return None
 
 
 def _set_table(
@@ -110,26 +99,35 @@ def _set_table(
     datas = sorted(named, key=lambda data: order.index(keys[data]))
     models = titles([group.model for group in groups])
     of = {(group.model, group.data): group for group in groups}
-    adaptive = {g.data for g in groups if any(g.worst(d, eps) for d in g.defenses())}
+    methods = _methods(groups, models)
+    adaptive: dict[Data, str] = {}
+    for data in datas:
+        met = [of[m, data].worst(spec, eps) for _, m, spec in methods if (m, data) in of]
+        if any(met):
+            adaptive[data] = common_over(met)
     columns = [
         (named[data], name)
         for data in datas
         for name in (ROBUST, *([ADAPTIVE] if data in adaptive else []), ACCURACY)
     ]
     lines = []
-    for key, model, defense in _methods(groups, models):
+    for key, model, defense in methods:
         cells: list[Cell] = []
+        counted = once_a_set([g for g in groups if g.model == model], defense, attack, eps)
+        first = [some[0].data for some in counted.values()]
         robust, clean = [], []
         for data in datas:
             group = of.get((model, data))
-            spec = None if group is None else _attack_of(group, attack, eps)
+            spec = None if group is None else attack_of(group, attack, eps)
             hit = () if group is None or spec is None else group.get(defense, spec, eps)
             kept = () if group is None else group.clean(defense)
-            robust.append(hit)
-            clean.append(kept)
+            if data in first:
+                robust.append(hit)
+                clean.append(kept)
             cells.append(pooled(hit))
             if data in adaptive:
-                cells.append(EMPTY if group is None else worst_cell(group, defense, eps))
+                worst = () if group is None else group.worst(defense, eps)
+                cells.append(worst_cell(worst, adaptive[data]))
             cells.append(pooled(kept))
         if any(cell.measured for cell in cells):
             labels = models[model], _label(key, model, of, defense)
@@ -160,8 +158,10 @@ def _set_table(
         (
             MEASURED_NOTE,
             *([ADAPTIVE_NOTE] if adaptive else []),
-            "Average: unweighted, over the sets that a line has; lines with other sets do not "
-            "compare. Its interval takes the sets as independent.",
+            *over_notes(ADAPTIVE, {f"of {named[data]}": text for data, text in adaptive.items()}),
+            "Average: unweighted, over the sets that a line has, each once, with the most images "
+            "it has there; lines with other sets do not compare. Its interval takes the sets as "
+            "independent.",
             f"{DAGGER} published, not measured here, and in no average of measured figures: "
             + "; ".join(sources)
             + ". Compare with a measured line only where model, protocol and pictures agree.",
@@ -201,7 +201,7 @@ def _published_line(
     by_set: Mapping[str, Published],
     datas: Sequence[Data],
     keys: Mapping[Data, str],
-    adaptive: set[Data],
+    adaptive: Container[Data],
 ) -> Line:
     cells: list[Cell] = []
     for data in datas:
@@ -224,10 +224,12 @@ def _table_4(group: Group) -> list[Table]:
 
 def _priced(group: Group, attack: Measure) -> Table:
     lines = []
-    for defense in group.defenses():
+    specs = [spec for spec in group.defenses() if not is_ablation(group.first(spec))]
+    common = common_over(group.worst(spec, attack.eps) for spec in specs)
+    for defense in specs:
         hit = group.get(defense, attack.attack, attack.eps)
-        worst = worst_cell(group, defense, attack.eps)
-        if is_ablation(group.first(defense)) or not (hit or worst.measured):
+        worst = worst_cell(group.worst(defense, attack.eps), common)
+        if not (hit or worst.measured):
             continue
         traits = group.first(defense).traits
         forward, backward = _float(traits.get("forward")), _float(traits.get("backward"))
@@ -259,6 +261,7 @@ def _priced(group: Group, attack: Measure) -> Table:
     notes = [
         MEASURED_NOTE,
         ADAPTIVE_NOTE,
+        *over_notes(ADAPTIVE, {"": common}),
         "F, B: images through the encoder, forward and back to the pixels, for one image that is "
         "repaired. ms: median over the batches of the defense's time an image, attack not "
         "counted. flagged: percent that the gate took as attacked.",
@@ -311,6 +314,15 @@ def _ablation(groups: Sequence[Group], attack: Measure) -> Table:
     of = {(group.model, group.data): group for group in groups}
     columns = [(named[d], name) for d in named for name in (ROBUST, ADAPTIVE, ACCURACY)]
     lines: list[tuple[tuple[bool, bool], Line]] = []
+    common = {
+        data: common_over(
+            group.worst(spec, attack.eps)
+            for group in groups
+            for spec in group.defenses()
+            if group.data == data and group.first(spec).method == "scc"
+        )
+        for data in named
+    }
     for model in models:
         specs = {
             spec: group.first(spec)
@@ -328,7 +340,7 @@ def _ablation(groups: Sequence[Group], attack: Measure) -> Table:
                     cells += [EMPTY] * 3
                     continue
                 cells.append(pooled(group.get(spec, attack.attack, attack.eps)))
-                cells.append(worst_cell(group, spec, attack.eps))
+                cells.append(worst_cell(group.worst(spec, attack.eps), common[data]))
                 cells.append(pooled(group.clean(spec)))
             if any(cell.measured for cell in cells):
                 labels = models[model], *map(_on, switches), _others(spec)
@@ -344,7 +356,8 @@ def _ablation(groups: Sequence[Group], attack: Measure) -> Table:
             labels = paper.CLIP_MODEL, *map(_on, switches), "as published"
             lines.append((switches, Line(labels, tuple(cells), published=True)))
     lines.sort(key=lambda item: (not item[0][0], not item[0][1]))
-    notes = [MEASURED_NOTE, ADAPTIVE_NOTE, "Both switches off is TTC."]
+    over = over_notes(ADAPTIVE, {f"of {named[data]}": text for data, text in common.items()})
+    notes = [MEASURED_NOTE, ADAPTIVE_NOTE, *over, "Both switches off is TTC."]
     if papers:
         notes.append(f"{DAGGER} published, not measured here: {paper.ABLATION}.")
     protocol = groups[0].data.protocol or "unnamed"

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from scc_fast.evaluate.groups import attack_titles
 from scc_fast.evaluate.rows import Row
 from scc_fast.result import DefenseResult
 
@@ -48,11 +49,6 @@ def write_json(path: Path, value: Any) -> None:
         partial.write_text(json.dumps(value, indent=1, default=plain) + "\n")
 
 
-def columns(rows: Sequence[Row]) -> list[tuple[str, str]]:
-    """(title, eps) in the order the rows bring them."""
-    return list(dict.fromkeys((row.title, row.eps) for row in rows))
-
-
 def cell(row: Row | None) -> str:
     """Accuracy in percent with its 95 % interval, as "94.8 [93.2, 96.0]"."""
     if row is None:
@@ -71,7 +67,8 @@ def table(rows: Sequence[Row], title: str, times: Mapping[str, float] | None = N
     from rich import box
     from rich.table import Table
 
-    found = {(row.defense, row.title, row.eps): row for row in rows}
+    found = {(row.defense, row.attack, row.eps): row for row in rows}
+    titles = attack_titles(rows)
     drawn = Table(
         title=title,
         caption="percent correct, 95 % Wilson interval",
@@ -79,15 +76,16 @@ def table(rows: Sequence[Row], title: str, times: Mapping[str, float] | None = N
         padding=(0, 1, 0, 0),
     )
     drawn.add_column("defense")
-    for attack, eps in columns(rows):
-        counts = sorted({row.n for row in rows if (row.title, row.eps) == (attack, eps)})
+    for (attack, eps), name in titles.items():
+        counts = sorted({row.n for row in rows if (row.attack, row.eps) == (attack, eps)})
         budget = "" if attack == "clean" else f"\n{eps}"
-        head = attack.replace(" ", "\n").replace("view-aware", "view-\naware")
+        head = name.replace(" ", "\n").replace("view-aware", "view-\naware")
+        head = head.replace(":", ":\n")
         drawn.add_column(f"{head}{budget}\nn={'/'.join(map(str, counts))}", justify="right")
     if times is not None:
         drawn.add_column("ms/\nimage", justify="right")
     for name in dict.fromkeys(row.defense for row in rows):
-        cells = [_narrow(found.get((name, *column))) for column in columns(rows)]
+        cells = [_narrow(found.get((name, *column))) for column in titles]
         last = [f"{times[name]:.1f}" if name in times else "–"] if times is not None else []
         drawn.add_row(name, *cells, *last)
     return drawn

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from scc_fast.evaluate.attack_tables import attack_tables, place
@@ -15,7 +16,7 @@ from scc_fast.evaluate.groups import Group, groups, titles
 from scc_fast.evaluate.html import page
 from scc_fast.evaluate.paper_tables import paper_tables
 from scc_fast.evaluate.report import atomic, write_json
-from scc_fast.evaluate.robustbench import entries
+from scc_fast.evaluate.robustbench import entries, is_ours
 from scc_fast.evaluate.tables import Line, Table, csv_text, escape_markdown, latex, markdown
 
 TITLE = "Robust accuracy of test-time defenses"
@@ -27,6 +28,7 @@ KINDS: dict[str, str] = {
     "attacks": "All attacks",
     "label-leak": "Label leak",
 }
+_MADE = ("scc_fast", "torch", "device")
 _FIGURES = ("pareto.png", "epsilon.png", "adaptive.png")
 
 
@@ -34,7 +36,8 @@ def make_report(folder: Path, out: Path | None = None) -> list[Path]:
     """Make tables, figures and pages of every results.json below a folder.
 
     Runs that are not done are shown as far as they are. What an earlier report left in `out` under
-    the same names is replaced, or removed where there is nothing to say any more.
+    the same names is replaced, or removed where there is nothing to say any more; so is what it
+    left in `out`/robustbench, told by name and content. Other files stay.
 
     Args:
         folder: what scc-fast evaluate wrote to.
@@ -73,11 +76,26 @@ def make_report(folder: Path, out: Path | None = None) -> list[Path]:
                 _write(out / f"{kind}.tex", "\n".join(map(latex, some))),
             ]
     written += [figure.path for figure in figures]
-    for name, entry in entries(grouped).items():
+    found = entries(grouped)
+    _clear(out / "robustbench", found)
+    for name, entry in found.items():
         path = out / "robustbench" / name
         write_json(path, entry)
         written.append(path)
     return written
+
+
+def _clear(folder: Path, kept: Collection[str]) -> None:
+    """Remove the entries that an earlier report wrote, but for the names kept."""
+    for path in sorted(folder.glob("*.json")):
+        if path.name in kept or path.is_symlink() or not path.is_file():
+            continue
+        try:
+            value = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if is_ours(path.name, value):
+            path.unlink()
 
 
 def _write(path: Path, text: str) -> Path:
@@ -126,8 +144,10 @@ def _provenance(runs: Sequence[Run], grouped: Sequence[Group], folder: Path) -> 
     where = {id(run): place(group, models, datas) for group in grouped for run in group.runs}
     lines = []
     for run in runs:
-        env = run.environment
-        made = [f"{key} {env[key]}" for key in ("scc_fast", "torch", "device") if env.get(key)]
+        made = dict.fromkeys(
+            ", ".join(f"{key} {env[key]}" for key in _MADE if env.get(key))
+            for env in run.environments
+        )
         labels = (
             os.path.relpath(run.path, folder),
             where[id(run)],
@@ -135,7 +155,7 @@ def _provenance(runs: Sequence[Run], grouped: Sequence[Group], folder: Path) -> 
             run.model.precision,
             run.data.split,
             run.data.template,
-            ", ".join(made),
+            "; ".join(filter(None, made)),
         )
         cells = (
             number(run.seed),

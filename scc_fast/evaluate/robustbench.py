@@ -1,7 +1,10 @@
 """One JSON object for each model, data set and defense, in RobustBench's keys plus our own.
 
 RobustBench (arXiv 2010.09670) writes accuracies as text in percent with two digits; `reported` is
-what a paper claims, `autoattack_acc` what was measured, `external` the lowest that others found.
+what a paper claims, `autoattack_acc` what was measured under AutoAttack 'standard' with its own
+settings, `external` the lowest that others found. `paper_autoattack_acc` is our own key: under the
+two attacks of it that TTC's and SCC's papers call AutoAttack. `adaptive_over`: what `adaptive_acc`
+is the worst of.
 What was not measured is null. RobustBench itself takes no defense that is random or optimises at
 inference: these are marked `unreliable`, and `adaptive_acc` is what to read.
 """
@@ -11,14 +14,16 @@ from __future__ import annotations
 import dataclasses
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from scc_fast.evaluate import paper
-from scc_fast.evaluate.cells import Cell, pooled
-from scc_fast.evaluate.collect import Measure
-from scc_fast.evaluate.groups import Group, base_of, paper_attack
+from scc_fast.evaluate.cells import Cell, over, pooled
+from scc_fast.evaluate.collect import WORST, Measure
+from scc_fast.evaluate.groups import Group, is_standard, paper_attack
 from scc_fast.evaluate.paper_tables import method_title
+
+_OWN = {"architecture", "dataset", "autoattack_acc", "adaptive_acc", "protocol", "results"}
 
 
 def entries(groups: Sequence[Group]) -> dict[str, dict[str, Any]]:
@@ -33,6 +38,14 @@ def entries(groups: Sequence[Group]) -> dict[str, dict[str, Any]]:
             name = _free(found, [*parts, group.data.protocol])
             found[name] = entry
     return found
+
+
+def is_ours(name: str, value: object) -> bool:
+    """Whether a file of that name and JSON content is what entries() makes, now or before."""
+    if not isinstance(value, dict) or not set(value) >= _OWN:
+        return False
+    start = _slug(f"{value['architecture']}-{value['dataset']}")
+    return name.startswith(start) and name.endswith(".json")
 
 
 def _free(taken: dict[str, dict[str, Any]], parts: list[str]) -> str:
@@ -75,7 +88,10 @@ def _entry(group: Group, defense: str) -> dict[str, Any] | None:
         "eps": eps,
         "clean_acc": _percent(clean),
         "reported": _reported(group, one, eps),
-        "autoattack_acc": _percent(_autoattack(group, defense, eps)),
+        "autoattack_acc": _percent(_under(group, defense, eps, is_standard)),
+        "paper_autoattack_acc": _percent(
+            _under(group, defense, eps, lambda one: paper_attack(one) == "aa")
+        ),
         "external": None,
         "footnote": _footnote(group, dynamic or random, source),
         "unreliable": dynamic or random,
@@ -83,8 +99,9 @@ def _entry(group: Group, defense: str) -> dict[str, Any] | None:
         "dynamic": dynamic,
         "randomized": random,
         "adaptive_acc": _percent(adaptive),
+        "adaptive_over": over(group.worst(defense, eps)) or None,
         "latency_ms": round(statistics.mean(times), 3) if times else None,
-        "env": [run.environment for run in group.runs],
+        "env": [found for run in group.runs for found in run.environments],
         "protocol": group.data.protocol,
         "split": group.data.split,
         "seeds": sorted({run.seed for run in group.runs}),
@@ -109,12 +126,11 @@ def _percent(cell: Cell) -> str | None:
     return None if cell.value is None else f"{cell.value:.2f}"
 
 
-def _autoattack(group: Group, defense: str, eps: str) -> Cell:
-    """AutoAttack 'standard' where it was run, else the papers' two attacks of it."""
-    for base in ("autoattack", "aa"):
-        for one in group.attacks():
-            if one.eps == eps and base_of(one) == base:
-                return pooled(group.get(defense, one.attack, eps))
+def _under(group: Group, defense: str, eps: str, chosen: Callable[[Measure], bool]) -> Cell:
+    """A defense under the first attack of a budget that is chosen."""
+    for (spec, _, budget), found in group.rows.items():
+        if (spec, budget) == (defense, eps) and all(map(chosen, found)):
+            return pooled(found)
     return Cell()
 
 
@@ -160,4 +176,5 @@ def _result(measures: Sequence[Measure]) -> dict[str, Any]:
         "std": None if cell.spread is None else round(cell.spread, 4),
         "n": list(cell.n),
         "seeds": [m.seed for m in measures],
+        **({"over": over(measures)} if one.attack == WORST else {}),
     }

@@ -6,7 +6,6 @@ ends with the same results.json.
 
 from __future__ import annotations
 
-import platform
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -14,13 +13,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
-import scc_fast
 from scc_fast import attacks
 from scc_fast.attacks import Attack
 from scc_fast.config import format_epsilon
+from scc_fast.defenses import parse_defense
 from scc_fast.evaluate.rows import Row, check_attack, format_rows, row_of, worst_of
 from scc_fast.evaluate.store import (
     FORMAT,
@@ -31,7 +29,7 @@ from scc_fast.evaluate.store import (
     owner_folder,
     slug,
 )
-from scc_fast.evaluate.worker import CLEAN, Judged, Made, Setting, Task, Worker
+from scc_fast.evaluate.worker import CLEAN, Judged, Made, Place, Setting, Task, Worker
 
 ADAPTIVE = "adaptive"  # on a command line: every attack that suits a defense and knows it
 WORST = "worst"
@@ -42,7 +40,7 @@ class Executor(Protocol):
 
     def __call__(
         self, tasks: Sequence[Task], kept: Callable[[Task], Tensor | None]
-    ) -> Iterable[tuple[Task, Made | Judged]]:
+    ) -> Iterable[tuple[Task, Place | Made | Judged]]:
         """What comes of each task, in any order; `kept` are images that need not be made."""
         ...
 
@@ -71,6 +69,10 @@ class Asked:
         for spec in self.attacks:
             if spec not in (CLEAN, ADAPTIVE):
                 attacks.parse_attack(spec, 4 / 255)
+        for spec in self.defenses:
+            parse_defense(spec)
+        grid = (round(255 * e) / 255 if abs(255 * e % 1 - 0.5) > 0.499999 else e for e in self.eps)
+        object.__setattr__(self, "eps", tuple(dict.fromkeys(grid)))
         if not self.eps or not all(0 < epsilon < 1 for epsilon in self.eps):
             raise ValueError(f"eps must be budgets in (0, 1) such as 4/255, got {self.eps}")
         if self.adaptive_n is not None and self.adaptive_n < 1:
@@ -179,14 +181,26 @@ class Run:
         self.store.describe({spec: self.worker.describe(spec) for spec in asked.defenses})
         tasks = self.tasks(asked)
         for spec, epsilon in dict.fromkeys((task.attack, task.epsilon) for task in tasks):
-            self.store.attack(spec, epsilon, _settings(spec, epsilon))
+            folder = self.store.attack(spec, epsilon, _settings(spec, epsilon))
+            counts: dict[str, int] = {}
+            for task in tasks:
+                if task.owner and (task.attack, task.epsilon) == (spec, epsilon):
+                    counts[task.owner] = counts.get(task.owner, 0) + task.count
+            if counts:
+                self.store.wants(folder, counts)
+        for spec in asked.attacks:
+            aware = spec not in (CLEAN, ADAPTIVE) and attacks.parse_attack(spec, 4 / 255).aware
+            if aware and all(task.attack != spec for task in tasks):
+                say(f"attack {spec} suits none of {', '.join(asked.defenses)}: left out")
         first = [t for t in tasks if t.owner is None and t.defenses == ("none",)]
-        rest = [t for t in tasks if t not in set(first)]
+        rest = [t for t in tasks if not (t.owner is None and t.defenses == ("none",))]
         done = sum(len(t.defenses) for t in tasks) - sum(len(t.defenses) for t in self._left(tasks))
         start(sum(len(task.defenses) for task in tasks), done)
         for phase in (first, rest):
-            for path in dict.fromkeys(self._folder(task).path for task in phase):
-                mine = [task for task in phase if self._folder(task).path == path]
+            folders: dict[Path, list[Task]] = {}
+            for task in phase:
+                folders.setdefault(self._folder(task).path, []).append(task)
+            for path, mine in folders.items():
                 if self._left(mine):
                     with self._alone(path, say):
                         self._do(self._left(mine), execute, tick)
@@ -211,10 +225,14 @@ class Run:
             for spec in task.defenses:
                 key = task.attack, task.epsilon, spec
                 remaining[key] = remaining.get(key, 0) + 1
-        if not tasks:
-            return
+        places: list[Place] = []
         for task, found in execute(tasks, lambda task: self._folder(task).load(task)):
             folder = self._folder(task)
+            if isinstance(found, Place):
+                if found not in places:
+                    self.store.saw(found.environment)
+                    places.append(found)
+                continue
             if isinstance(found, Made):
                 folder.save(task, found)
                 continue
@@ -227,9 +245,10 @@ class Run:
 
     def execute(
         self, tasks: Sequence[Task], kept: Callable[[Task], Tensor | None]
-    ) -> Iterator[tuple[Task, Made | Judged]]:
+    ) -> Iterator[tuple[Task, Place | Made | Judged]]:
         """Do the tasks in this process, in order."""
         for task in tasks:
+            yield task, self.worker.place()
             for found in self.worker.work(task, kept(task)):
                 yield task, found
 
@@ -253,11 +272,12 @@ class Run:
             key = folder.spec, folder.epsilon
             settings[key] = facts
             records = folder.records()
+            wanted = self.store.wanted(folder) if facts["aware"] else {}
             for spec in dict.fromkeys(defense for defense, _ in records):
                 found = list(_in_order(records, spec, self.worker.setting.batch))
                 right = "".join(record["right"] for record in found)
-                # An attack that knows the defense may have seen the first batches alone.
-                if len(right) == n or (facts["aware"] and found):
+                # An attack that knows the defense may have been asked for the first images alone.
+                if len(right) >= (wanted.get(spec, n) if facts["aware"] else n):
                     bits.setdefault(key, {})[spec] = right
                     flags.setdefault(key, {})[spec] = "".join(record["flagged"] for record in found)
         clean = bits.get((CLEAN, 0.0), {})
@@ -341,10 +361,12 @@ class Run:
         """Write results.json and timings.json from what is known."""
         with locked(self.store.folder, wait=True):
             rows = self.rows()
+            places = self.store.environments()
             results = {
                 "format": FORMAT,
                 "run": self.store.facts,
-                "environment": environment(self.worker.model.device),
+                "environment": places[0] if places else {},
+                **({"environments": places} if len(places) > 1 else {}),
                 "images": self.rounded(),
                 "rows": format_rows(rows),
             }
@@ -368,17 +390,3 @@ def _settings(spec: str, epsilon: float) -> dict[str, Any]:
         return {"title": CLEAN, "aware": False, "settings": {}}
     attack: Attack = attacks.parse_attack(spec, epsilon)
     return {"title": attack.title, "aware": attack.aware, "settings": attack.settings()}
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """Where the numbers were made."""
-    cuda = device.type == "cuda"
-    return {
-        "torch": torch.__version__,
-        "scc_fast": scc_fast.__version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "processor": platform.processor() or platform.machine(),
-        "device": torch.cuda.get_device_name(device) if cuda else "cpu",
-        "threads": torch.get_num_threads(),
-    }

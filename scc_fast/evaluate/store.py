@@ -68,6 +68,19 @@ def owner_folder(owner: str | None) -> str:
     return "shared" if owner is None else slug(owner)
 
 
+def differences(known: dict[str, Any], facts: dict[str, Any], names: str = "") -> str:
+    """What differs, as "batch is 50 there and 20 here"."""
+    found = []
+    for key in sorted({*known, *facts}):
+        there, here = known.get(key), facts.get(key)
+        if isinstance(there, dict) and isinstance(here, dict):
+            found.append(differences(there, here, f"{names}{key} "))
+        elif there != here:
+            short = [text if len(text := repr(v)) < 80 else text[:80] + "…" for v in (there, here)]
+            found.append(f"{names}{key} is {short[0]} there and {short[1]} here")
+    return ", ".join(text for text in found if text)
+
+
 @dataclass(frozen=True)
 class AttackFolder:
     """The folder of one attack and budget.
@@ -178,10 +191,9 @@ class Store:
             if known is None:
                 write_json(folder / "run.json", facts)
             elif known != facts:
-                names = sorted(k for k in {*known, *facts} if known.get(k) != facts.get(k))
                 raise ValueError(
-                    f"{folder} holds another run: {', '.join(names)} differ from this one's; give "
-                    "another --out, or remove it"
+                    f"{folder} holds another run: {differences(known, facts)}; give another --out, "
+                    "or remove it"
                 )
         self.facts = facts
 
@@ -190,9 +202,12 @@ class Store:
         if not path.exists():
             return None
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
+            found = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{path}: not JSON ({error}); remove it") from None
+        if not isinstance(found, dict):
+            raise ValueError(f"{path}: not what the runner wrote there; remove it")
+        return found
 
     def attack(self, spec: str, epsilon: float, settings: dict[str, Any] | None = None) -> Any:
         """The folder of an attack; with its settings it is made, and held against them."""
@@ -215,6 +230,8 @@ class Store:
         """Every attack that was begun, with its settings."""
         for path in sorted(self.folder.glob("*/attack.json")):
             facts = self._read(str(path.relative_to(self.folder)))
+            if not {"spec", "epsilon", "title", "aware", "settings"} <= set(facts):
+                raise ValueError(f"{path}: not what the runner wrote there; remove its folder")
             yield AttackFolder(path.parent, facts["spec"], facts["epsilon"]), facts
 
     def describe(self, defenses: dict[str, dict[str, Any]]) -> None:
@@ -233,6 +250,31 @@ class Store:
     def defenses(self) -> dict[str, dict[str, Any]]:
         """What rows say of the defenses."""
         return self._read("defenses.json") or {}
+
+    def saw(self, environment: dict[str, Any]) -> None:
+        """Keep where some of the numbers were made."""
+        with locked(self.folder, wait=True):
+            known = self.environments()
+            if environment not in known:
+                every = sorted(
+                    [*known, environment], key=lambda one: json.dumps(one, sort_keys=True)
+                )
+                write_json(self.folder / "environments.json", {"environments": every})
+
+    def environments(self) -> list[dict[str, Any]]:
+        """Where the numbers were made, in an order that does not depend on time."""
+        return (self._read("environments.json") or {"environments": []})["environments"]
+
+    def wants(self, folder: AttackFolder, counts: dict[str, int]) -> None:
+        """Keep how many images an attack that knows the defense was asked for, by defense."""
+        with locked(self.folder, wait=True):
+            name = f"{folder.path.name}/asked.json"
+            known = self._read(name) or {}
+            write_json(self.folder / name, {**known, **counts})
+
+    def wanted(self, folder: AttackFolder) -> dict[str, int]:
+        """What wants() kept."""
+        return self._read(f"{folder.path.name}/asked.json") or {}
 
     def publish(self, results: dict[str, Any], timings: dict[str, Any]) -> None:
         """Write both files whole."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import platform
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import scc_fast
 from scc_fast import attacks
 from scc_fast.api import image_seeds
 from scc_fast.attacks import Attack
@@ -108,6 +110,27 @@ class Judged:
     seconds: float
 
 
+def environment(device: torch.device) -> dict[str, Any]:
+    """Where numbers are made."""
+    cuda = device.type == "cuda"
+    return {
+        "torch": torch.__version__,
+        "scc_fast": scc_fast.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "device": torch.cuda.get_device_name(device) if cuda else "cpu",
+        "threads": torch.get_num_threads(),
+    }
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where what follows was made; see environment()."""
+
+    environment: dict[str, Any]
+
+
 class Worker:
     """The model, the data and the defenses of a run, loaded once.
 
@@ -170,6 +193,10 @@ class Worker:
             "traits": dataclasses.asdict(defense.traits),
             "config": _readable(dataclasses.asdict(defense.config)),
         }
+
+    def place(self) -> Place:
+        """Where this worker works."""
+        return Place(environment(self.model.device))
 
     def batches(self, limit: int | None = None) -> Iterator[tuple[int, int]]:
         """(place, images) of each batch of the first `limit` images."""

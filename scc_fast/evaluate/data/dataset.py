@@ -53,7 +53,8 @@ def open_dataset(
         protocol: "ttc" (the papers'), "open_clip" (the model's own), see ``PROTOCOLS``. Emoji for a
             model of 64 pixels pass unchanged, whichever is asked for: "bundled".
         n_samples: how many pictures, drawn without replacement: the first ``n_samples`` of
-            ``numpy.random.default_rng(seed).permutation(count)``, in ascending order. A smaller
+            ``numpy.random.default_rng(seed).permutation(count)``, in that order, for most sets on
+            disk are sorted by class; the bundled ones are mixed, and ascend. A smaller
             draw with the same seed is part of a larger one. None: all.
         seed: of that draw.
         download: let torchvision fetch what is missing.
@@ -118,10 +119,11 @@ def from_source(
     valid = np.flatnonzero((labels >= 0) & (labels < entry.n_classes))
     if len(valid) < len(labels):
         _warn(f"{entry.name}: {len(labels) - len(valid)} pictures have no valid label: left out")
-    indices = valid[_draw(len(valid), n_samples, seed, entry.name)]
+    mixed = entry.group == "bundled"
+    indices = valid[_draw(len(valid), n_samples, seed, entry.name, mixed)]
     facts = _facts(entry, source, labels[valid], known)
     facts |= {"protocol": chosen.name, **preparation.facts(), "template": template}
-    facts |= {"n": len(indices), "sampling_seed": None if n_samples is None else seed}
+    facts |= {"n": len(indices), "sampling_seed": None if mixed and n_samples is None else seed}
     facts |= {"classes": list(classes), "duplicate_prompts": duplicates}
     facts["prompts_sha256"] = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
     data = Dataset(
@@ -178,7 +180,7 @@ class Dataset:
         protocol: the name of how it was prepared.
         classes: cleaned names, by label.
         prompts: one per class, by label.
-        indices: which pictures of the split, ascending.
+        indices: which pictures of the split, in the order of batches.
     """
 
     name: str
@@ -298,10 +300,12 @@ def _protocol(entry: Entry, name: str, model: VisionLanguage) -> Protocol:
     return chosen
 
 
-def _draw(count: int, n_samples: int | None, seed: int, name: str) -> np.ndarray:
-    """Ascending places of the pictures that are taken out of ``count``."""
-    if n_samples is None:
-        return np.arange(count)
+def _draw(count: int, n_samples: int | None, seed: int, name: str, mixed: bool) -> np.ndarray:
+    """Places of the pictures that are taken out of ``count``; ascending where they are mixed.
+
+    The first of them are a fair draw, too: whoever can afford no more takes these.
+    """
+    n_samples = count if n_samples is None else n_samples
     for argument, value in (("n_samples", n_samples), ("seed", seed)):
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
             raise TypeError(f"{argument}: a whole number is needed, got {value!r}")
@@ -311,7 +315,8 @@ def _draw(count: int, n_samples: int | None, seed: int, name: str) -> np.ndarray
         )
     if seed < 0:
         raise ValueError(f"seed: must be at least 0, got {seed}")
-    return np.sort(np.random.default_rng(seed).permutation(count)[:n_samples])
+    drawn = np.random.default_rng(seed).permutation(count)[:n_samples]
+    return np.sort(drawn) if mixed else drawn
 
 
 def _groups(prompts: tuple[str, ...]) -> list[list[int]]:
