@@ -107,18 +107,3 @@ def test_what_goes_wrong_in_a_worker_is_one_line(tmp_path: Path, cluster: None) 
     wrong = Task("clean", 0.0, None, 0, 2, ("sccc",))
     with pytest.raises(RuntimeError, match=r"^a worker failed: ValueError: defense must be one of"):
         list(OnRay(setting(n_samples=2), run.store.facts, workers=1)([wrong], lambda task: None))
-
-
-class Deadly:
-    """Facts that end the process that reads them."""
-
-    def __reduce__(self) -> Any:
-        return os._exit, (1,)
-
-
-@pytest.mark.slow
-def test_a_batch_that_kills_every_worker_ends(tmp_path: Path, cluster: None) -> None:
-    task = Task("clean", 0.0, None, 0, 2, ("none",))
-    executor = OnRay(setting(n_samples=2), {}, workers=1)
-    with pytest.raises(RuntimeError, match="a worker died 4 times, of memory perhaps"):
-        list(executor([task], lambda task: Deadly()))  # type: ignore[arg-type, return-value]

@@ -21,7 +21,6 @@ from scc_fast.evaluate.store import differences
 from scc_fast.evaluate.worker import Judged, Made, Place, Setting, Task, Worker
 
 _AT_ONCE = 16  # batches of an actor that are handed out together: their images are in memory
-_RETRIES = 3
 
 
 @dataclass(frozen=True)
@@ -74,22 +73,17 @@ class OnRay:
             concurrency=min(workers, len(items)),
             num_cpus=self.cores,
             num_gpus=self.gpus,
-            max_restarts=_RETRIES,
-            max_task_retries=_RETRIES,
         )
-        try:
-            for row in found.iter_rows():
-                place, events = pickle.loads(row["found"])
-                if isinstance(events, str):
-                    raise RuntimeError(f"a worker failed: {events}")
-                for event in events:
-                    yield tasks[place], event
-        except ray.exceptions.RayError as error:
-            last = str(error).strip().splitlines()[-1]
-            raise RuntimeError(
-                f"a worker died {_RETRIES + 1} times, of memory perhaps: a smaller --batch or "
-                f"fewer --workers may help ({last})"
-            ) from None
+        failure = ""
+        for row in found.iter_rows():  # to its end: what the others have done is kept
+            place, events = pickle.loads(row["found"])
+            if isinstance(events, str):
+                failure = failure or events
+                continue
+            for event in events:
+                yield tasks[place], event
+        if failure:
+            raise RuntimeError(f"a worker failed: {failure}")
 
     def _room(self, ray: Any) -> int:
         """One actor a GPU, or as many as there are cores for."""
