@@ -14,6 +14,7 @@ import json
 import re
 import shutil
 import statistics
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,8 @@ from scc_fast.evaluate import command
 from scc_fast.evaluate.report import atomic, cell, write_json
 from scc_fast.evaluate.report_page import make_report
 from scc_fast.evaluate.rows import Row, wilson
-from scc_fast.evaluate.runner import Asked, environment
-from scc_fast.evaluate.worker import Setting, Worker
+from scc_fast.evaluate.runner import Asked
+from scc_fast.evaluate.worker import Setting, Worker, environment
 
 HERE = Path(__file__).parent
 STORED = HERE / "results" / "cpu" / "evaluation"
@@ -66,13 +67,17 @@ SWEEPS: dict[str, dict[str, str]] = {
     "temperature": {str(t): f"scc:gate=false:temperature={t}" for t in (0.25, 0.5, 1.0)},
     "budget, n/255": {str(n): f"scc:gate=false:epsilon={n}/255" for n in (1, 2, 4, 6, 8)},
 }
-CHEAP = {  # what a latency budget may choose from, beside the sweeps
+CHEAP = {  # what a latency budget may choose from, by passes
     "none": "none",
     "views": "views",
     "N_w 1, S 0": "scc:gate=false:warmup_steps=1:semantic=false",
     "N_w 1, S 1": "scc:gate=false:warmup_steps=1:semantic_steps=1",
     "N_w 2, S 0": "scc:gate=false:semantic=false",
     "N_w 1, S 2": "scc:gate=false:warmup_steps=1",
+    "N_w 2, S 1": "scc:gate=false:semantic_steps=1",
+    "N_w 2, S 2": "scc:gate=false:semantic_steps=2",
+    "N_w 3, S 2": "scc:gate=false:warmup_steps=3",
+    "6 views": flips_and_shifts(6),
 }
 
 
@@ -126,7 +131,14 @@ def gather(out: Path) -> None:
     test = next(f for f in folders if "validation" not in f.name)
     write_json(STORED / "gates.json", gates(test))
     sweeps(STORED, PAGE.parent / "results-sweeps.png")
-    make_report(STORED, STORED / "report")
+    with tempfile.TemporaryDirectory() as folder:  # the methods alone, without their variants
+        found = json.loads((STORED / test.name / "results.json").read_text())
+        found["rows"] = [row for row in found["rows"] if row["defense"] in TABLE]
+        write_json(Path(folder) / "results.json", found)
+        shutil.copyfile(STORED / test.name / "timings.json", Path(folder) / "timings.json")
+        make_report(Path(folder), STORED / "report")
+    for name in ("pareto", "adaptive", "epsilon"):
+        shutil.copyfile(STORED / "report" / f"{name}.png", PAGE.parent / f"results-{name}.png")
     write_page(STORED)
 
 
@@ -236,7 +248,7 @@ def tables(stored: Path) -> dict[str, list[str]]:
         "gates": _gates(json.loads((stored / "gates.json").read_text())),
         "controls": _grid(("none", "views", "ttc", "scc", "csr", "dbd"), controls, test),
         "leak": _leak(test),
-        "budgets": _grid((*CHEAP.values(), "scc:gate=false"), ablation, swept),
+        "budgets": _budgets(swept),
     }
 
 
@@ -251,6 +263,15 @@ def _cost(stored: Path, rows: dict[tuple[str, str, str], Row]) -> list[str]:
         words = ["yes" if traits[k] else "no" for k in ("random", "dynamic", "text", "gradients")]
         head = [name, f"{traits['forward']:g}", f"{traits['backward']:g}", f"{times[name]:.1f}"]
         lines.append("| " + " | ".join(head + words) + " |")
+    return lines
+
+
+def _budgets(rows: dict[tuple[str, str, str], Row]) -> list[str]:
+    lines = ["| what | F + B | clean | PGD-10, 4/255 |", "| --- |" + " --: |" * 3]
+    for name, spec in CHEAP.items():
+        clean, attacked = rows[spec, "clean", "0/255"], rows[spec, "pgd10", BUDGET]
+        passes = clean.traits["forward"] + clean.traits["backward"]
+        lines.append(f"| {name} | {passes:g} | {cell(clean)} | {cell(attacked)} |")
     return lines
 
 
@@ -269,14 +290,22 @@ def _gates(found: list[dict[str, Any]]) -> list[str]:
 
 
 def _leak(rows: dict[tuple[str, str, str], Row]) -> list[str]:
-    """Accuracy under PGD apart for what the undefended model gets right and wrong when clean."""
-    lines = ["| defense | right when clean | wrong when clean |", "| --- | --: | --: |"]
+    """Accuracy apart for what the undefended model gets right and wrong on clean pictures."""
+    columns = {
+        "right, attacked": ("pgd10", BUDGET),
+        "wrong, clean": ("clean", "0/255"),
+        "wrong, attacked": ("pgd10", BUDGET),
+        "wrong, attacked by own label": ("pgd-own10", BUDGET),
+    }
+    lines = ["| defense | " + " | ".join(columns) + " |", "| --- |" + " --: |" * len(columns)]
     for name in TABLE:
-        row = rows.get((name, "pgd10", BUDGET))
-        if row is None:
-            continue
         cells = []
-        for part in (row.clean_right, row.clean_wrong):
+        for title, key in columns.items():
+            row = rows.get((name, *key))
+            if row is None:
+                cells.append("–")
+                continue
+            part = row.clean_right if title.startswith("right") else row.clean_wrong
             low, high = (100 * end for end in wilson(part["hits"], part["n"]))
             cells.append(f"{part['hits']} of {part['n']} [{low:.1f}, {high:.1f}] %")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
@@ -309,19 +338,20 @@ def sweeps(stored: Path, path: Path) -> None:
 
 
 def times(out: Path, precision: str) -> None:
-    """Milliseconds an image of each method on 50 clean pictures, median of 5 rounds in turns."""
+    """Milliseconds an image of each method on 50 clean pictures, median of 3 rounds in turns."""
     setting = Setting(n_samples=50, precision=precision, device="cpu")
     worker = Worker(setting)
     x, _ = worker.data.batch(0, 50)
     found: dict[str, list[float]] = {name: [] for name in TABLE}
-    for turn in range(6):
+    for turn in range(4):
         for name in TABLE:
             began = time.perf_counter()
             worker.defense(name)(x, 0)
             if turn:  # the first warms up
                 found[name].append(1e3 * (time.perf_counter() - began) / 50)
     medians = {name: statistics.median(rounds) for name, rounds in found.items()}
-    facts = {**environment(worker.model.device), "precision": precision, "batch": 50, "rounds": 5}
+    facts = {**environment(worker.model.device), "precision": precision, "batch": 50, "rounds": 3}
+    out.mkdir(parents=True, exist_ok=True)
     write_json(out / "times.json", {"ms_per_image": medians, "environment": facts})
 
 
