@@ -82,9 +82,12 @@ class Context:
         flat = slope.flatten(0, 1)
         for rows, image, prompt in self._pieces(len(offset)):
             with torch.enable_grad():
-                leaf = offset.detach().requires_grad_()
-                found = self._run(prompt, leaf[image], keep)
-                total += torch.autograd.grad(found, leaf, flat[rows])[0]
+                leaf = offset.detach()[image].requires_grad_()
+                found = self._run(prompt, leaf, keep)
+            (gradient,) = torch.autograd.grad(found, leaf, flat[rows])
+            # By image, each a sum in one order: indexing's own way back has none on many threads.
+            for one in image.unique().tolist():
+                total[one] += gradient[image == one].sum(dim=0)
         return total
 
     def _pieces(self, images: int) -> list[tuple[Tensor, Tensor, Tensor]]:
