@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import torch
 from test_runner import BATCH, FOUR, results, run_in, setting
 
@@ -19,7 +20,6 @@ from scc_fast.evaluate.on_ray import OnRay
 from scc_fast.evaluate.runner import Asked
 from scc_fast.evaluate.worker import Made, Task
 
-ray = pytest.importorskip("ray")
 ASKED = Asked(("none", "ttc"), ("pgd3",), (FOUR,))
 N = 6 * BATCH
 
