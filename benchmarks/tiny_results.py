@@ -1,6 +1,6 @@
 """Everything that docs/results.md shows, with the public runner on the bundled model.
 
-    python benchmarks/tiny_results.py run table knowing ablation sweep   # hours; goes on
+    python benchmarks/tiny_results.py run         # a night; goes on where it stopped
     python benchmarks/tiny_results.py times       # on a machine that does nothing else
     python benchmarks/tiny_results.py gather      # into results/cpu/evaluation, and the page
 
@@ -35,7 +35,8 @@ STORED = HERE / "results" / "cpu" / "evaluation"
 PAGE = HERE.parent / "docs" / "results.md"
 ALL = (1 / 255, 2 / 255, 4 / 255)
 FOUR = ALL[-1:]
-BUDGET = "4/255"
+BUDGETS = ("1/255", "2/255", "4/255")
+BUDGET = BUDGETS[-1]
 TABLE = (
     "none", "rn", "views", "tte", "anti_adv", "hd", "ttc", "doc", "r_tpt", "scc", "csr", "dbd",
     "mac",
@@ -49,6 +50,7 @@ ABLATION = (
     "scc:views=paper:semantic=false",
 )
 CONTROLS = ("pgd-own10", "pgd-random10")
+CONTROLLED = ("none", "views", "ttc", "scc", "csr", "dbd")
 
 
 def flips_and_shifts(count: int) -> str:
@@ -82,16 +84,20 @@ CHEAP = {  # what a latency budget may choose from, by passes
 
 
 def stages(adaptive_n: int) -> dict[str, list[tuple[str, Asked]]]:
-    """(split, what is asked) of each stage."""
+    """(split, what is asked) of each stage; the validation split is asked for half the pictures."""
     every = [spec for values in (*SWEEPS.values(), CHEAP) for spec in values.values()]
     swept = tuple(dict.fromkeys(every))
     return {
         "table": [
             ("test", Asked(TABLE, ("pgd10",), ALL)),
-            ("test", Asked(TABLE, ("pgd100", "cw10", "aa", "autoattack", *CONTROLS), FOUR)),
+            ("test", Asked(TABLE, ("pgd100", "aa"), FOUR)),
         ],
+        "controls": [("test", Asked(CONTROLLED, CONTROLS, ALL))],
         "knowing": [("test", Asked(TABLE, ("adaptive",), FOUR, adaptive_n))],
-        "ablation": [("test", Asked(ABLATION, ("pgd10",), ALL))],
+        "ablation": [
+            ("test", Asked(ABLATION, ("pgd10",), FOUR)),
+            ("test", Asked(ABLATION[:1], ("pgd10",), ALL)),  # behind every gate
+        ],
         "sweep": [("validation", Asked(swept, ("pgd10",), FOUR))],
     }
 
@@ -105,7 +111,8 @@ def run(names: list[str], out: Path, n: int, adaptive_n: int, precision: str) ->
     with bar:
         for name in names:
             for split, asked in stages(adaptive_n)[name]:
-                setting = Setting(n_samples=n, split=split, precision=precision, device="cpu")
+                share = n if split == "test" else n // 2
+                setting = Setting(n_samples=share, split=split, precision=precision, device="cpu")
                 task = bar.add_task(name, total=None)
 
                 def start(_: str, total: int, done: int, task: Any = task) -> None:
@@ -226,7 +233,7 @@ def tables(stored: Path) -> dict[str, list[str]]:
     )
     oblivious = {
         "clean": ("clean", "0/255"),
-        **{f"PGD-10, {i}/255": ("pgd10", f"{i}/255") for i in (1, 2, 4)},
+        **{f"PGD-10, {eps}": ("pgd10", eps) for eps in BUDGETS},
         "PGD-100, 4/255": ("pgd100", BUDGET),
         "AutoAttack (apgd-ce, apgd-dlr), 4/255": ("aa", BUDGET),
         "worst of all, 4/255": ("worst", BUDGET),
@@ -236,17 +243,13 @@ def tables(stored: Path) -> dict[str, list[str]]:
         "clean": ("clean", "0/255"),
         "PGD-10, 4/255": ("pgd10", BUDGET),
     }
-    controls = {
-        "clean": ("clean", "0/255"),
-        **{name: (name, BUDGET) for name in ("pgd10", *CONTROLS)},
-    }
     return {
         "methods": _grid(TABLE, oblivious, test),
         "cost": _cost(stored, test),
         "knowing": _grid(TABLE, {name: (name, BUDGET) for name in aware}, test),
         "ablation": _grid(("scc", *ABLATION, "ttc", "views"), ablation, test),
         "gates": _gates(json.loads((stored / "gates.json").read_text())),
-        "controls": _grid(("none", "views", "ttc", "scc", "csr", "dbd"), controls, test),
+        "controls": _controls(test),
         "leak": _leak(test),
         "budgets": _budgets(swept),
     }
@@ -289,26 +292,44 @@ def _gates(found: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def _controls(rows: dict[tuple[str, str, str], Row]) -> list[str]:
+    """Accuracy under PGD that knows the label and under those that do not."""
+    attacks = ("pgd10", *CONTROLS)
+    lines = [
+        "| defense | budget | clean | " + " | ".join(attacks) + " |",
+        "| --- | --- |" + " --: |" * (1 + len(attacks)),
+    ]
+    for name in CONTROLLED:
+        for eps in BUDGETS:
+            cells = [cell(rows[name, "clean", "0/255"])]
+            cells += [cell(rows[name, attack, eps]) for attack in attacks]
+            lines.append(f"| {name} | {eps} | " + " | ".join(cells) + " |")
+    return lines
+
+
 def _leak(rows: dict[tuple[str, str, str], Row]) -> list[str]:
     """Accuracy apart for what the undefended model gets right and wrong on clean pictures."""
     columns = {
-        "right, attacked": ("pgd10", BUDGET),
-        "wrong, clean": ("clean", "0/255"),
-        "wrong, attacked": ("pgd10", BUDGET),
-        "wrong, attacked by own label": ("pgd-own10", BUDGET),
+        "right, clean": ("right", "clean"),
+        "right, attacked": ("right", "pgd10"),
+        "wrong, clean": ("wrong", "clean"),
+        "wrong, attacked": ("wrong", "pgd10"),
+        "wrong, by own label": ("wrong", "pgd-own10"),
+        "wrong, to a random class": ("wrong", "pgd-random10"),
     }
-    lines = ["| defense | " + " | ".join(columns) + " |", "| --- |" + " --: |" * len(columns)]
-    for name in TABLE:
-        cells = []
-        for title, key in columns.items():
-            row = rows.get((name, *key))
-            if row is None:
-                cells.append("–")
-                continue
-            part = row.clean_right if title.startswith("right") else row.clean_wrong
-            low, high = (100 * end for end in wilson(part["hits"], part["n"]))
-            cells.append(f"{part['hits']} of {part['n']} [{low:.1f}, {high:.1f}] %")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    lines = [
+        "| defense | budget | " + " | ".join(columns) + " |",
+        "| --- | --- |" + " --: |" * len(columns),
+    ]
+    for name in CONTROLLED:
+        for eps in BUDGETS:
+            cells = []
+            for side, attack in columns.values():
+                row = rows[name, attack, "0/255" if attack == "clean" else eps]
+                part = row.clean_right if side == "right" else row.clean_wrong
+                low, high = (100 * end for end in wilson(part["hits"], part["n"]))
+                cells.append(f"{part['hits']} of {part['n']} [{low:.1f}, {high:.1f}] %")
+            lines.append(f"| {name} | {eps} | " + " | ".join(cells) + " |")
     return lines
 
 
@@ -378,7 +399,7 @@ def main() -> None:
     parser.add_argument("stages", nargs="*")
     parser.add_argument("--out", type=Path, default=Path("tiny_results"))
     parser.add_argument("--n", type=int, default=1000)
-    parser.add_argument("--adaptive-n", type=int, default=200)
+    parser.add_argument("--adaptive-n", type=int, default=100)
     parser.add_argument("--precision", default="bf16")
     options = parser.parse_args()
     if options.what == "run":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -15,8 +16,9 @@ from torch import Tensor
 import scc_fast
 from scc_fast import attacks, tiny
 from scc_fast.attacks import BPDA, PGD, Attack, GateEvasion, PseudoLabel, ViewAware
-from scc_fast.attacks.adaptive import balanced, climb, random_start, step_sizes
+from scc_fast.attacks.adaptive import balanced, climb, cross_entropy, random_start, step_sizes
 from scc_fast.defenses import Defense, make_defense
+from scc_fast.defenses.base import Look
 
 EPS = 8 / 255
 ONE_STEP: dict[str, Any] = {"steps": 1, "alpha": 1 / 255, "momentum": 0}
@@ -112,6 +114,12 @@ def test_bpda_applies_the_gradient_at_the_repaired_picture_to_the_picture() -> N
     assert (np.sign(gradient) != np.sign(elsewhere)).any()  # the repair made a difference
 
 
+def test_a_certain_answer_still_has_a_slope() -> None:
+    logits = torch.tensor([[30.0, 0.0, -1.0]], requires_grad=True)
+    (slope,) = torch.autograd.grad(cross_entropy(logits, torch.tensor([0])).sum(), logits)
+    assert slope[0, 0] < 0
+
+
 def test_the_margin_loss_climbs_from_the_true_class_to_the_best_wrong_one() -> None:
     toy, x = Toy(weights()), images(4)
     start = random_start(x, seeds(4), EPS)
@@ -199,6 +207,8 @@ def test_the_gates_term_is_as_large_as_the_losss() -> None:
     torch.testing.assert_close(found[0], torch.ones(3, 2, 2))
     _, plain = BPDA(EPS).through(gated, x, labels(2), seeds(2))
     torch.testing.assert_close(found[1], plain[1] / plain[1].abs().mean())
+    _, heavy = GateEvasion(EPS, weight=3.0).through(gated, x, labels(2), seeds(2))
+    torch.testing.assert_close(heavy[0], torch.full((3, 2, 2), 3.0))
 
 
 # ----------------------------------------------------------------------- draws, batches, the start
@@ -214,6 +224,18 @@ def test_the_attackers_draws_are_its_own(eot: int) -> None:
     steps = [toy.points[at * eot : (at + 1) * eot] for at in range(4)]
     assert all(torch.equal(one, points[0]) for points in steps for one in points)
     assert not any(torch.equal(a[0], b[0]) for a, b in itertools.pairwise(steps))
+
+
+def test_views_and_guesses_are_drawn_anew_in_every_step() -> None:
+    class Noting(Guessing):
+        def views(self, x: Tensor, seeds: Tensor) -> Look:
+            self.keys += seeds.tolist()
+            return super().views(x, seeds)
+
+    for attack, draws in ((ViewAware(EPS, steps=4), 4), (PseudoLabel(EPS, steps=3, eot=2), 3 * 2)):
+        toy = Noting(weights())
+        attack.run(toy, images(2), labels(2), seeds(2))
+        assert len(set(toy.keys)) == len(toy.keys) == draws * 2
 
 
 def test_eot_averages_over_the_draws() -> None:
@@ -251,6 +273,16 @@ def test_a_batch_is_attacked_as_its_images_one_by_one(kind: type[Attack]) -> Non
         torch.testing.assert_close(alone, whole[rows], atol=1e-6, rtol=0)
 
 
+def test_the_pieces_of_a_batch_keep_their_own_seeds() -> None:
+    class Pieced(Toy):
+        def pieces(self, x: Tensor, seeds: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+            yield from zip(x.split(2), seeds.split(2), strict=True)
+
+    x, y, keys, attack = images(5), labels(5), seeds(5), BPDA(EPS, steps=3)
+    whole = attack.run(Toy(weights(), noise=0.1), x, y, keys)
+    torch.testing.assert_close(attack.run(Pieced(weights(), noise=0.1), x, y, keys), whole)
+
+
 @pytest.mark.parametrize("kind", ALL)
 def test_an_empty_batch_and_any_mode(kind: type[Attack]) -> None:
     toy, attack = Everything(weights(), noise=0.1), kind(EPS, steps=2)  # type: ignore[call-arg]
@@ -266,10 +298,11 @@ def test_an_empty_batch_and_any_mode(kind: type[Attack]) -> None:
         assert torch.equal(attack.run(toy, x, y, keys), found)
 
 
-def test_bpda_begins_where_the_view_aware_attack_ends() -> None:
+@pytest.mark.parametrize("options", [{}, {"alpha": 1 / 255}, {"momentum": 0.0}])
+def test_bpda_begins_where_the_view_aware_attack_ends(options: dict[str, Any]) -> None:
     toy, x = Toy(weights(), views=lambda x: torch.stack([x, x.flip(-1)])), images(3)
-    warm = ViewAware(EPS, steps=7, of="mean").run(toy, x, labels(3), seeds(3))
-    BPDA(EPS, steps=1, warmup=7).run(toy, x, labels(3), seeds(3))
+    warm = ViewAware(EPS, steps=7, of="mean", **options).run(toy, x, labels(3), seeds(3))
+    BPDA(EPS, steps=1, warmup=7, **options).run(toy, x, labels(3), seeds(3))
     torch.testing.assert_close(toy.points[0], warm, atol=1e-6, rtol=0)
 
 
@@ -334,8 +367,8 @@ def test_the_suite_of_a_defense() -> None:
         assert [one.name for one in suite] == names
         assert all(one.aware and one.epsilon == 2 / 255 for one in suite)
         assert [attacks.parse_attack(one.spec, 2 / 255) for one in suite] == suite
-        quick = attacks.adaptive_suite(target, 2 / 255, quick=True)
-        assert [one.name for one in quick] == ["view-aware", "bpda"]
+    specs = [one.spec for one in attacks.adaptive_suite(defense("scc"), 2 / 255)]
+    assert specs == ["view-aware:steps=30", *full[1:]]
 
 
 def test_an_attack_that_does_not_suit_says_why() -> None:

@@ -237,6 +237,21 @@ def test_what_is_fooled_leaves_and_the_rest_goes_on(monkeypatch: pytest.MonkeyPa
     assert torch.equal(attacked[stays], kept[2].images[place[int(np.argmax(highest))]])
 
 
+def test_a_later_run_that_fools_counts_whatever_its_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[Tensor] = []
+
+    def scripted(evaluate: Any, x: Tensor, start: Tensor, **options: Any) -> apgd.Climb:
+        runs.append((x + 0.01 * (1 + len(runs))).clamp(0, 1))
+        loss = torch.tensor([3.0 - len(runs)])  # lower each time; the second run fools
+        return apgd.Climb(runs[-1], loss, torch.tensor([len(runs) == 2]), loss)
+
+    monkeypatch.setattr(apgd, "climb", scripted)
+    attack = parse_attack("apgd-ce5:restarts=3", 8 / 255)
+    attacked = attack.run(target_of(), *drawn(1), torch.tensor([50]))
+    assert len(runs) == 2
+    assert torch.equal(attacked, runs[1])
+
+
 def test_the_goals_are_the_likeliest_wrong_classes() -> None:
     x, labels = drawn(3)
     labels = (labels + torch.tensor([0, 1, 0])) % 201

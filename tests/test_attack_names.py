@@ -83,6 +83,8 @@ ERRORS = {
     "pgd:steps=true": "steps must be a whole number >= 1, got True",
     "pgd:alpha=2": "alpha.*got 2",
     "pgd:alpha=NaN": "alpha.*nan",
+    "pgd:alpha=null": "alpha.*got None",
+    "transfer:source=tiny:alpha=null": "alpha.*got None",
     "square100": "square has no steps; it has queries",
     "square:queries=0": "queries must be a whole number >= 1, got 0",
     "apgd-ce:restarts=0": "restarts must be a whole number >= 1, got 0",

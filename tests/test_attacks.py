@@ -266,6 +266,16 @@ def test_a_prompt_that_is_there_twice_is_one_class(spec: str) -> None:
         assert moved(attack.run(twice, x, shown, seeds), expected) < 5e-3
 
 
+@pytest.mark.filterwarnings("ignore:classes has duplicates")
+def test_cw_has_no_rival_with_the_words_of_the_true_class() -> None:
+    x, own = drawn(1)
+    few = (tiny.prompts()[int(own)], "a map", "a boat")
+    labels, seeds, attack = torch.tensor([0]), torch.tensor([50]), parse_attack("cw3", 4 / 255)
+    once = attack.run(target_of("tiny", few), x, labels, seeds)
+    twice = attack.run(target_of("tiny", (*few, few[0])), x, labels, seeds)
+    assert moved(once, twice) < 1e-2
+
+
 # --------------------------------------------------------------------------------- the controls
 
 
@@ -324,6 +334,13 @@ def test_transfer_goes_through_the_sources_resize() -> None:
     found = attacks.Transfer(**settings, steps=3, source="tiny").run(target, x, labels, seeds)
     assert moved(found, textbook(loss, x, start, **settings, steps=3)) < 2e-3
     assert loss(found) > loss(start)
+
+
+@pytest.mark.filterwarnings("ignore:classes has duplicates")
+def test_a_random_class_needs_a_second_one() -> None:
+    attack = parse_attack("pgd-random10", 4 / 255)
+    assert attack.suits(make_defense("none", model_of("tiny"), ("a cat", "a dog")))
+    assert not attack.suits(make_defense("none", model_of("tiny"), ("a cat", "A  cat")))
 
 
 def test_transfer_needs_the_prompts() -> None:

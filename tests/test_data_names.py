@@ -69,7 +69,10 @@ def test_the_catalogue_holds_the_papers_sets() -> None:
         ("oxfordpet", "pets"), ("Flowers102", "flowers"), ("FGVC-Aircraft", "fgvc_aircraft"),
         ("StanfordCars", "cars"), ("wds/vtab/dtd", "dtd"), ("vtab/caltech101", "caltech101"),
         ("wds/imagenet1k", "imagenet1k"), ("COVID-19", "covid_19"), ("KneeXray", "kneexray"),
-        ("PCAM", "pcam"), ("Emoji", "emoji"),
+        ("PCAM", "pcam"), ("Emoji", "emoji"), ("STL-10", "stl10"), ("DermaMNIST", "dermamnist"),
+        ("vtab/cifar10", "cifar10"), ("vtab-cifar10", "cifar10"), ("wds_vtab-dtd", "dtd"),
+        ("food", "food101"), ("ILSVRC2012", "imagenet1k"), ("ImageNet-2012", "imagenet1k"),
+        ("oxford-iiit-pets", "pets"),
     ],
 )  # fmt: skip
 def test_spellings(spelling: str, name: str) -> None:

@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 import torchvision
 from data_on_disk import NAMES, accept_checksums, pixels, write
+from data_pieces import save
 from PIL import Image
 
-from scc_fast.evaluate.data.readers import DEFAULT_SPLITS, canonical, read
+from scc_fast.evaluate.data.catalogue import CATALOGUE
+from scc_fast.evaluate.data.readers import read
 from scc_fast.evaluate.data.source import MissingData
 
 # split, number of classes and the first three of them, as the papers and the real files have them
@@ -139,38 +141,38 @@ def test_sun397_is_in_the_order_of_its_paths(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spelling", "name"),
+    ("folder", "name"),
     [
-        *((name, name) for name in NAMES),
-        ("CIFAR-10", "cifar10"),
-        ("CIFAR-100", "cifar100"),
-        ("STL-10", "stl10"),
-        ("ImageNet", "imagenet1k"),
-        ("OxfordPets", "pets"),
+        ("food", "food101"),
+        ("ILSVRC2012", "imagenet1k"),
+        ("imagenet2012", "imagenet1k"),
+        ("oxford-iiit-pets", "pets"),
         ("Flowers102", "flowers"),
-        ("StanfordCars", "cars"),
-        ("FGVC-Aircraft", "fgvc_aircraft"),
-        ("FGVCAircraft", "fgvc_aircraft"),
-        ("EuroSAT", "eurosat"),
-        ("PCAM", "pcam"),
         ("COVID-19", "covid_19"),
-        ("DermaMNIST", "dermamnist"),
-        ("wds/cifar10", "cifar10"),
-        ("wds/vtab/cifar10", "cifar10"),
-        ("vtab/cifar10", "cifar10"),
         ("wds_vtab-caltech101", "caltech101"),
     ],
 )
-def test_spellings(spelling: str, name: str) -> None:
-    assert canonical(spelling) == name
+def test_a_folder_has_any_spelling_that_a_name_has(folder: str, name: str, tmp_path: Path) -> None:
+    for kind in ("this", "that"):
+        save(tmp_path / folder / kind / "0.png", 0, 0)
+    for decoy in ("digits", f"{folder}+", "food+"):
+        save(tmp_path / decoy / "decoy" / "0.png", 0, 0)
+    for spelling in (folder, name):
+        for root in (tmp_path, tmp_path / folder):
+            source = read(spelling, root)
+            assert (source.name, source.classes) == (name, ("that", "this"))
 
 
 def test_names_that_are_none(tmp_path: Path) -> None:
-    assert set(DEFAULT_SPLITS) == set(NAMES) == set(EXPECTED)
+    on_disk = {entry.name for entry in CATALOGUE.values() if entry.group != "bundled"}
+    assert on_disk == set(NAMES) == set(EXPECTED)
     for name in ("mnist", "", "cifar", "cifar1000", "xcifar10"):
-        with pytest.raises(ValueError, match=r"name should be one of cifar10, .*got"):
+        with pytest.raises(ValueError, match=f"dataset: {name!r} is none of cifar10, "):
             read(name, tmp_path)
-    with pytest.raises(TypeError, match="name should be a string, got 10"):
+    for name in ("digits", "emoji"):
+        with pytest.raises(ValueError, match=f"dataset: {name} has no files to read"):
+            read(name, tmp_path)
+    with pytest.raises(TypeError, match="dataset: a name is needed, got int"):
         read(10, tmp_path)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="root should be a path, got None"):
         read("cifar10", None)  # type: ignore[arg-type]

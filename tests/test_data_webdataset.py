@@ -211,6 +211,14 @@ def test_odd_but_right_members(tmp_path: Path) -> None:
     assert np.array_equal(source.picture(2), pixels(0, 0))
 
 
+def test_a_picture_has_the_label_of_its_key(tmp_path: Path) -> None:
+    a, b = encoded(0, 0, "png"), encoded(2, 0, "png")
+    by_hand(tmp_path / "pets", ("a.cls", b"0"), ("b.cls", b"2"), ("b.png", b), ("a.png", a))
+    source = read("pets", tmp_path)
+    assert source.labels == (2, 0)
+    assert np.array_equal(source.picture(0), pixels(2, 0))
+
+
 def test_a_picture_that_is_broken_is_named(tmp_path: Path) -> None:
     path = by_hand(tmp_path / "pets", ("a.cls", b"0"), ("a.webp", b"RIFF, but not quite"))
     source = read("pets", tmp_path)
@@ -289,3 +297,12 @@ def test_split_files(tmp_path: Path) -> None:
     (folder / "split_other.json").write_text("{}")
     with pytest.raises(ValueError, match="holds several split files"):
         read("btmri", tmp_path)
+
+
+def test_the_classes_of_a_split_file_are_in_the_order_of_their_labels(tmp_path: Path) -> None:
+    names = ("benign", "malignant", "normal")
+    folder_of(tmp_path / "BUSI", names)
+    rows = [[f"{names[label]}/0.png", label, names[label]] for label in (2, 0, 1)]
+    (tmp_path / "BUSI" / "split_BUSI.json").write_text(json.dumps({"test": rows}))
+    source = read("busi", tmp_path)
+    assert (source.classes, source.labels) == (names, (2, 0, 1))

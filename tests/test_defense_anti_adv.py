@@ -183,6 +183,19 @@ def test_it_grows_surer_of_the_first_guess() -> None:
     assert torch.equal(defense.guess(x, image_seeds(0, 8)).pictures[0], x)
 
 
+def test_a_guess_that_is_lost_on_the_way_is_still_pursued() -> None:
+    config: dict[str, Any] = {"alpha": 0.1, "epsilon": 0.3}
+    defense, x = toyed(AntiAdv, steps=3, **config), dots(8)
+    # The encoder's gradient gets the wrong sign: the first guess grows less sure
+    want = by_hand(defense, x, -0.1, 0.3)
+    one = by_hand(toyed(AntiAdv, steps=1, **config), x, -0.1, 0.3)
+    first, then = (exact_logits(defense, x.numpy() + gamma).argmax(1) for gamma in (0, one))
+    assert (first != then).any()
+    toy = defense.encode
+    defense.encode = lambda pixels: 2 * toy(pixels).detach() - toy(pixels)
+    np.testing.assert_allclose(defense.run(x, image_seeds(0, 8)).delta.numpy(), want, atol=1e-6)
+
+
 def test_certainty_does_not_hide_the_gradient() -> None:
     """Where float32 says p = 1, the slope of the label's own logit would be lost."""
     defense, x = toyed(AntiAdv, scale=120.0), dots(6)

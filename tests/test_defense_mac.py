@@ -76,6 +76,8 @@ def test_colors_blur_and_affine_of_each_picture_are_torchvision_s() -> None:
         torch.testing.assert_close(ours(x, factor), want, atol=1e-6, rtol=0)
     want = torch.stack([TF.gaussian_blur(p, 5, float(s)) for p, s in zip(x, sigma, strict=True)])
     torch.testing.assert_close(augment.gaussian_blur(x, sigma), want, atol=1e-6, rtol=0)
+    with pytest.raises(ValueError, match="larger than 2x2 to be blurred over 5 pixels, got 2x9"):
+        augment.gaussian_blur(torch.zeros(len(sigma), 3, 2, 9), sigma)
     angle, shift = (
         torch.tensor([5.0, -3.0, 0.0]),
         torch.tensor([[2.0, -1.0], [0.0, 3.0], [1.0, 1.0]]),

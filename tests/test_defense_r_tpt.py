@@ -74,6 +74,7 @@ class Line:
         self.group = torch.tensor([0, 1, 2, 3, 4, 1])  # class 5 has the words of class 1
         self.start = torch.zeros(1, 2, 3)
         self.passes: list[str] = []
+        self.keeps: list[float] = []
 
     def features(self, offset: Tensor, keep: float = 1.0) -> Tensor:
         self.passes.append("forward")
@@ -81,6 +82,7 @@ class Line:
 
     def pull(self, offset: Tensor, slope: Tensor, keep: float = 1.0) -> Tensor:
         self.passes.append("pull")
+        self.keeps.append(keep)
         return torch.einsum("bkd,kid->bi", slope, self.map).view_as(offset)
 
 
@@ -144,6 +146,18 @@ def test_one_step_and_the_weighted_sum_by_hand(steps: int) -> None:
     assert not outcome.delta.any()
     assert outcome.drift.isnan().all()
     assert not outcome.flagged.any()
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_the_decay_is_the_whole_contexts(steps: int) -> None:
+    """At a rate where 1 − 0.01·rate shows, in the words and in what the slope is taken with."""
+    defense, x, seeds = lined(steps=steps, learning_rate=1.0), dots(4), image_seeds(6, 4)
+    defense.context.map = defense.context.map / 9  # else the offset hides the words
+    features = defense.features(defense.views(x, seeds))
+    want = by_hand(defense, features.numpy())[1]
+    got = defense._tuned(features)[:, defense.context.group]
+    np.testing.assert_allclose(got.numpy(), want, atol=1e-3)
+    assert defense.context.keeps == pytest.approx([0.99**at for at in range(steps)])
 
 
 def test_the_self_similarity_as_published() -> None:

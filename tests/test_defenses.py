@@ -53,11 +53,21 @@ def test_specs() -> None:
         ("scc{3}", r"is not JSON"),
         ("scc:taus=1", r"has no field 'taus'"),
         ("scc:epsilon=4", r"write 4/255"),
+        ('scc:semantic=false{"gate": false}', r"either :FIELD=VALUE or in {…}, got both"),
+        ("scc:tau=0.1:tau=0.9", r"tau is given twice"),
     ],
 )
 def test_wrong_specs(spec: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         made(spec)
+
+
+@pytest.mark.parametrize("method", DEFENSES)
+def test_a_callers_autocast_changes_nothing(method: str) -> None:
+    x, defense = pictures("tiny", 2), made(method)
+    calm = defense.run(x, SEEDS[:2])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(defense.run(x, SEEDS[:2]).logits, calm.logits)
 
 
 @pytest.mark.parametrize("method", ["none", "rn", "views", "ttc", "scc"])

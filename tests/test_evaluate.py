@@ -20,7 +20,15 @@ from scc_fast.evaluate.groups import groups
 from scc_fast.evaluate.report import cell, comparison_figure, table, write_json
 from scc_fast.evaluate.report_page import make_report
 from scc_fast.evaluate.robustbench import entries
-from scc_fast.evaluate.rows import Row, format_rows, row_of, wilson, worst_of
+from scc_fast.evaluate.rows import (
+    AttackFailed,
+    Row,
+    check_attack,
+    format_rows,
+    row_of,
+    wilson,
+    worst_of,
+)
 
 
 @pytest.mark.parametrize(
@@ -45,10 +53,10 @@ def test_the_interval_holds_the_accuracy() -> None:
             assert 0 <= low <= hits / n <= high <= 1, (hits, n)
 
 
-def row(defense: str, title: str, eps: str, right: str) -> Row:
+def row(defense: str, title: str, eps: str, right: str, clean: str | None = None) -> Row:
     return row_of(
         right,
-        "1" * len(right),
+        "1" * len(right) if clean is None else clean,
         defense=defense,
         method=defense,
         attack="clean" if title == "clean" else title.lower(),
@@ -82,6 +90,20 @@ def test_rows() -> None:
     assert ROWS[0].flagged is None
     assert worst_of(["1101", "1011", "111"]) == "100"
     assert [("of" in one) for one in format_rows([found, ROWS[0]])] == [False, False]
+
+
+@pytest.mark.parametrize(
+    ("kept", "right", "fails"),
+    [(10, 10, True), (91, 100, True), (90, 100, False), (0, 0, False)],
+)
+def test_an_attack_must_cost_a_tenth_of_what_was_right(kept: int, right: int, fails: bool) -> None:
+    after, before = ("1" * count + "0" * (200 - count) for count in (kept, right))
+    found = row("none", "PGD-10", "1/255", after, before)
+    if not fails:
+        check_attack(found)
+        return
+    with pytest.raises(AttackFailed, match=f"keeps {kept} of the {right}"):
+        check_attack(found)
 
 
 def test_the_terminal_table() -> None:
@@ -271,6 +293,23 @@ def test_autoattack_is_the_standard_one_alone(
     write(tmp_path, [result("scc", attack, 50, attack_settings=usual)])
     (entry,) = entries(groups(read(tmp_path))).values()
     assert (entry["autoattack_acc"], entry["paper_autoattack_acc"]) == (own, papers)
+
+
+def test_an_entry_says_no_more_than_was_measured(tmp_path: Path) -> None:
+    usual = {"attack": "autoattack", "steps": 100, "queries": 5000, "complete": False}
+    still = {"forward": 1, "backward": 0, "random": True, "dynamic": False}
+    noisy: dict[str, Any] = {"attack_settings": usual, "traits": still}
+    rows = [
+        result("scc:semantic=false", "pgd10", 600),
+        result("rn", "autoattack", 50, eps="1/255", **noisy),
+        result("rn", "autoattack", 20, eps="4/255", **noisy),
+    ]
+    write(tmp_path, rows)
+    found = {e["results"][0]["attack"]: e for e in entries(groups(read(tmp_path))).values()}
+    assert found["pgd10"]["reported"] is None  # the papers' SCC has its semantic step
+    entry = found["autoattack"]
+    assert (entry["eps"], entry["autoattack_acc"]) == ("4/255", "2.00")
+    assert (entry["unreliable"], entry["dynamic"]) == (True, False)
 
 
 def test_entries_that_are_no_more_are_removed_and_nothing_else(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import math
@@ -15,6 +16,7 @@ import pytest
 from scc_fast.evaluate import paper
 from scc_fast.evaluate.cells import Cell, average, pooled, printed
 from scc_fast.evaluate.collect import Measure, read
+from scc_fast.evaluate.data import CATALOGUE
 from scc_fast.evaluate.groups import groups, paper_attack, titles
 from scc_fast.evaluate.tables import (
     Line,
@@ -134,7 +136,7 @@ def test_reads_what_the_runner_writes(tmp_path: Path) -> None:
         3,
     )
     assert (clean.attack, clean.accuracy, clean.ms) == ("clean", 0.8, None)
-    assert (robust.hits, robust.eps, robust.ms, robust.attack_ms) == (412, "1/255", 12.5, None)
+    assert (robust.hits, robust.eps, robust.ms) == (412, "1/255", 12.5)
     assert robust.right is not None
     assert (robust.right.n, robust.right.hits) == (800, 206)
     assert paper_attack(robust) == "pgd10"
@@ -144,6 +146,12 @@ def test_budgets_are_one_however_they_are_written(tmp_path: Path) -> None:
     rows = [row("scc", "pgd10", eps=0.01568627450980392), row("scc", eps=None)]
     write(tmp_path, rows)
     assert [one.eps for one in read(tmp_path)[0].measures] == ["4/255", "0/255"]
+
+
+def test_a_row_of_no_image_is_left_out(tmp_path: Path) -> None:
+    empty = {**row("scc"), "n": 0, "hits": 0, "accuracy": 0.0, "ci_low": 0.0, "ci_high": 1.0}
+    write(tmp_path, [empty, row("ttc")])
+    assert [one.defense for one in read(tmp_path)[0].measures] == ["ttc"]
 
 
 def _cut(path: Path) -> None:
@@ -263,6 +271,8 @@ def test_average_over_sets(tmp_path: Path) -> None:
     assert (cell.value, cell.spread, cell.seeds) == pytest.approx((63.0, 4.242641, 2))
     mixed = average([sets[0], measures(tmp_path / "e", (700, 1000))])
     assert mixed.text() == "61.0 (2 sets, seeds differ)"
+    others = [dataclasses.replace(one, seed=one.seed + 5) for one in sets[1]]  # as many
+    assert average([sets[0], others]).text() == "63.0 (2 sets, seeds differ)"
     assert average([[], []]) == Cell()
 
 
@@ -294,12 +304,11 @@ def test_published_figures_are_numbers_of_known_sets() -> None:
     assert paper.SWITCHES[False, True]["sun397"].robust == "48.0"
 
 
-@pytest.mark.parametrize(
-    ("name", "key"),
-    [("vtab/pcam", "pcam"), ("Oxford Pets", "pets"), ("ImageNet", "imagenet1k"), ("emoji", None)],
-)
-def test_known_sets(name: str, key: str | None) -> None:
-    assert paper.known_set(name) == key
+def test_every_set_of_the_papers_has_its_published_column() -> None:
+    for group, sets in (("natural", paper.SETS), ("medical", paper.MEDICAL)):
+        names = [entry.name for entry in CATALOGUE.values() if entry.group == group]
+        assert list(sets) == names == [paper.known_set(name) for name in names]
+    assert paper.known_set("emoji") is None
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,15 @@ def by_name(rows: list[Row]) -> dict[tuple[str, str], Row]:
     return {(row.defense, row.attack): row for row in rows}
 
 
+def put(run: Run, spec: str, epsilon: float, *right: str) -> None:
+    """What "none" got right under an attack, batch by batch; "" is a batch that is not there."""
+    folder = run.store.attack(spec, epsilon, runner._settings(spec, epsilon))
+    for batch, bits in enumerate(right):
+        if bits:
+            task = Task(spec, epsilon, None, batch, len(bits), ("none",))
+            folder.keep(task, Judged("none", bits, "", (), 1.0))
+
+
 def test_rows_are_what_the_defenses_say(whole: Path) -> None:
     rows = by_name(run_in(whole).rows())
     assert set(rows) == {
@@ -107,6 +117,7 @@ def test_files(whole: Path) -> None:
     times = {(r["defense"], r["attack"]): r for r in json.loads(timings.read_text())["rows"]}
     assert times["rn", "pgd3"]["ms_per_image"] > 0
     assert times["rn", "pgd3"]["attack_ms_per_image"] > 0
+    assert times["rn", "bpda:steps=1:warmup=1"]["attack_ms_per_image"] > 0
     assert times["rn", "clean"]["attack_ms_per_image"] is None
     images = sorted(path.relative_to(whole).parts[1:] for path in whole.rglob("*.safetensors"))
     assert [parts[-2:] for parts in images if parts[0].startswith("pgd3")] == [
@@ -202,6 +213,93 @@ def test_more_defenses_attacks_and_images_come_to_what_is_there(
     )
 
 
+def test_rows_stay_while_more_images_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    some = Asked(("none",), ("bpda:steps=1:warmup=1",), (FOUR,), adaptive_n=2)
+    before = {key: row.n for key, row in by_name(run_in(tmp_path).go(some)).items()}
+    assert before["none", "bpda:steps=1:warmup=1"] == before["none", "worst"] == 2
+    more = run_in(tmp_path)
+    more.__class__ = Unplugged
+    monkeypatch.setattr(Unplugged, "after", 0)
+    with pytest.raises(Stop):
+        more.go(replace(some, adaptive_n=None))
+    assert {key: row.n for key, row in by_name(more.publish()).items()} == before
+    rows = by_name(run_in(tmp_path).go(replace(some, adaptive_n=None)))
+    assert rows["none", "worst"].n == rows["none", "bpda:steps=1:warmup=1"].n == N
+
+
+def test_the_fewest_images_asked_for_count(tmp_path: Path) -> None:
+    store = run_in(tmp_path).store
+    folder = store.attack("bpda", FOUR)
+    store.wants(folder, {"none": 1, "rn": 2})
+    store.wants(folder, {"none": 3})
+    assert store.wanted(folder) == {"none": 1, "rn": 2}
+
+
+def test_a_row_that_is_not_whole_is_not_shown(tmp_path: Path) -> None:
+    run = run_in(tmp_path)
+    put(run, "clean", 0.0, "11", "11", "1")
+    put(run, "pgd3", FOUR, "11", "10")
+    assert {row.attack for row in run.rows()} == {"clean"}
+    put(run, "pgd3", FOUR, "", "", "0")
+    assert by_name(run.rows())["none", "pgd3"].hits == 3
+
+
+def test_images_behind_a_short_batch_do_not_count(tmp_path: Path) -> None:
+    """Three images were asked for after one, and the second batch came first."""
+    run = run_in(tmp_path)
+    put(run, "clean", 0.0, "11", "11", "1")
+    put(run, "bpda", FOUR, "1", "0")
+    run.store.wants(run.store.attack("bpda", FOUR), {"none": 1})
+    row = by_name(run.rows())["none", "bpda"]
+    assert (row.n, row.hits) == (1, 1)
+
+
+def test_the_worst_is_over_every_attack_of_its_own_budget(tmp_path: Path) -> None:
+    run = run_in(tmp_path)
+    put(run, "clean", 0.0, "11", "11", "0")
+    put(run, "pgd3", 1 / 255, "01", "11", "1")
+    put(run, "bpda", 1 / 255, "11", "01", "1")
+    put(run, "pgd3", FOUR, "10", "11", "1")
+    put(run, "bpda", FOUR, "10", "00", "0")
+    worst = {row.eps: row for row in run.rows() if row.attack == "worst"}
+    assert {eps: row.hits for eps, row in worst.items()} == {"1/255": 2, "4/255": 1}
+    assert worst["1/255"].of == ["clean", "pgd3", "bpda"]
+
+
+def test_lines_that_are_no_records_are_done_again(tmp_path: Path, whole: Path) -> None:
+    run_in(tmp_path).go(ASKED)
+    for file in tmp_path.rglob("records.jsonl"):
+        first, *others = file.read_bytes().splitlines(keepends=True)
+        record = json.loads(first)
+        torn = [{**record, "right": 5}, {k: v for k, v in record.items() if k != "flagged"}, [], 7]
+        bad = [json.dumps(line).encode() + b"\n" for line in torn]
+        file.write_bytes(b"".join([*bad, b"\xff" + first, *others]))
+    made: list[str] = []
+    run_in(tmp_path).go(ASKED, tick=made.append)
+    assert len(made) == len(list(tmp_path.rglob("records.jsonl")))
+    assert results(tmp_path) == results(whole)
+
+
+def test_one_attack_in_two_spellings_is_one(tmp_path: Path) -> None:
+    asked = Asked(attacks=("pgd10", "pgd", "pgd:steps=10", "clean", "pgd100"))
+    assert asked.attacks == ("pgd10", "clean", "pgd100")
+    asked = Asked(("none",), ("adaptive", "view-aware30"), (FOUR,))
+    owned = {task.attack for task in run_in(tmp_path, n_samples=1).tasks(asked) if task.owner}
+    assert owned == {"view-aware30", "bpda"}
+
+
+def test_nothing_is_flagged_where_there_is_no_gate(tmp_path: Path) -> None:
+    asked = Asked(("ttc", "scc:gate=false"), ("clean",))
+    run = run_in(tmp_path, n_samples=2)
+    rows = by_name(run.go(asked))
+    found = run.worker.defense("ttc")(run.worker.data.batch(0, 2)[0], image_seeds(3, 2))
+    assert rows["ttc", "clean"].flagged == float(found.flagged.double().mean())
+    assert rows["scc:gate=false", "clean"].flagged is None
+    assert rows["none", "clean"].flagged is None
+
+
 def test_other_settings_are_refused(tmp_path: Path) -> None:
     run = run_in(tmp_path, n_samples=2)
     run.go(Asked(("none",), ("clean",)))
@@ -219,6 +317,19 @@ def test_other_settings_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"run\.json: not what the runner wrote there"):
         run_in(tmp_path, n_samples=2)
     file.write_bytes(before)
+
+
+def test_an_attack_or_a_defense_with_other_settings_is_refused(tmp_path: Path) -> None:
+    store = run_in(tmp_path).store
+    facts = {"title": "PGD-3", "aware": False, "settings": {"alpha": 1}}
+    for _ in range(2):
+        store.attack("pgd3", FOUR, facts)
+    with pytest.raises(ValueError, match="the attack had other settings"):
+        store.attack("pgd3", FOUR, {**facts, "settings": {"alpha": 2}})
+    store.describe({"ttc": {"config": {"steps": 2}}})
+    with pytest.raises(ValueError, match="ttc had other settings"):
+        store.describe({"ttc": {"config": {"steps": 3}}})
+    assert store.defenses()["ttc"]["config"] == {"steps": 2}
 
 
 def test_two_processes_do_not_do_the_same(tmp_path: Path) -> None:
@@ -291,6 +402,8 @@ def test_images_are_kept_rounded_and_held_to_the_ball(tmp_path: Path) -> None:
     attack = PGD(epsilon=FOUR)
     edge = torch.full_like(x, FOUR).half()
     assert float((restored(x, edge, attack, 0) - x).max()) <= FOUR
+    for held in (restored(x, -edge, attack, 0), restored(x + 1, edge, attack, 0)):
+        assert 0 <= held.min() <= held.max() <= 1
     for wrong, message in (
         (edge * 1.01, "not within the budget"),
         (edge * torch.nan, "not within the budget"),

@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import scc_fast
 from scc_fast import tiny
 from scc_fast.attacks import Unrolled
-from scc_fast.attacks.unrolled import step_count, straight_sign, unrolled
+from scc_fast.attacks.unrolled import _Sight, step_count, straight_sign, unrolled
 from scc_fast.config import IDENTITY, SCCConfig, TTCConfig, View
 from scc_fast.defenses import SCC, TTC, Defense, make_defense
 from scc_fast.reference import heads, philox
@@ -60,6 +60,19 @@ def test_the_straight_through_sign_by_hand() -> None:
     # c / mean|g|: the means are 2, 0 and 1e-9
     expected = torch.tensor([[0.25] * 3, [0.0] * 3, [0.5e9] * 3])
     torch.testing.assert_close(back.flatten(1), expected)
+
+
+def test_a_pixel_that_the_box_holds_passes_the_steps_gradient() -> None:
+    sight: Any = object.__new__(_Sight)
+    sight.x, sight.slope = torch.ones(1, 3, 2, 2), 0.0
+    sight.target = SimpleNamespace(config=SimpleNamespace(epsilon=8 / 255, alpha=1 / 255))
+    delta = torch.zeros_like(sight.x, requires_grad=True)
+    pixels = sight.x + delta
+    features = pixels.flatten(1)[None]
+    moved = sight.step(delta, features, pixels, torch.ones_like(features))
+    assert not moved.any()
+    (slope,) = torch.autograd.grad(moved.sum(), delta)
+    assert torch.equal(slope, torch.ones_like(slope))
 
 
 def test_one_step_of_ttc_by_hand() -> None:

@@ -50,7 +50,9 @@ class Attack(ABC):
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name in ("epsilon", "alpha") and value is not None:
+            if value is None and field.default is None:
+                continue
+            if field.name in ("epsilon", "alpha"):
                 object.__setattr__(self, field.name, parse_budget(field.name, value))
             elif field.name in ("steps", "eot", "queries", "restarts") and (
                 type(value) is not int or value < 1

@@ -56,6 +56,9 @@ class PGDRandom(PGD):
     def title(self) -> str:
         return f"PGD-{self.steps} (random target)"
 
+    def suits(self, target: Defense) -> bool:
+        return len(target.table.distinct) > 1
+
     def _loss(self, target: Defense, x: Tensor, labels: Tensor, seeds: Tensor) -> Loss:
         goals = wrong_classes(Distinct.of(target, labels), seeds)
         return lambda logits: -cross_entropy(logits, goals)

@@ -8,7 +8,7 @@ from scc_fast.attacks.unrolled import Unrolled
 from scc_fast.defenses.base import Defense
 
 
-def adaptive_suite(target: Defense, epsilon: float, *, quick: bool = False) -> list[Attack]:
+def adaptive_suite(target: Defense, epsilon: float) -> list[Attack]:
     """The attacks on a defense whose worst per image is to be reported, cheapest first.
 
     None of them contains another: which is the strongest depends on the defense and the image.
@@ -16,10 +16,7 @@ def adaptive_suite(target: Defense, epsilon: float, *, quick: bool = False) -> l
     Args:
         target: the defense.
         epsilon: budget, pixel units in [0, 1).
-        quick: only the view-aware one and BPDA, of 10 steps: for a first look.
     """
-    if quick:
-        return [ViewAware(epsilon, steps=10), BPDA(epsilon, steps=10)]
     every = (
         ViewAware(epsilon, steps=30),
         PseudoLabel(epsilon),

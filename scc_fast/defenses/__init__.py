@@ -45,13 +45,18 @@ def parse_defense(spec: str) -> tuple[str, dict[str, Any]]:
     Values are JSON where they can be read as such, else text.
 
     Raises:
-        ValueError: an unknown name, a part without "=", or what follows a brace is no JSON.
+        ValueError: an unknown name, a part without "=", a field given twice, both ways at once, or
+            what follows a brace is no JSON.
     """
     head, brace, rest = spec.partition("{")
     name, *parts = head.split(":")
     if name not in DEFENSES:
         raise ValueError(f"defense must be one of {', '.join(DEFENSES)}; got {spec!r}")
     if brace:
+        if parts:
+            raise ValueError(
+                f"defense {spec!r}: fields must be either :FIELD=VALUE or in {{…}}, got both"
+            )
         try:
             return name, json.loads(brace + rest)
         except json.JSONDecodeError as error:
@@ -61,6 +66,8 @@ def parse_defense(spec: str) -> tuple[str, dict[str, Any]]:
         key, equals, text = part.partition("=")
         if not equals or not key:
             raise ValueError(f"defense {spec!r}: {part!r} must be FIELD=VALUE")
+        if key in config:
+            raise ValueError(f"defense {spec!r}: {key} is given twice")
         try:
             config[key] = json.loads(text)
         except json.JSONDecodeError:

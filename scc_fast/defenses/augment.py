@@ -170,9 +170,18 @@ def hue(x: Tensor, turn: Tensor) -> Tensor:
 
 
 def weighted_blur(x: Tensor, weights: Tensor, padding: str = "reflect") -> Tensor:
-    """Separable blur with each picture's own weights (n, 2r + 1) in both directions."""
+    """Separable blur with each picture's own weights (n, 2r + 1) in both directions.
+
+    Raises:
+        ValueError: a picture of r pixels or fewer, in which nothing can be reflected.
+    """
     reach = weights.shape[1] // 2
     height, width = x.shape[-2:]
+    if padding == "reflect" and min(height, width) <= reach:
+        raise ValueError(
+            f"pictures must be larger than {reach}x{reach} to be blurred over {2 * reach + 1} "
+            f"pixels, got {height}x{width}"
+        )
     wide = F.pad(x, (reach,) * 4, mode=padding)
     taps = range(weights.shape[1])
     factors = weights.T[..., None, None, None]

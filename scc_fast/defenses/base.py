@@ -145,8 +145,9 @@ class Defense(ABC):
     # ------------------------------------------------------------------------- the same for all
 
     def run(self, x: Tensor, seeds: Tensor) -> Outcome:
-        """The defense on x (B, 3, H, W) in [0, 1], unchecked, without gradients."""
-        with torch.inference_mode(False), torch.no_grad():
+        """The defense on x (B, 3, H, W) in [0, 1], unchecked, without gradients or autocast."""
+        plain = torch.autocast(x.device.type, enabled=False)
+        with torch.inference_mode(False), torch.no_grad(), plain:
             found = self.repair(x, seeds)
             logits = found.read(self.features(found))
         return Outcome(logits, found.delta, found.drift, found.flagged)

@@ -33,7 +33,7 @@ class Measure:
         accuracy, low, high: with its 95 % interval, in [0, 1].
         right, wrong: the images that the undefended model gets right (wrong) when clean.
         flagged: share of the images that the gate took as attacked; None without a gate.
-        ms, attack_ms: milliseconds an image, of the defense and of the attack; None if not known.
+        ms: milliseconds an image, of the defense; None if not known.
         of: the attacks that a "worst" row is over.
     """
 
@@ -57,7 +57,6 @@ class Measure:
     settings: dict[str, Any]
     of: tuple[str, ...]
     ms: float | None = None
-    attack_ms: float | None = None
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -173,10 +172,6 @@ class _Fields:
     def maybe(self, name: str, kind: type[T]) -> T | None:
         return None if self.value.get(name) is None else self.get(name, kind)
 
-    def either(self, name: str, other: str, kind: type[T]) -> T | None:
-        """A field that has two spellings."""
-        return self.maybe(name if name in self.value else other, kind)
-
     def inside(self, name: str) -> _Fields:
         return _Fields(self.path, f"{self.where}.{name}".strip("."), self.get(name, dict))
 
@@ -201,8 +196,7 @@ def _run(path: Path) -> Run:
     for index, value in enumerate(top.get("rows", list)):
         measure = _measure(_Fields(path, f"rows[{index}]", value))
         if measure is not None:
-            ms, attack_ms = times.get(measure.key, (None, None))
-            measures.append(dataclasses.replace(measure, ms=ms, attack_ms=attack_ms))
+            measures.append(dataclasses.replace(measure, ms=times.get(measure.key)))
     name, asked = data.get("name", str), data.get("n", int)
     pictures = data.maybe("pictures", int)
     whole = pictures is not None and asked >= pictures
@@ -217,19 +211,19 @@ def _run(path: Path) -> Run:
         ),
         data=Data(
             name,
-            data.either("paper", "paper_name", str) or name,
+            data.maybe("paper", str) or name,
             data.optional("split", str, ""),
             data.optional("protocol", str, ""),
             _text(data.value.get("template")),
             data.optional("prompts_sha256", str, ""),
-            "" if whole else _text(data.either("sampling_seed", "sample_seed", int)),
+            "" if whole else _text(data.maybe("sampling_seed", int)),
         ),
         seed=run.get("seed", int),
         asked=asked,
         pictures=pictures,
-        expected=data.either("pictures_expected", "expected", int),
+        expected=data.maybe("pictures_expected", int),
         classes=_size(data.value.get("classes")),
-        duplicates=_size(data.value.get("duplicate_prompts", data.value.get("duplicates"))) or 0,
+        duplicates=_size(data.value.get("duplicate_prompts")) or 0,
         environments=_environments(top),
         measures=_once(path, measures),
     )
@@ -320,8 +314,8 @@ def _once(path: Path, measures: Sequence[Measure]) -> tuple[Measure, ...]:
     return tuple(measures)
 
 
-def _times(path: Path) -> dict[tuple[str, str, str], tuple[float | None, float | None]]:
-    """(defense, attack, eps) -> milliseconds an image, of defense and attack."""
+def _times(path: Path) -> dict[tuple[str, str, str], float | None]:
+    """(defense, attack, eps) -> milliseconds an image, of the defense."""
     if not path.exists():
         return {}
     found = {}
@@ -329,5 +323,5 @@ def _times(path: Path) -> dict[tuple[str, str, str], tuple[float | None, float |
         row = _Fields(path, f"rows[{index}]", value)
         attack = row.get("attack", str)
         key = row.get("defense", str), attack, _budget(row, attack)
-        found[key] = row.maybe("ms_per_image", float), row.maybe("attack_ms_per_image", float)
+        found[key] = row.maybe("ms_per_image", float)
     return found

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from scc_fast.config import parse_epsilon
-from scc_fast.evaluate.on_ray import OnRay
+from scc_fast.evaluate.on_ray import Driver, OnRay
 from scc_fast.evaluate.rows import Row
 from scc_fast.evaluate.runner import Asked, Run
 from scc_fast.evaluate.worker import Setting, Worker
@@ -87,8 +87,9 @@ def run_all(
     outcomes = []
     first: Worker | None = None
     for setting in settings:
-        worker = Worker(
-            setting, None if first is None else first.model, None if first is None else first.data
+        loaded = (None, None) if first is None else (first.model, first.data)
+        worker = (
+            Worker(setting, *loaded) if cluster is None else Driver(setting, cluster.gpus, *loaded)
         )
         first = worker if first is None else first
         run = Run(setting, out, worker)

@@ -6,6 +6,7 @@ batch alone, so that the results are those of one process.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -14,13 +15,58 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from scc_fast.evaluate.data import default_root
+from scc_fast.evaluate.data import Dataset, default_root
 from scc_fast.evaluate.store import differences
 from scc_fast.evaluate.worker import Judged, Made, Place, Setting, Task, Worker
+from scc_fast.models import VisionLanguage
 
 _AT_ONCE = 16  # batches of an actor that are handed out together: their images are in memory
+
+
+class Driver(Worker):
+    """The run's own worker where actors do the tasks: its facts are theirs.
+
+    Args:
+        setting: of the run.
+        gpus: of an actor; this process needs none.
+        model, dataset: where the caller has loaded them.
+
+    Raises:
+        ValueError: another device than the actors have.
+    """
+
+    def __init__(
+        self,
+        setting: Setting,
+        gpus: float,
+        model: VisionLanguage | None = None,
+        dataset: Dataset | None = None,
+    ) -> None:
+        kind = "cuda" if gpus else "cpu"
+        if setting.device not in (None, kind):
+            raise ValueError(
+                f"--device {setting.device} with --engine ray and --gpus {gpus:g}: an actor is on "
+                "CUDA with --gpus above 0 and else on the CPU; leave --device out"
+            )
+        self._asked = setting.precision
+        self._elsewhere = kind == "cuda" and not torch.cuda.is_available()
+        here = replace(setting, device="cpu" if self._elsewhere else kind)
+        if self._elsewhere:  # this CPU may have no arithmetic for what GPUs are asked for
+            here = replace(here, precision="auto")
+        super().__init__(here, model, dataset)
+
+    def facts(self) -> dict[str, Any]:
+        facts = super().facts()
+        if self._elsewhere:
+            bare = self.defense("none").bare
+            # What engine.serve makes of "auto" on a GPU that has bfloat16.
+            reduced = bare.precision == "fp32" and bare.engine == "runner"
+            auto = "bf16" if reduced else bare.precision
+            facts["model"]["precision"] = auto if self._asked == "auto" else self._asked
+        return facts
 
 
 @dataclass(frozen=True)
@@ -29,11 +75,15 @@ class OnRay:
 
     Args:
         setting: of the run; each actor loads its own model and data.
-        facts: what the run's results depend on; an actor for which they differ is refused.
+        facts: what the run's results depend on; an actor for which they differ is refused. It
+            computes in their precision, whatever "auto" would be on its device.
         workers: how many actors; None: as many as the cluster has room for.
         cores: CPU cores, and threads, of an actor without a GPU.
         gpus: of an actor, may be a fraction; 0 runs on the CPU.
         address: of a cluster ("auto" takes the one this machine is part of); None starts one here.
+
+    Raises:
+        ValueError: in the call, where an actor fits on no node that is up.
     """
 
     setting: Setting
@@ -50,7 +100,8 @@ class OnRay:
         if not ray.is_initialized():
             ray.init(address=self.address or "local", log_to_driver=False, logging_level="error")
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-        workers = min(self.workers or self._room(ray), len(tasks))
+        room = self._room(ray)
+        workers = min(self.workers or room, len(tasks))
         for start in range(0, len(tasks), _AT_ONCE * workers):
             yield from self._some(ray, tasks[start : start + _AT_ONCE * workers], kept, workers)
 
@@ -65,10 +116,12 @@ class OnRay:
         device = "cuda" if self.gpus else "cpu"
         # Files are named from where this process stands, which an actor does not share.
         root = (self.setting.root or default_root()).absolute()
-        setting = replace(self.setting, root=root, device=device)
+        precision = self.facts["model"]["precision"]
+        setting = replace(self.setting, root=root, device=device, precision=precision)
+        threads = None if self.gpus else self.cores
         found = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
             _Actor,
-            fn_constructor_args=(setting, self.facts, None if self.gpus else self.cores),
+            fn_constructor_args=(setting, self.facts, threads, os.getcwd()),
             batch_size=1,
             concurrency=min(workers, len(items)),
             num_cpus=self.cores,
@@ -86,17 +139,38 @@ class OnRay:
             raise RuntimeError(f"a worker failed: {failure}")
 
     def _room(self, ray: Any) -> int:
-        """One actor a GPU, or as many as there are cores for."""
-        there = ray.cluster_resources()
-        if self.gpus:
-            return max(1, int(there.get("GPU", 0) / self.gpus))
-        return max(1, int(there.get("CPU", 1)) // self.cores)
+        """How many actors the nodes that are up hold.
+
+        Raises:
+            ValueError: none at all; Ray would wait for such a node without a word.
+        """
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        room = sum(self._holds(node) for node in nodes)
+        if not room:
+            # GPUs count first where they are asked for.
+            sizes = [(node.get("GPU", 0), node.get("CPU", 0)) for node in nodes] or [(0, 0)]
+            gpus, cores = max(sizes, key=lambda size: size if self.gpus else size[::-1])
+            asked = f"--gpus {self.gpus:g} and " if self.gpus else ""
+            raise ValueError(
+                f"{asked}--cores {self.cores}: no node has so much for an actor, the largest has "
+                f"GPU {gpus:g} and CPU {cores:g}; nodes must be up before the run begins"
+            )
+        return room
+
+    def _holds(self, node: dict[str, float]) -> int:
+        """How many actors a node with these resources holds."""
+        by_cores = int(node.get("CPU", 0) / self.cores)
+        return min(by_cores, int(node.get("GPU", 0) / self.gpus)) if self.gpus else by_cores
 
 
 class _Actor:
     """A worker in a process of its own, made with its first batch."""
 
-    def __init__(self, setting: Setting, facts: dict[str, Any], threads: int | None) -> None:
+    def __init__(
+        self, setting: Setting, facts: dict[str, Any], threads: int | None, folder: str
+    ) -> None:
+        with contextlib.suppress(OSError):  # another machine's may not have it, nor need it
+            os.chdir(folder)  # where model files are named from
         self.setting, self.facts, self.threads = setting, facts, threads
         self.worker: Worker | None = None
 
@@ -116,8 +190,6 @@ class _Actor:
     def _made(self) -> Worker:
         if self.worker is None:
             if self.threads is not None:
-                import torch
-
                 torch.set_num_threads(self.threads)
             worker = Worker(self.setting)
             other = differences(self.facts, json.loads(json.dumps(worker.facts())))

@@ -68,7 +68,7 @@ def paper_tables(groups: Sequence[Group]) -> list[Table]:
 def _set_tables(
     kind: str,
     groups: Sequence[Group],
-    sets: Mapping[str, str],
+    sets: Sequence[str],
     attack: str,
     eps: str,
     published: Mapping[str, paper.Figures],
@@ -82,7 +82,7 @@ def _set_tables(
     found = []
     for protocol in dict.fromkeys(group.data.protocol for group in some):
         same = [group for group in some if group.data.protocol == protocol]
-        found.append(_set_table(kind, same, list(sets), attack, eps, published))
+        found.append(_set_table(kind, same, sets, attack, eps, published))
     return found
 
 

@@ -65,10 +65,10 @@ class Asked:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "defenses", tuple(dict.fromkeys(("none", *self.defenses))))
-        object.__setattr__(self, "attacks", tuple(dict.fromkeys(self.attacks)))
+        alike: dict[str, str] = {}  # "pgd10" and "pgd:steps=10" are one; the first spelling stays
         for spec in self.attacks:
-            if spec not in (CLEAN, ADAPTIVE):
-                attacks.parse_attack(spec, 4 / 255)
+            alike.setdefault(_plainly(spec), spec)
+        object.__setattr__(self, "attacks", tuple(alike.values()))
         for spec in self.defenses:
             parse_defense(spec)
         grid = (round(255 * e) / 255 if abs(255 * e % 1 - 0.5) > 0.499999 else e for e in self.eps)
@@ -124,7 +124,9 @@ class Run:
             for owner in asked.defenses:
                 target = self.worker.defense(owner)
                 suite = attacks.adaptive_suite(target, epsilon) if ADAPTIVE in asked.attacks else []
-                for spec in dict.fromkeys((*asked.attacks, *(one.spec for one in suite))):
+                alike = {one.spec: one.spec for one in suite}
+                alike.update((_plainly(spec), spec) for spec in asked.attacks)
+                for spec in alike.values():
                     if spec in (CLEAN, ADAPTIVE):
                         continue
                     attack = attacks.parse_attack(spec, epsilon)
@@ -383,6 +385,11 @@ def _in_order(
         yield records[spec, batch]
         whole = len(records[spec, batch]["right"]) == size
         batch += 1
+
+
+def _plainly(spec: str) -> str:
+    """One spelling for all specs of the same attack."""
+    return spec if spec in (CLEAN, ADAPTIVE) else attacks.parse_attack(spec, 4 / 255).spec
 
 
 def _settings(spec: str, epsilon: float) -> dict[str, Any]:

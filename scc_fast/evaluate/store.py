@@ -32,6 +32,14 @@ from scc_fast.evaluate.report import atomic, write_json
 from scc_fast.evaluate.worker import CLEAN, Judged, Made, Task
 
 FORMAT = 1
+_RECORD = {
+    "defense": str,
+    "batch": int,
+    "right": str,
+    "flagged": str,
+    "drift": list,
+    "seconds": float,
+}
 
 
 class Busy(RuntimeError):
@@ -95,15 +103,17 @@ class AttackFolder:
     epsilon: float
 
     def records(self) -> dict[tuple[str, int], dict[str, Any]]:
-        """What has been judged, by defense and batch. A line that was cut short is not there."""
+        """What has been judged, by defense and batch. A line that was damaged is not there."""
         found: dict[tuple[str, int], dict[str, Any]] = {}
         file = self.path / "records.jsonl"
         if not file.exists():
             return found
-        for line in file.read_text(encoding="utf-8").splitlines():
+        for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 record = json.loads(line)
-                found[record["defense"], record["batch"]] = record
+                kinds = {key: type(record[key]) for key in _RECORD}
+                if kinds == _RECORD:
+                    found[record["defense"], record["batch"]] = record
             except (json.JSONDecodeError, KeyError, TypeError):
                 continue
         return found
@@ -266,11 +276,15 @@ class Store:
         return (self._read("environments.json") or {"environments": []})["environments"]
 
     def wants(self, folder: AttackFolder, counts: dict[str, int]) -> None:
-        """Keep how many images an attack that knows the defense was asked for, by defense."""
+        """Keep how many images an attack that knows the defense was asked for, by defense.
+
+        The fewest count, so that a row that was known stays when more are asked for, and grows.
+        """
         with locked(self.folder, wait=True):
             name = f"{folder.path.name}/asked.json"
             known = self._read(name) or {}
-            write_json(self.folder / name, {**known, **counts})
+            fewest = {spec: min(n, known.get(spec, n)) for spec, n in counts.items()}
+            write_json(self.folder / name, {**known, **fewest})
 
     def wanted(self, folder: AttackFolder) -> dict[str, int]:
         """What wants() kept."""

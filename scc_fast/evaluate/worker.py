@@ -224,7 +224,7 @@ class Worker:
             found = defense(seen, self._seeds(start, stop, False))
             answer = found.labels  # waits for the device
             seconds = time.perf_counter() - began
-            gated = not bool(torch.isnan(found.drift).all())
+            gated = getattr(defense.config, "gate", True) and not found.drift.isnan().all()
             flagged = _bits(found.flagged) if gated else ""
             drift = tuple(round(value, 5) for value in found.drift.tolist()) if gated else ()
             yield Judged(spec, _bits(answer == labels), flagged, drift, seconds)

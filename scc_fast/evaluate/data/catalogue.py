@@ -35,7 +35,6 @@ class Entry:
         size: how many pictures it has.
         n_classes: how many classes, pictures or not.
         template: of its prompts, with {} for the class.
-        on_disk: what the reader expects, in words.
         clean: class name on disk -> class name in prompts.
         table: the names by label, where what is on disk does not tell them.
         spellings: other names that it goes by.
@@ -49,7 +48,6 @@ class Entry:
     size: int
     n_classes: int
     template: str
-    on_disk: str
     clean: Clean = cn.as_stored
     table: Callable[[], Table] | None = None
     spellings: tuple[str, ...] = ()
@@ -127,8 +125,6 @@ _KNEE = _rows(
     ("severe", "severe osteoarthritis", "4severe"),
 )
 
-_TV = "torchvision.datasets."
-_FOLDERS = "<split>/<class>/<picture>, or BiomedCoOp's split_<name>.json"
 _999 = (
     "names are open_clip's; the label file of the TTC release has 999 of the 1000 classes, without "
     "n03710637 (maillot)"
@@ -142,63 +138,58 @@ def _medical(
     name: str, paper: str, size: int, classes: int, template: str, table: Callable[[], Table]
 ) -> Entry:
     return Entry(
-        name, paper, "test", size, classes, template, _FOLDERS, cn.spaced, table,
+        name, paper, "test", size, classes, template, cn.spaced, table,
         group="medical", note=_SPLIT,
     )  # fmt: skip
 
 
 _ENTRIES = (
-    Entry("cifar10", "CIFAR10", "test", 10_000, 10, _PLAIN, _TV + "CIFAR10"),
-    Entry("cifar100", "CIFAR100", "test", 10_000, 100, _PLAIN, _TV + "CIFAR100"),
-    Entry("stl10", "STL10", "test", 8_000, 10, _PLAIN, _TV + "STL10"),
+    Entry("cifar10", "CIFAR10", "test", 10_000, 10, _PLAIN),
+    Entry("cifar100", "CIFAR100", "test", 10_000, 100, _PLAIN),
+    Entry("stl10", "STL10", "test", 8_000, 10, _PLAIN),
     Entry(
-        "imagenet1k", "ImageNet", "val", 50_000, 1000, _PLAIN, _TV + "ImageNet",
-        table=cn.imagenet, spellings=("imagenet-1k", "imagenet1k-unverified"), note=_999,
+        "imagenet1k", "ImageNet", "val", 50_000, 1000, _PLAIN, table=cn.imagenet,
+        spellings=("imagenet-1k", "imagenet1k-unverified", "ilsvrc2012", "imagenet2012"), note=_999,
     ),
     Entry(
-        "caltech101", "Caltech101", "all", 8_677, 101, _PLAIN, _TV + "Caltech101",
-        cn.caltech101, note=_PERSON,
+        "caltech101", "Caltech101", "all", 8_677, 101, _PLAIN, cn.caltech101, note=_PERSON,
     ),
+    Entry("caltech256", "Caltech256", "all", 30_607, 257, _CAPITAL, cn.caltech256),
     Entry(
-        "caltech256", "Caltech256", "all", 30_607, 257, _CAPITAL, _TV + "Caltech256", cn.caltech256
-    ),
-    Entry(
-        "pets", "OxfordPets", "test", 3_669, 37, "A photo of a {}, a type of pet.",
-        _TV + "OxfordIIITPet", cn.spaced, spellings=("oxfordpet", "oxford_iiit_pet"),
+        "pets", "OxfordPets", "test", 3_669, 37, "A photo of a {}, a type of pet.", cn.spaced,
+        spellings=("oxfordpet", "oxford_iiit_pet", "oxford_iiit_pets"),
     ),
     Entry(
         "flowers", "Flowers102", "test", 6_149, 102, "A photo of a {}, a type of flower.",
-        _TV + "Flowers102", cn.spaced, cn.flowers, ("oxford_flowers", "oxford_flowers102"),
+        cn.spaced, cn.flowers, ("oxford_flowers", "oxford_flowers102"),
     ),
     Entry(
         "fgvc_aircraft", "FGVCAircraft", "test", 3_333, 100,
-        "A photo of a {}, a type of aircraft.", _TV + "FGVCAircraft, variants", cn.aircraft,
-        spellings=("aircraft",),
+        "A photo of a {}, a type of aircraft.", cn.aircraft, spellings=("aircraft",),
     ),
     Entry(
-        "cars", "StanfordCars", "test", 8_041, 196, _CAPITAL, _TV + "StanfordCars", cn.cars,
+        "cars", "StanfordCars", "test", 8_041, 196, _CAPITAL, cn.cars,
         spellings=("stanford_cars",), note=_YEAR,
     ),
-    Entry("sun397", "SUN397", "all", 108_754, 397, _PLAIN, _TV + "SUN397", cn.sun397),
+    Entry("sun397", "SUN397", "all", 108_754, 397, _PLAIN, cn.sun397),
     Entry(
         "country211", "Country211", "test", 21_100, 211, "A photo I took in {}.",
-        _TV + "Country211", table=cn.countries,
+        table=cn.countries,
     ),
     Entry(
-        "food101", "Food101", "test", 25_250, 101, "A photo of {}, a type of food.",
-        _TV + "Food101", cn.spaced,
+        "food101", "Food101", "test", 25_250, 101, "A photo of {}, a type of food.", cn.spaced,
+        spellings=("food",),
     ),
     Entry(
         "eurosat", "EuroSAT", "all", 27_000, 10, "A centered satellite photo of {}.",
-        _TV + "EuroSAT", cn.spaced, _EUROSAT,
+        cn.spaced, _EUROSAT,
     ),
     Entry(
-        "dtd", "DTD", "test", 1_880, 47, "A surface with a {} texture.",
-        _TV + "DTD, partition 1", cn.spaced, spellings=("describable_textures",),
+        "dtd", "DTD", "test", 1_880, 47, "A surface with a {} texture.", cn.spaced,
+        spellings=("describable_textures",),
     ),
     Entry(
-        "pcam", "PCAM", "test", 32_768, 2, _PLAIN, _TV + "PCAM", cn.spaced, _PCAM,
-        ("patch_camelyon",),
+        "pcam", "PCAM", "test", 32_768, 2, _PLAIN, cn.spaced, _PCAM, ("patch_camelyon",),
     ),
     _medical("busi", "BUSI", 236, 3, "An ultrasound image of a breast with {}.", _BUSI),
     _medical("btmri", "BTMRI", 1_717, 4, "An MRI scan of {}.", _BTMRI),
@@ -208,10 +199,10 @@ _ENTRIES = (
     _medical("kneexray", "KneeXray", 1_656, 5, "A knee X-ray with {} osteoarthritis.", _KNEE),
     Entry(
         "digits", "digits", "all", 1_797, 10, 'a photo of the digit "{}".',
-        "none: scikit-learn brings it", table=_rows(*"0123456789"), group="bundled",
+        table=_rows(*"0123456789"), group="bundled",
     ),
     Entry(
-        "emoji", "emoji", "test", 2_000, 201, "a photo of a {}", "none: pictures are generated",
+        "emoji", "emoji", "test", 2_000, 201, "a photo of a {}",
         group="bundled", note="the number of pictures is a convention: they are generated",
     ),
 )  # fmt: skip
@@ -223,21 +214,29 @@ NAMES: tuple[str, ...] = tuple(CATALOGUE)
 def find(name: str) -> Entry:
     """The data set of a name, in clip-benchmark's or the papers' spelling, whatever its case.
 
-    clip-benchmark's prefixes ("wds/", "vtab/") may stand in front.
+    clip-benchmark's prefixes may stand in front: "wds/cifar10", "wds/vtab/cifar10",
+    "vtab-cifar10" and "wds_vtab-cifar10" are all "cifar10".
 
     Raises:
         TypeError: not a string. ValueError: no such data set; lists what there is.
     """
     if not isinstance(name, str):
         raise TypeError(f"dataset: a name is needed, got {type(name).__name__}")
-    entry = _BY_KEY.get(_key(re.sub(r"^(wds/)?(vtab[/-])?", "", name.strip().lower())))
+    entry = known(name)
     if entry is None:
         raise ValueError(f"dataset: {name!r} is none of {', '.join(NAMES)}")
     return entry
 
 
+def known(name: str) -> Entry | None:
+    """As :func:`find`, but None where there is no such data set: of a folder, say."""
+    bare = re.sub(r"^(wds[/_-])?(vtab[/_-])?", "", name.strip().lower())
+    return _BY_KEY.get(_key(bare))
+
+
 def _key(name: str) -> str:
-    return re.sub(r"[^a-z0-9]", "", name.lower())
+    # Other signs stay: "food101+" may be another data set
+    return re.sub(r"[\s/_.-]", "", name.lower())
 
 
 _BY_KEY = {_key(word): e for e in _ENTRIES for word in (e.name, e.paper, *e.spellings)}

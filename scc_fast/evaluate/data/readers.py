@@ -5,55 +5,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from scc_fast.evaluate.data.catalogue import Entry, find, known
 from scc_fast.evaluate.data.imagefolder import class_folders, read_folder, read_split_file
 from scc_fast.evaluate.data.source import MissingData, Source
 from scc_fast.evaluate.data.torchvision_sets import LAYOUTS, read_torchvision
 from scc_fast.evaluate.data.webdataset import has_shards, read_webdataset
-
-# The split the papers evaluate. "all": the whole set, because it has no agreed split.
-DEFAULT_SPLITS: dict[str, str] = {
-    "cifar10": "test",
-    "cifar100": "test",
-    "stl10": "test",
-    "imagenet1k": "val",
-    "caltech101": "all",
-    "caltech256": "all",
-    "pets": "test",
-    "flowers": "test",
-    "fgvc_aircraft": "test",
-    "cars": "test",
-    "sun397": "all",
-    "country211": "test",
-    "food101": "test",
-    "eurosat": "all",
-    "dtd": "test",
-    "pcam": "test",
-    "busi": "test",
-    "btmri": "test",
-    "chmnist": "test",
-    "covid_19": "test",
-    "dermamnist": "test",
-    "kneexray": "test",
-}
-MEDICAL = ("busi", "btmri", "chmnist", "covid_19", "dermamnist", "kneexray")
-
-_OTHER_SPELLINGS: dict[str, tuple[str, ...]] = {
-    "imagenet1k": ("imagenet", "ilsvrc2012", "imagenet2012", "imagenet1kunverified"),
-    "pets": ("oxfordpets", "oxfordpet", "oxfordiiitpet", "oxfordiiitpets"),
-    "flowers": ("flowers102", "oxfordflowers", "oxfordflowers102"),
-    "dtd": ("describabletextures",),
-    "food101": ("food",),
-    "cars": ("stanfordcars",),
-    "fgvc_aircraft": ("aircraft",),
-    "pcam": ("patchcamelyon",),
-}
-
-# Spelling, in small letters and digits alone, to the name clip-benchmark uses
-NAMES: dict[str, str] = {
-    spelling: name
-    for name in DEFAULT_SPLITS
-    for spelling in (re.sub(r"[^a-z0-9]", "", name), *_OTHER_SPELLINGS.get(name, ()))
-}
 
 _SAME_SPLIT: dict[tuple[str, str], tuple[str, ...]] = {
     ("imagenet1k", "test"): ("val",),  # clip-benchmark calls ImageNet's val "test"
@@ -101,28 +57,6 @@ _PAGES: dict[str, str] = {
 }
 
 
-def canonical(name: str) -> str:
-    """The name clip-benchmark uses, for it, the papers' spelling, or a prefixed form.
-
-    "CIFAR-10", "cifar10", "wds/cifar10", "wds/vtab/cifar10" and "vtab-cifar10" all give "cifar10".
-
-    Raises:
-        TypeError: not a string.
-        ValueError: no data set of that name; the message lists those there are.
-    """
-    if not isinstance(name, str):
-        raise TypeError(f"name should be a string, got {name!r}")
-    found = _known(name)
-    if found is None:
-        raise ValueError(f"name should be one of {', '.join(DEFAULT_SPLITS)}; got {name!r}")
-    return found
-
-
-def _known(name: str) -> str | None:
-    bare = re.sub(r"^(wds[/_-])?(vtab[/_-])?", "", name.lower())
-    return NAMES.get(re.sub(r"[\s/_.-]", "", bare))
-
-
 def read(name: str, root: Path, split: str | None = None, download: bool = False) -> Source:
     """The pictures of a data set under ``root``: names and labels now, pictures when asked for.
 
@@ -135,9 +69,9 @@ def read(name: str, root: Path, split: str | None = None, download: bool = False
        one; BiomedCoOp's ``root/<name>/split_<name>.json``; ImageNet's ``root/val/<wordnet id>``.
 
     Args:
-        name: of the data set, in any spelling that ``canonical`` takes.
+        name: of the data set, in any spelling that ``catalogue.find`` takes.
         root: the folder that holds the data sets; for 2 and 3 also that of the data set itself.
-        split: None for the one the papers use (``DEFAULT_SPLITS``). Where that is "all" and only a
+        split: None for the one the papers use (``Entry.split``). Where that is "all" and only a
             "test" part lies there, as in clip-benchmark's EuroSAT, it is "test": see
             ``Source.split``.
         download: let torchvision fetch what is nowhere under ``root``.
@@ -147,24 +81,27 @@ def read(name: str, root: Path, split: str | None = None, download: bool = False
         ValueError: an unknown name or split, or files that are not what they should be.
         ImportError: a file format needs a package that is not installed.
     """
-    name = canonical(name)
+    entry = find(name)
+    if entry.group == "bundled":
+        raise ValueError(f"dataset: {entry.name} has no files to read; it is bundled")
+    name = entry.name
     if not isinstance(root, str | Path):
         raise TypeError(f"root should be a path, got {root!r}")
     root = Path(root).expanduser().absolute()  # workers may run in another folder
-    splits = _candidates(name, split)
+    splits = _candidates(entry, split)
     layout = LAYOUTS.get(name)
     mine = [part for part in splits if layout and part in layout.splits]
-    folders = _folders(name, root)
+    folders = _folders(entry, root)
     for part in splits:
         if layout and part in mine and not layout.missing(root, part):
             return read_torchvision(name, root, part)
         for folder in folders:
             if has_shards(folder, part):
                 return read_webdataset(name, folder, part)
-        found = _in_folders(name, root, folders, part, split is None)
+        found = _in_folders(entry, root, folders, part, split is None)
         if found is not None:
             return found
-    ways = _how_to_get(name, root, folders, splits, download)
+    ways = _how_to_get(entry, root, folders, splits, download)
     if download and layout and mine and not layout.no_download:
         try:
             return read_torchvision(name, root, mine[0], download=True)
@@ -173,30 +110,31 @@ def read(name: str, root: Path, split: str | None = None, download: bool = False
     raise MissingData(ways)
 
 
-def _candidates(name: str, split: str | None) -> tuple[str, ...]:
+def _candidates(entry: Entry, split: str | None) -> tuple[str, ...]:
     """The splits that will do, the best first."""
+    name = entry.name
     if split is None:
-        default = DEFAULT_SPLITS[name]
-        return (default,) if default == "test" else (default, "test")
+        return (entry.split,) if entry.split == "test" else (entry.split, "test")
     allowed = sorted({*_SPLITS, *(LAYOUTS[name].splits if name in LAYOUTS else ())})
     if split not in allowed:
         raise ValueError(f"split should be None or one of {', '.join(allowed)}; got {split!r}")
     return (split, *_SAME_SPLIT.get((name, split), ()))
 
 
-def _folders(name: str, root: Path) -> list[Path]:
+def _folders(entry: Entry, root: Path) -> list[Path]:
     """The folders that may hold a webdataset or an image folder of this data set, sorted."""
     if not root.is_dir():
         return []
-    inside = sorted(path for path in root.iterdir() if path.is_dir() and _known(path.name) == name)
-    return [*inside, *([root] if _known(root.resolve().name) == name else [])]
+    inside = sorted(path for path in root.iterdir() if path.is_dir() and known(path.name) is entry)
+    return [*inside, *([root] if known(root.resolve().name) is entry else [])]
 
 
 def _in_folders(
-    name: str, root: Path, folders: list[Path], split: str, default: bool
+    entry: Entry, root: Path, folders: list[Path], split: str, default: bool
 ) -> Source | None:
+    name, medical = entry.name, entry.group == "medical"
     for folder in folders:
-        if name in MEDICAL and (source := read_split_file(name, folder, split)) is not None:
+        if medical and (source := read_split_file(name, folder, split)) is not None:
             return source
         if not _is_torchvisions(name, root, folder):
             source = read_folder(name, folder, split, default)
@@ -219,8 +157,9 @@ def _is_torchvisions(name: str, root: Path, folder: Path) -> bool:
 
 
 def _how_to_get(
-    name: str, root: Path, folders: list[Path], splits: tuple[str, ...], download: bool
+    entry: Entry, root: Path, folders: list[Path], splits: tuple[str, ...], download: bool
 ) -> str:
+    name, medical = entry.name, entry.group == "medical"
     layout, hub, split = LAYOUTS.get(name), _HUB.get(name), splits[0]
     mine = [part for part in splits if layout and part in layout.splits]
     lines = [f"{name}, split {split!r}, is not under {root}. Looked for:"]
@@ -235,7 +174,7 @@ def _how_to_get(
         f"beside {root / base}/classnames.txt"
     )
     lines.append(f"  an image folder: {root / name / split}/<class>/<picture>")
-    if name in MEDICAL:
+    if medical:
         own = _zip_of(name)
         lines.append(
             f"  BiomedCoOp's copy: {root / own}/split_{own}.json beside {root / own / own}/"
@@ -256,7 +195,7 @@ def _how_to_get(
             f"  hf download {hub} --repo-type dataset --exclude 'train/*' --local-dir {root / base}"
         )
         lines.append("  (huggingface-cli download where there is no hf)")
-    if name in MEDICAL:
+    if medical:
         lines.append(
             f"  hf download TahaKoleilat/BiomedCoOp {_zip_of(name)}.zip --repo-type dataset "
             f"--local-dir {root}, unzipped so that the json is there"
