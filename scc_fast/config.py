@@ -14,6 +14,17 @@ ViewPreset = Literal["geometric", "paper"]
 C = TypeVar("C", bound="MethodConfig")
 
 
+def shown(value: Any) -> str:
+    """repr of a value for a message, cut to 80 characters; shape and type of an array."""
+    try:
+        if getattr(value, "shape", ()) and hasattr(value, "dtype"):
+            return f"{type(value).__qualname__} of shape {tuple(value.shape)} and {value.dtype}"
+        text = " ".join(repr(value).split("\n"))
+    except Exception:  # a repr that fails, or a number of thousands of digits
+        return f"an object of type {type(value).__qualname__}"
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 def _check_number(name: str, value: Any, low: float, high: float, what: str = "") -> None:
     good = isinstance(value, int | float) and not isinstance(value, bool)
     if not good or not low <= value <= high:  # NaN is not
