@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 import torch
+
+# What a test is marked with that is not quick; CONTRIBUTING.md says what each means.
+NOT_QUICK = ("compile", "interpreted", "ray", "gpu", "slow")
+LEFT_OUT = pytest.StashKey[int]()
 
 # Without a GPU the Triton kernels run in Triton's interpreter, on CPU tensors. It is chosen for
 # good when triton is imported, which importing torch does not do.
@@ -15,11 +20,45 @@ else:  # convolutions would round to TF32 by default, and differ from run to run
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.deterministic = True
 
+# The workers of `-n` share the cores; so do the processes that their tests start.
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    threads = max(1, torch.get_num_threads() // workers)
+    torch.set_num_threads(threads)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
-    reason = f"needs a GPU: torch {torch.__version__} finds no CUDA device"
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist chooses for itself
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """`-n` hands out whole files, so that what a module's tests share is made once."""
+    if getattr(config.option, "numprocesses", None) and config.option.dist == "no":
+        config.option.dist = "loadfile"
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m is looked at
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What needs a GPU is not there without one, and what has no other marker is quick."""
+    found = len(items)
+    if not torch.cuda.is_available():
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+    config.stash[LEFT_OUT] = found - len(items)
     for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason=reason))
+        if not any(item.get_closest_marker(name) for name in NOT_QUICK):
+            item.add_marker(pytest.mark.quick)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left_out"] = session.config.stash.get(LEFT_OUT, 0)
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist: a worker has ended
+def pytest_testnodedown(node: Any) -> None:
+    node.config.stash[LEFT_OUT] = getattr(node, "workeroutput", {}).get("left_out", 0)
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    if count := config.stash.get(LEFT_OUT, 0):
+        why = f"torch {torch.__version__} finds no CUDA device"
+        terminalreporter.write_line(f"{count} cases that need a GPU were left out: {why}")

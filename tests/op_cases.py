@@ -54,6 +54,7 @@ def backends_under_test(op: str, backends: tuple[str, ...] = ops.BACKENDS) -> It
             promised &= not (backend == "cpp" and device == "cuda" and op in WITHOUT_CUDA)
             promised &= not (backend == "triton" and op in ATTENTION)
             marks = [pytest.mark.gpu] if device == "cuda" else []
+            marks += [pytest.mark.interpreted] if (device, backend) == ("cpu", "triton") else []
             if why_not is not None and not promised:
                 marks.append(pytest.mark.skip(reason=f"{backend} on {device}: {why_not}"))
             yield pytest.param(device, backend, marks=marks, id=f"{device}-{backend}")

@@ -22,6 +22,7 @@ import op_cases
 from op_cases import FILL, MEAN, NOISY, PLAIN, STD, same_bits
 from scc_fast import ops
 
+pytestmark = pytest.mark.compile
 ROOT = Path(__file__).parents[1]
 WHOLE = {torch.float32: 4, torch.bfloat16: 8}  # lanes of 16 bytes
 

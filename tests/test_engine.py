@@ -353,6 +353,7 @@ def test_fresh_seeds_differ_and_given_ones_are_the_references() -> None:
     assert torch.equal(scc_fast.image_seeds(0, 9), philox.image_seeds(0, 9))
 
 
+@pytest.mark.compile
 def test_compiled_modules_give_the_same_defense() -> None:
     model = scc_fast.load_model("tiny", device="cpu")
     x = pictures(2, 64, model.device)

@@ -198,6 +198,7 @@ def test_constants_build_no_graph(device: str, backend: str) -> None:
     assert not any(each.requires_grad for each in results(*given, backend))
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("device", op_cases.DEVICES)
 @pytest.mark.parametrize("backend", [None, "reference"])
 @pytest.mark.parametrize("dynamic", [False, True])

@@ -357,6 +357,7 @@ def test_one_row_without_dimensions(device: str, backend: str, dtype: torch.dtyp
     assert ops.gelu(z, z[0], backend=backend).shape == (3, 0)
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("device", op_cases.DEVICES)
 @pytest.mark.parametrize("backend", [None, "reference"])
 @pytest.mark.parametrize("dynamic", [False, True])

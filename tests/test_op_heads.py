@@ -443,6 +443,7 @@ def test_padded() -> None:
 # ---- The ops as torch sees them ------------------------------------------------------------------
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("device", op_cases.DEVICES)
 @pytest.mark.parametrize("backend", [None, "reference"])
 @pytest.mark.parametrize("dynamic", [False, True])

@@ -242,6 +242,7 @@ def test_builds_no_graph(device: str, backend: str) -> None:
 # ---- The op as torch sees it ---------------------------------------------------------------------
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("device", op_cases.DEVICES)
 @pytest.mark.parametrize("backend", [None, "reference"])
 @pytest.mark.parametrize("dynamic", [False, True])

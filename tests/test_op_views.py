@@ -349,6 +349,7 @@ def test_adjoint_takes_constants(device: str, backend: str) -> None:
 # ---- The ops as torch sees them ------------------------------------------------------------------
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("device", op_cases.DEVICES)
 @pytest.mark.parametrize("backend", [None, "reference"])
 @pytest.mark.parametrize("dynamic", [False, True])

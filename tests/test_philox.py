@@ -74,6 +74,7 @@ def test_known_answers_of_the_reference(counter: str, key: str, answer: str) -> 
     assert [word.item() for word in reference.philox4x32_10(*tensors)] == _words(answer)
 
 
+@pytest.mark.compile
 def test_known_answers_of_pixel_math_h(tmp_path: Path) -> None:
     """The header alone, without torch: the words of C++ and CUDA come from it."""
     compiler = shutil.which("c++")
@@ -201,6 +202,7 @@ def test_opcheck(op, device: str, batch: int, numel: int) -> None:
     torch.library.opcheck(overload, (op_cases.seeds(batch, device), 1, 2, numel))
 
 
+@pytest.mark.compile
 @BOTH
 @pytest.mark.parametrize("device", op_cases.DEVICES)
 @pytest.mark.parametrize("backend", [None, "reference"])

@@ -63,7 +63,7 @@ def workers() -> set[int]:
     return {int(line) for line in listed.stdout.split()}
 
 
-@pytest.mark.slow
+@pytest.mark.ray
 def test_a_worker_that_dies_changes_nothing(tmp_path: Path, cluster: None, alone: bytes) -> None:
     run = run_in(tmp_path, n_samples=N)
     execute = OnRay(setting(n_samples=N), run.store.facts, workers=2)
@@ -83,7 +83,7 @@ def test_a_worker_that_dies_changes_nothing(tmp_path: Path, cluster: None, alone
     assert results(tmp_path) == alone
 
 
-@pytest.mark.slow
+@pytest.mark.ray
 def test_kept_images_are_not_made_again(tmp_path: Path, cluster: None, alone: bytes) -> None:
     with one_thread():
         run_in(tmp_path, n_samples=N).go(Asked(("none",), ("pgd3",), (FOUR,)))
@@ -232,7 +232,7 @@ def test_relative_files_are_the_drivers(tmp_path: Path, monkeypatch: pytest.Monk
     assert os.getcwd() == here
 
 
-@pytest.mark.slow
+@pytest.mark.ray
 def test_what_goes_wrong_in_a_worker_is_one_line(tmp_path: Path, cluster: None) -> None:
     run = run_in(tmp_path, n_samples=2)
     task = Task("clean", 0.0, None, 0, 2, ("none",))

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.compile
 KERNELS = Path(__file__).parents[1] / "kernels"
 CAPABILITIES = (90, 80)
 EXACT = ("_views_kernel", "_adjoint_kernel", "_pgd_step_kernel")
