@@ -1,4 +1,4 @@
-"""DOC: probes, gate, turns, momentum and blend by hand; without its own parts it is TTC."""
+"""DOC held to Algorithm 1 of its paper: probes, gate, turns, momentum and last iterate by hand."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import pytest
 import torch
 from test_api import model_of
 from test_defense_anti_adv import (
+    SHAPE,
+    WIDTH,
     check_bpda,
     check_costs,
     check_own_result,
@@ -22,54 +24,58 @@ from torch import Tensor
 
 from scc_fast import Defender, image_seeds, tiny
 from scc_fast.config import TTCConfig
-from scc_fast.defenses.doc import DOC, PROBES, TURNS, DOCConfig, unit
-from scc_fast.reference import philox, step, ttc
+from scc_fast.defenses.doc import DOC, PROBES, TURNS, DOCConfig, sensitivity, unit
+from scc_fast.reference import philox, ttc
 
 SEEDS = image_seeds(4, 3)
+OPEN = {"tau": 2.0, "gamma": 1e6}  # a gate that no image can shut: the cosine distance ends at 2
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return (a * b).sum(axis=1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
 
 
+def uniform(seeds: Tensor, purpose: int, at: int, x: np.ndarray) -> np.ndarray:
+    """U(−1, 1) in the shape of x."""
+    return 2.0 * philox.uniform(seeds, purpose, at, x[0].size).numpy().reshape(x.shape) - 1
+
+
 def sensitivity_by_hand(defense: Any, x: np.ndarray, seeds: Tensor) -> np.ndarray:
     config, toy = defense.config, defense.encode
     found = []
     for probe in range(config.probes):
-        coin = philox.uniform(seeds, PROBES, probe, x[0].size).numpy().reshape(x.shape)
-        noisy = np.clip(x + np.where(coin < 0.5, -config.epsilon, config.epsilon), 0, 1)
-        found.append(cosine(toy.exact(noisy), toy.exact(x)))
+        noise = uniform(seeds, PROBES, probe, x)
+        if config.probe_noise == "sign":
+            noise = np.where(noise < 0, -1, 1)
+        found.append(cosine(toy.exact(x + config.epsilon * noise), toy.exact(x)))
     return 1 - np.mean(found, axis=0)
 
 
 def by_hand(defense: Any, x: Tensor, seeds: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """δ and τ̂ of the card, in float64, an image at a time."""
+    """δ and τ̂ of Algorithm 1, in float64, an image at a time."""
     config, toy = defense.config, defense.encode
     pixels = np.float64(x.numpy())
     drift = sensitivity_by_hand(defense, pixels, seeds)
-    noise = philox.uniform(seeds, philox.DELTA, 0, pixels[0].size).numpy().reshape(pixels.shape)
-    start = confined(config.epsilon * (2.0 * noise - 1), pixels, config.epsilon)
+    noise = config.epsilon * uniform(seeds, philox.DELTA, 0, pixels)
+    start = confined(noise, pixels, config.epsilon)
     turns = [
         np.float64(philox.normal(seeds, TURNS, at, pixels[0].size).numpy()).reshape(pixels.shape)
         for at in range(config.steps)
     ]
-    weights = np.exp(config.beta * np.arange(config.steps + 1))
-    weights /= weights.sum()
     deltas = []
     for b in range(len(pixels)):
-        one, delta, heading = pixels[b : b + 1], start[b : b + 1], np.zeros(0)
-        blend = weights[0] * delta
+        one, delta = pixels[b : b + 1], start[b : b + 1]
+        heading = np.zeros_like(delta)
         for at in range(config.steps):
             g = toy.pull(2 * (toy.exact(one + delta) - toy.exact(one)), one)
             g /= np.linalg.norm(g)
             r = turns[at][b : b + 1]
             r = r - (r * g).sum() * g
             d = g + config.orthogonal * r / np.linalg.norm(r)
-            heading = d if at == 0 else config.momentum * heading + (1 - config.momentum) * d
+            heading = config.momentum * heading + (1 - config.momentum) * d
             delta = confined(delta + config.alpha * np.sign(heading), one, config.epsilon)
-            blend = blend + weights[at + 1] * delta
         on = 1 / (1 + math.exp(-config.gamma * (config.tau - drift[b])))
-        deltas.append(on * blend + (1 - on) * start[b : b + 1])
+        deltas.append(on * delta + (1 - on) * start[b : b + 1])
     return np.concatenate(deltas), drift
 
 
@@ -79,7 +85,8 @@ def by_hand(defense: Any, x: Tensor, seeds: Tensor) -> tuple[np.ndarray, np.ndar
         {},
         {"orthogonal": 1.0, "momentum": 0.3, "steps": 3, "alpha": 1 / 255},
         {"orthogonal": 0.5, "epsilon": 0.1, "tau": 0.001, "gamma": 800.0, "probes": 2},
-        {"tau": 0.0, "beta": -1.0, "probes": 1},
+        {"momentum": 0.9, "epsilon": 0.2, "alpha": 0.05, "probe_noise": "uniform"},
+        {"tau": 0.0, "probes": 1},
         {"steps": 0},
     ],
 )
@@ -94,61 +101,108 @@ def test_steps_by_hand(config: dict[str, Any]) -> None:
     assert torch.equal(outcome.flagged, outcome.drift < defense.config.tau)
 
 
-def test_both_sides_of_the_gate_and_the_tie() -> None:
-    """A low sensitivity is an attacked image; at τ itself half of each, and not flagged."""
+def test_momentum_starts_at_zero() -> None:
+    """After two steps the weights of d¹ and d² are μ : 1.
+
+    d¹ = (0.6, 0.8), d² = (−0.6, 0.8): m² = 0.25·(0.75·d¹ + d²) = (−0.0375, 0.35). A momentum that
+    starts at d¹ has 0.75·d¹ + 0.25·d² = (0.3, 0.8), and the other sign.
+    """
+    defense = toyed(DOC, orthogonal=0.0)
+    first, second = torch.zeros(2, 1, *SHAPE)
+    first[0, 0, 0, :2] = torch.tensor([3.0, 4.0])
+    second[0, 0, 0, :2] = torch.tensor([-30.0, 40.0])
+    heading = torch.zeros_like(first)
+    for at, gradient in enumerate((first, second)):
+        heading = defense._heading(gradient, SEEDS[:1], at, heading)
+    torch.testing.assert_close(heading[0, 0, 0, :2], torch.tensor([-0.0375, 0.35]))
+    assert heading.count_nonzero() == 2
+
+
+def test_the_last_iterate_is_returned() -> None:
+    """Every feature along one line w, no turns: all steps go one way, sign((δ⁰·w) w).
+
+    Four of them, 3/255 each, cross the whole ball of 4/255: the last δ is on its edge, or on the
+    box's; a mean over the iterates would be inside.
+    """
+    defense, x = toyed(DOC, orthogonal=0.0, **OPEN), dots()
+    w = torch.randn(x[0].numel(), generator=torch.Generator().manual_seed(3))
+    defense.encode.weight = torch.outer(w, torch.linspace(0.5, 1.5, WIDTH)).numpy()
+    start = toyed(DOC, steps=0).run(x, SEEDS).delta
+    way = (start.flatten(1) @ w)[:, None] * w
+    edge = torch.where(way > 0, 4 / 255, -4 / 255).view_as(x)
+    want = (x + edge).clamp(0, 1) - x
+    torch.testing.assert_close(defense.run(x, SEEDS).delta, want, atol=1e-6, rtol=0)
+
+
+def test_sensitivity_by_hand() -> None:
+    """cos((3, 4), (1, 0)) = 0.6 and cos((0, 2), (1, 0)) = 0: τ̂ = 1 − 0.6/2 = 0.7."""
+    features = torch.tensor([[[1.0, 0.0]], [[3.0, 4.0]], [[0.0, 2.0]]])
+    torch.testing.assert_close(sensitivity(features), torch.tensor([0.7]))
+
+
+def test_probes() -> None:
+    """±ε by a coin, or anything between; neither is kept in the box."""
     x = dots()
-    drift = toyed(DOC, epsilon=0.2).run(x, SEEDS).drift
-    start = toyed(DOC, epsilon=0.2, steps=0).run(x, SEEDS).delta
-    attack = toyed(DOC, epsilon=0.2, tau=2.0, gamma=1e6).run(x, SEEDS).delta
-    order = drift.argsort()
-    middle = drift[order[1]].item()
-    outcome = toyed(DOC, epsilon=0.2, tau=middle, gamma=1e6).run(x, SEEDS)
-    want = {0: attack, 1: (attack + start) / 2, 2: start}
-    for rank, image in enumerate(order.tolist()):
-        torch.testing.assert_close(outcome.delta[image], want[rank][image], atol=1e-6, rtol=0)
-    assert outcome.flagged[order].tolist() == [True, False, False]
+    for kind, inside in (("sign", False), ("uniform", True)):
+        defense = toyed(DOC, epsilon=0.1, probe_noise=kind)
+        noise = defense.gate(x, SEEDS).pictures - x
+        assert torch.equal(noise[0], torch.zeros_like(x))
+        size = noise[1:].abs()
+        assert size.max() <= 0.1 + 1e-6
+        assert bool((size < 0.099).any()) == inside
+        assert abs(noise[1:].mean()) < 0.02
+        spread = 0.1 / math.sqrt(3) if inside else 0.1
+        assert noise[1:].std().item() == pytest.approx(spread, rel=0.05)
+        assert (x + noise).min() < -0.05
+        assert (x + noise).max() > 1.05
+
+
+def test_the_gate_as_printed() -> None:
+    """w = σ(γ(τ − τ̂)): 3/4 where γ(τ − τ̂) = ln 3, the less the higher τ̂; 1/2 is not flagged."""
+    x = dots()
+    shared = {"epsilon": 0.2, "gamma": 50.0}
+    drift = toyed(DOC, **shared).run(x, SEEDS).drift
+    start = toyed(DOC, **shared, steps=0).run(x, SEEDS).delta
+    attack = toyed(DOC, **{**shared, **OPEN}).run(x, SEEDS).delta
     assert (attack - start).abs().amax(dim=(1, 2, 3)).min() > 0.02
+    for image in range(len(x)):
+        for odds in (3.0, 1.0, 1 / 3):
+            tau = max(0.0, drift[image].item() + math.log(odds) / 50)
+            outcome = toyed(DOC, **shared, tau=tau).run(x, SEEDS)
+            share = 1 / (1 + math.exp(-50 * (tau - drift[image].item())))
+            want = share * attack[image] + (1 - share) * start[image]
+            torch.testing.assert_close(outcome.delta[image], want, atol=1e-5, rtol=0)
+            assert outcome.flagged[image] == (odds > 1)
+            if tau:
+                assert share == pytest.approx(odds / (1 + odds))
 
 
 @pytest.mark.parametrize("steps", [1, 3])
-def test_without_its_own_parts_it_is_ttc(steps: int) -> None:
+def test_without_its_own_parts_it_is_ttc_s_last_iterate(steps: int) -> None:
     """No turn, no momentum, the gate wide open: the counterattack of the reference."""
-    shared = {"epsilon": 0.1, "alpha": 0.02, "steps": steps, "beta": 0.7}
-    plain = {"orthogonal": 0.0, "momentum": 0.0, "tau": 2.0, "gamma": 1e6}
-    defense, x = toyed(DOC, **shared, **plain), dots()
+    shared = {"epsilon": 0.1, "alpha": 0.02, "steps": steps}
+    defense, x = toyed(DOC, **shared, orthogonal=0.0, momentum=0.0, **OPEN), dots()
     setting = ttc.Setting(defense.encode, defense.table, torch.zeros(3))
-    want = ttc.ttc(setting, x, SEEDS, TTCConfig(**shared, tau=100.0))
+    want = ttc.ttc(setting, x, SEEDS, TTCConfig(**shared, tau=100.0, beta=100.0))
     got = defense.run(x, SEEDS)
     torch.testing.assert_close(got.delta, want.delta, atol=1e-6, rtol=0)
     torch.testing.assert_close(got.logits, want.logits, atol=1e-4, rtol=0)
 
 
 def test_the_turn_is_orthogonal_and_of_length_lambda() -> None:
-    defense = toyed(DOC, orthogonal=0.4)
+    defense = toyed(DOC, orthogonal=0.4, momentum=0.0)
     gradient = torch.randn(3, 3, 4, 5, generator=torch.Generator().manual_seed(0))
     # Neither small nor zero gradients may give NaN, or lose their direction.
     gradient *= torch.tensor([1.0, 1e-30, 0.0])[:, None, None, None]
-    heading = defense._heading(gradient, SEEDS, 0, None)
+    still = torch.zeros_like(gradient)
+    heading = defense._heading(gradient, SEEDS, 0, still)
     along = unit(gradient)
     lengths = along.flatten(1).norm(dim=1)
     torch.testing.assert_close(lengths, torch.tensor([1.0, 1.0, 0.0]))
     turn = (heading - along).flatten(1)
     torch.testing.assert_close(turn.norm(dim=1), torch.full((3,), 0.4))
     assert (turn * along.flatten(1)).sum(dim=1).abs().max() < 1e-6
-    other = defense._heading(gradient, SEEDS, 1, None)
-    assert not torch.equal(other, heading)  # a new turn in every step
-    mixed = defense._heading(gradient, SEEDS, 1, heading)
-    torch.testing.assert_close(mixed, 0.75 * heading + 0.25 * other)
-
-
-def test_beta_of_100_leaves_the_last_iterate() -> None:
-    x = dots()
-    open_gate = {"tau": 2.0, "gamma": 1e6}
-    last = toyed(DOC, beta=100.0, **open_gate).run(x, SEEDS).delta
-    inside = np.abs(last.numpy()) < 4 / 255 - 1e-6
-    box = (x + last).numpy()
-    assert ((box[inside] < 1e-6) | (box[inside] > 1 - 1e-6)).mean() > 0.5
-    torch.testing.assert_close(step.iterate_weights(4, 100.0)[-1], torch.tensor(1.0))
+    assert not torch.equal(defense._heading(gradient, SEEDS, 1, still), heading)  # a new turn
 
 
 def test_the_gate_an_attacker_looks_at() -> None:
@@ -157,7 +211,6 @@ def test_the_gate_an_attacker_looks_at() -> None:
     leaf = x.clone().requires_grad_()
     look = defense.gate(leaf, SEEDS)
     assert look.pictures.shape == (6, 3, *x.shape[1:])
-    assert 0 <= look.pictures.min() <= look.pictures.max() <= 1
     margin = defense.answer(look)
     torch.testing.assert_close(margin.detach(), 0.002 - found.drift)
     assert torch.equal(margin > 0, found.flagged)
@@ -172,12 +225,22 @@ def test_the_gate_an_attacker_looks_at() -> None:
 
 def test_config() -> None:
     assert DOCConfig() == DOCConfig(
-        4 / 255, 3 / 255, 4, 2.0, tau=0.3, gamma=20.0, probes=5, orthogonal=0.05, momentum=0.75
+        4 / 255,
+        3 / 255,
+        4,
+        tau=0.3,
+        gamma=20.0,
+        probes=5,
+        probe_noise="sign",
+        orthogonal=0.05,
+        momentum=0.75,
     )
     assert DOCConfig.from_json(DOCConfig(probes=2).to_json()) == DOCConfig(probes=2)
     for wrong, told in [
         ({"probes": 0}, r"probes must be a whole number in \[1, 1000\], got 0"),
         ({"momentum": 1.5}, r"momentum must be a number in \[0, 1\], got 1.5"),
+        ({"momentum": 1.0}, "momentum must be below 1"),
+        ({"probe_noise": "normal"}, 'probe_noise must be "sign" or "uniform", got .normal'),
         ({"orthogonal": math.nan}, "orthogonal must be a number"),
         ({"gamma": math.inf}, "gamma must be a number"),
         ({"gamma": True}, "gamma must be a number"),
@@ -206,9 +269,9 @@ def test_what_an_attacker_differentiates() -> None:
 def test_a_result_is_the_image_s_own() -> None:
     check_own_result(DOC, steps=2)
     x = dots(1).expand(3, -1, -1, -1)
-    delta = toyed(DOC).run(x, torch.tensor([5, 5, 6])).delta
+    delta = toyed(DOC, steps=1).run(x, torch.tensor([5, 5, 6])).delta
     assert torch.equal(delta[0], delta[1])
-    assert ((delta[0] - delta[2]).abs() > 1e-6).float().mean() > 0.9
+    assert ((delta[0] - delta[2]).abs() > 1e-6).float().mean() > 0.5
 
 
 def test_on_the_bundled_model() -> None:

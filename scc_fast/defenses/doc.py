@@ -1,20 +1,21 @@
-"""DOC, directional orthogonal counterattack: TTC with momentum, random turns and a soft gate.
+"""DOC, directional orthogonal counterattack: ascent with momentum, random turns and a soft gate.
 
 "Diversifying Counterattacks: Orthogonal Exploration for Robust CLIP Inference", AAAI 2026
-(arXiv 2511.09064). Where the paper's own values are not known, a third party's implementation,
-that of the runner of NAC, gives them.
+(arXiv 2511.09064), Algorithm 1. The values that its text leaves to a supplement are those of a
+third party's implementation, the runner of NAC.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from scc_fast import ops
-from scc_fast.config import MethodConfig
+from scc_fast.config import MethodConfig, shown
 from scc_fast.defenses.base import Defense, Look, Repair, Traits
 from scc_fast.defenses.hd import random_start
 from scc_fast.defenses.parts import whole, within
@@ -25,26 +26,27 @@ PROBES, TURNS = 101, 102  # what a number is drawn for, beside those of philox
 
 @dataclass(frozen=True)
 class DOCConfig(MethodConfig):
-    """Directional orthogonal counterattack; ε, α and N as in the paper, the rest by a third party.
+    """Directional orthogonal counterattack; ε, α and N are the paper's, the rest a third party's.
 
     Args:
         epsilon, alpha: budget and step, L-infinity, pixel units in [0, 1).
         steps: N, counterattack steps.
-        beta: weight of iterate t is proportional to exp(beta t), as in TTC; 100 leaves the last.
         tau: threshold of the gate, on a mean cosine distance.
         gamma: steepness of the gate, in [0, 1e6].
         probes: M, pictures whose features tell the sensitivity, in [1, 1000].
+        probe_noise: a probe's: "sign", ±ε by a coin per pixel, as the paper's text has it, or
+            "uniform", U(−ε, ε), as its Algorithm 1 has it.
         orthogonal: λ, length of the random part beside the unit gradient, in [0, 1e6].
-        momentum: μ, share of the old direction, in [0, 1].
+        momentum: μ, share of the old direction, in [0, 1).
     """
 
     epsilon: float = 4 / 255
     alpha: float = 3 / 255
     steps: int = 4
-    beta: float = 2.0
     tau: float = 0.3
     gamma: float = 20.0
     probes: int = 5
+    probe_noise: Literal["sign", "uniform"] = "sign"
     orthogonal: float = 0.05
     momentum: float = 0.75
 
@@ -53,14 +55,21 @@ class DOCConfig(MethodConfig):
         whole("probes", self.probes, 1, 1000)
         for name, top in (("gamma", 1e6), ("orthogonal", 1e6), ("momentum", 1.0)):
             within(name, getattr(self, name), 0.0, top)
+        if self.momentum == 1:
+            raise ValueError("momentum must be below 1: from a start of 0 it never moves")
+        if self.probe_noise not in ("sign", "uniform"):
+            raise ValueError(
+                f'probe_noise must be "sign" or "uniform", got {shown(self.probe_noise)}'
+            )
 
 
 class DOC(Defense):
     """Directional orthogonal counterattack.
 
-    Steps: f(x) and its probes give the sensitivity τ̂ and the gate w; N steps push f(x + δ) away
-    from f(x); δ = w·Σ_t w_t δᵗ + (1 − w)·δ⁰. A low τ̂ means attacked, as the paper's formula has
-    it and TTC's false stability. f(x) is shared by probes and steps: M + N + 2 passes forward.
+    Steps: f(x) and its probes give the sensitivity τ̂ and the gate w = σ(γ(τ − τ̂)); N steps push
+    f(x + δ) away from f(x), along a momentum that starts at 0; δ = w·δᴺ + (1 − w)·δ⁰. A low τ̂
+    means attacked, as that formula has it and TTC's false stability; the paper's text says the
+    opposite. f(x) is shared by probes and steps: M + N + 2 passes forward.
     """
 
     name, Config = "doc", DOCConfig
@@ -79,7 +88,7 @@ class DOC(Defense):
             dynamic=True,
             text=False,
             gradients=True,
-            source="arXiv 2511.09064; λ, μ, M, τ, γ and β of a third party's implementation",
+            source="arXiv 2511.09064; λ, μ, M, τ and γ of a third party's implementation",
         )
 
     def repair(self, x: Tensor, seeds: Tensor) -> Repair:
@@ -90,14 +99,12 @@ class DOC(Defense):
         on = torch.sigmoid(config.gamma * (config.tau - drift))[:, None, None, None]
 
         start = random_start(self, still, seeds, config.epsilon)
-        weights = step.iterate_weights(config.steps, config.beta).tolist()
-        delta, blend, heading = start, weights[0] * start, None
+        delta, heading = start, torch.zeros_like(start)
         for at in range(config.steps):
             gradient = self._gradient(still, delta, features[0])
             heading = self._heading(gradient, seeds, at, heading)
             delta = step.pgd_step(delta, heading, still, config.alpha, config.epsilon)
-            blend = blend + weights[at + 1] * delta
-        delta = on * blend + (1 - on) * start
+        delta = on * delta + (1 - on) * start
         return Repair((x + delta)[None], self.mean_logits, delta, drift, drift < config.tau)
 
     def gate(self, x: Tensor, seeds: Tensor) -> Look:
@@ -109,13 +116,14 @@ class DOC(Defense):
         return margin
 
     def _probes(self, x: Tensor, seeds: Tensor) -> Tensor:
-        """x and x + n_m, n_m = ±ε by a coin per pixel, in the box: (1 + M, B, 3, H, W)."""
+        """x and x + n_m, which nothing keeps in the box: (1 + M, B, 3, H, W)."""
         numel, backend = x.shape[1:].numel(), self.bare.setting.backend
         pictures = [x]
         for probe in range(self.config.probes):
-            coin = ops.philox_uniform(seeds, PROBES, probe, numel, backend=backend) < 0.5
-            noise = torch.where(coin, -self.config.epsilon, self.config.epsilon)
-            pictures.append((x + noise.view_as(x)).clamp(0, 1))
+            noise = 2 * ops.philox_uniform(seeds, PROBES, probe, numel, backend=backend) - 1
+            if self.config.probe_noise == "sign":
+                noise = torch.where(noise < 0, -1.0, 1.0)
+            pictures.append(x + self.config.epsilon * noise.view_as(x))
         return torch.stack(pictures)
 
     def _gradient(self, x: Tensor, delta: Tensor, anchor: Tensor) -> Tensor:
@@ -125,15 +133,13 @@ class DOC(Defense):
             away = (self.encode(x + leaf) - anchor).square().sum()
         return torch.autograd.grad(away, leaf)[0]
 
-    def _heading(self, gradient: Tensor, seeds: Tensor, at: int, old: Tensor | None) -> Tensor:
+    def _heading(self, gradient: Tensor, seeds: Tensor, at: int, old: Tensor) -> Tensor:
         """m = μ·m + (1 − μ)·d with d = g/‖g‖ + λ·r/‖r‖, r random and orthogonal to g."""
         numel, backend = gradient.shape[1:].numel(), self.bare.setting.backend
         along = unit(gradient)
         turn = ops.philox_normal(seeds, TURNS, at, numel, backend=backend).view_as(gradient)
         overlap = (turn * along).sum(dim=(1, 2, 3), keepdim=True)
-        heading: Tensor = along + self.config.orthogonal * unit(turn - overlap * along)
-        if old is None:
-            return heading
+        heading = along + self.config.orthogonal * unit(turn - overlap * along)
         return torch.lerp(heading, old, float(self.config.momentum))
 
 
