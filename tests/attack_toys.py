@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from scc_fast import tiny
 from scc_fast.config import NoneConfig
+from scc_fast.defenses import make_defense
 from scc_fast.defenses.base import Defense, Look, Repair, Traits, none_found
 from scc_fast.reference import heads, philox
+from toys import FIVE, model_of
 
 SIDE = 2  # pictures are (3, 2, 2), 12 numbers
 
@@ -99,3 +104,25 @@ class Guessing(Toy):
     def guess(self, x: Tensor, seeds: Tensor) -> Look | None:
         self.keys += seeds.tolist()
         return Look(1 - x.flip(-1)[None], self.mean_logits)
+
+
+def target_of(kind: str = "tiny", classes: Any = None) -> Defense:
+    prompts = classes or (tiny.prompts() if kind == "tiny" else FIVE)
+    return make_defense("none", model_of(kind), prompts)
+
+
+@functools.cache
+def drawn(n: int) -> tuple[Tensor, Tensor]:
+    return tiny.generate("test", range(n))
+
+
+def by_hand(model: Any, text: Tensor, pixels: Tensor) -> Tensor:
+    """Logits of open_clip's own module under autograd: nothing of the engine's."""
+    mean, std = (torch.tensor(v)[:, None, None] for v in (model.mean, model.std))
+    features = F.normalize(model.module.encode_image((pixels - mean) / std), dim=-1)
+    return model.logit_scale * features @ text.T + model.logit_bias
+
+
+def moved(a: Tensor, b: Tensor) -> float:
+    """Share of pixels that differ: the sign of a gradient near zero may turn."""
+    return float(((a - b).abs() > 1e-5).float().mean())

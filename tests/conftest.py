@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from command_line import Run
 
 # What a test is marked with that is not quick; CONTRIBUTING.md says what each means.
 NOT_QUICK = ("compile", "interpreted", "ray", "gpu", "slow")
@@ -37,10 +41,12 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 @pytest.hookimpl(tryfirst=True)  # before -m is looked at
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """What needs a GPU is not there without one, and what has no other marker is quick."""
-    found = len(items)
+    left_out = []
     if not torch.cuda.is_available():
+        left_out = [item for item in items if item.get_closest_marker("gpu")]
         items[:] = [item for item in items if not item.get_closest_marker("gpu")]
-    config.stash[LEFT_OUT] = found - len(items)
+        config.hook.pytest_deselected(items=left_out)
+    config.stash[LEFT_OUT] = len(left_out)
     for item in items:
         if not any(item.get_closest_marker(name) for name in NOT_QUICK):
             item.add_marker(pytest.mark.quick)
@@ -62,3 +68,13 @@ def pytest_terminal_summary(
     if count := config.stash.get(LEFT_OUT, 0):
         why = f"torch {torch.__version__} finds no CUDA device"
         terminalreporter.write_line(f"{count} cases that need a GPU were left out: {why}")
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Calls the command line, in a folder of the test's own."""
+    from command_line import Run
+
+    monkeypatch.chdir(tmp_path)  # where repaired pictures and figures go by default
+    monkeypatch.setenv("COLUMNS", "160")
+    return Run(capsys)

@@ -18,8 +18,9 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
-from data_pieces import NAMES, classes, each, encoded, pixels, save, words, write_lines
 from numpy.typing import NDArray
+
+from data_pieces import NAMES, classes, each, encoded, pixels, save, words, write_lines
 
 __all__ = ["NAMES", "accept_checksums", "classes", "pixels", "words", "write", "write_webdataset"]
 

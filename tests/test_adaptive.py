@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from attack_toys import Gated, Guessing, Toy, images, weights
 from torch import Tensor
 
 import scc_fast
+from attack_toys import Gated, Guessing, Toy, images, weights
 from scc_fast import attacks, tiny
 from scc_fast.attacks import BPDA, PGD, Attack, GateEvasion, PseudoLabel, ViewAware
 from scc_fast.attacks.adaptive import balanced, climb, cross_entropy, random_start, step_sizes

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 from pyautoattack import autopgd_base
-from test_attacks import drawn, target_of
 from torch import Tensor
 
 import scc_fast
+from attack_toys import drawn, target_of
 from scc_fast.attacks import BareLogits, apgd, margin, parse_attack
 from scc_fast.attacks.apgd import climb
 

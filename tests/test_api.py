@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,63 +10,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from test_models import (
-    HFTokenizer,
-    hf_clip,
-    hf_image_processor,
-    hf_siglip,
+
+import scc_fast
+from scc_fast import Defender, SCCConfig, TTCConfig, tiny
+from scc_fast.engine import methods
+from scc_fast.reference.views import make_views, preprocess
+from toys import (
+    FIVE,
+    KINDS,
+    METHODS,
+    assert_same,
+    defender_of,
+    model_of,
+    pictures,
     small_open_clip,
     small_tokenizer,
 )
-from torch import Tensor
-
-import scc_fast
-from scc_fast import Defender, DefenseResult, SCCConfig, TTCConfig, VisionLanguage, tiny
-from scc_fast.engine import methods
-from scc_fast.reference.views import make_views, preprocess
-
-KINDS = ("tiny", "open_clip", "hf_clip", "hf_siglip")
-METHODS = ("scc", "ttc", "tte", "rn", "none")
-FIVE = ("a photo of a cat", "a photo of a dog", "a drawing of a bee", "a red apple", "a tree")
-
-
-@functools.cache
-def model_of(kind: str) -> VisionLanguage:
-    """The bundled model, or a random one of 32 pixels behind each adapter."""
-    if kind == "tiny":
-        return scc_fast.load_model("tiny", device="cpu")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(3)
-        if kind == "open_clip":
-            return scc_fast.load_model(small_open_clip(), tokenizer=small_tokenizer)
-        make, name = (hf_clip, "CLIP") if kind == "hf_clip" else (hf_siglip, "Siglip")
-        return scc_fast.load_model(make(), processor=(hf_image_processor(name), HFTokenizer(300)))
-
-
-def defender_of(kind: str = "tiny", **options: Any) -> Defender:
-    return Defender(model_of(kind), tiny.prompts() if kind == "tiny" else FIVE, **options)
-
-
-@functools.cache
-def _drawn(n: int) -> tuple[Tensor, Tensor]:
-    return tiny.generate("test", range(n))
-
-
-def pictures(kind: str = "tiny", n: int = 4) -> Tensor:
-    """(n, 3, H, W) in [0, 1] with some pixels at 0 and at 1, so that the box matters."""
-    if kind == "tiny":
-        return _drawn(n)[0].clone()
-    x = torch.rand(n, 3, 32, 32, generator=torch.Generator().manual_seed(n))
-    return (1.2 * x - 0.1).clamp(0, 1)
-
-
-def assert_same(a: DefenseResult, b: DefenseResult, rows: Sequence[int] | slice = slice(None)):
-    """b's rows are a. Two orders of one float sum may turn the sign of a gradient near zero."""
-    torch.testing.assert_close(a.logits, b.logits[rows], atol=2e-3, rtol=1e-4)
-    torch.testing.assert_close(a.drift, b.drift[rows], atol=1e-5, rtol=1e-4, equal_nan=True)
-    assert torch.equal(a.flagged, b.flagged[rows])
-    torch.testing.assert_close(a.inputs, b.inputs[rows], atol=1e-6, rtol=0)
-    assert ((a.delta - b.delta[rows]).abs() > 1e-6).float().mean() < 2e-3
 
 
 @pytest.mark.parametrize("method", METHODS)

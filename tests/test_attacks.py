@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,25 +9,21 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_api import FIVE, KINDS, model_of, pictures
 from torch import Tensor
 
 import scc_fast
+from attack_toys import by_hand, drawn, moved, target_of
 from scc_fast import attacks, tiny
 from scc_fast.attacks import ATTACKS, BareLogits, margin, parse_attack
 from scc_fast.attacks.leakage import wrong_classes
 from scc_fast.defenses import Defense, make_defense
 from scc_fast.reference import philox
+from toys import FIVE, KINDS, model_of, pictures
 
 OWN = ("pgd4", "cw4", "apgd-ce4", "apgd-dlr4", "apgd-t4:targets=2", "pgd-own4", "pgd-random4")
 SPECS = (*OWN, "transfer:source=tiny:steps=4")
 PACKAGED = ("aa:steps=2", "autoattack:steps=2:queries=3", "square:queries=3")
 Loss = Callable[[Tensor], Tensor]
-
-
-def target_of(kind: str = "tiny", classes: Any = None) -> Defense:
-    prompts = classes or (tiny.prompts() if kind == "tiny" else FIVE)
-    return make_defense("none", model_of(kind), prompts)
 
 
 def setup(kind: str, n: int = 3) -> tuple[Defense, Tensor, Tensor, Tensor]:
@@ -37,25 +32,8 @@ def setup(kind: str, n: int = 3) -> tuple[Defense, Tensor, Tensor, Tensor]:
     return target, x, target(x, 0).labels, scc_fast.image_seeds(11, n)
 
 
-@functools.cache
-def drawn(n: int) -> tuple[Tensor, Tensor]:
-    return tiny.generate("test", range(n))
-
-
-def by_hand(model: Any, text: Tensor, pixels: Tensor) -> Tensor:
-    """Logits of open_clip's own module under autograd: nothing of the engine's."""
-    mean, std = (torch.tensor(v)[:, None, None] for v in (model.mean, model.std))
-    features = F.normalize(model.module.encode_image((pixels - mean) / std), dim=-1)
-    return model.logit_scale * features @ text.T + model.logit_bias
-
-
 def bare_loss(target: Defense, x: Tensor, labels: Tensor) -> float:
     return float(F.cross_entropy(target(x, 0).logits, labels))
-
-
-def moved(a: Tensor, b: Tensor) -> float:
-    """Share of pixels that differ: the sign of a gradient near zero may turn."""
-    return float(((a - b).abs() > 1e-5).float().mean())
 
 
 # ------------------------------------------------------------------------- what holds for all

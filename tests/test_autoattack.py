@@ -12,13 +12,13 @@ import pyautoattack
 import pytest
 import torch
 from pyautoattack import autopgd_base
-from test_api import FIVE, model_of
-from test_attacks import by_hand, drawn, moved, target_of
 from torch import Tensor, nn
 
 import scc_fast
+from attack_toys import by_hand, drawn, moved, target_of
 from scc_fast.attacks import PaperAA, Square, autoattack, parse_attack
 from scc_fast.defenses import Defense
+from toys import FIVE, model_of
 
 PROMPTS = (*FIVE, "a photo of a car", "a photo of a cup", "a map", "a drum", "a boat", "a shoe")
 QUICK = ("aa:steps=4", "autoattack:steps=3:queries=5", "square:queries=20")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import torch
 from PIL import Image
 
 import scc_fast
+from command_line import Run, strict
 from scc_fast import cli, tiny
 from scc_fast.evaluate import pictures as pictures_module
 from scc_fast.evaluate.demo import Demo
@@ -23,37 +23,6 @@ from scc_fast.evaluate.runner import Asked
 from scc_fast.images import to_pil
 
 LABELS = "a photo of a lemon,a photo of a cactus,a photo of a fly"
-
-
-class Run:
-    """One call of main(): its exit code and both streams."""
-
-    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
-        self.capsys = capsys
-
-    def __call__(self, *arguments: str | Path) -> tuple[int, str, str]:
-        self.capsys.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            cli.main([str(argument) for argument in arguments])
-        captured = self.capsys.readouterr()
-        assert "Traceback" not in captured.err
-        return int(caught.value.code or 0), captured.out, captured.err
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    monkeypatch.chdir(tmp_path)  # where repaired pictures and figures go by default
-    monkeypatch.setenv("COLUMNS", "160")
-    return Run(capsys)
-
-
-def strict(path: Path) -> Any:
-    """JSON as the standard has it: no NaN."""
-
-    def refuse(name: str) -> None:
-        raise AssertionError(f"{path} holds {name}, which is not JSON")
-
-    return json.loads(path.read_text(), parse_constant=refuse)
 
 
 def sample(name: str) -> Path:

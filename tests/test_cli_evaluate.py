@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import data_on_disk
 import pytest
-from test_cli import Run, run, strict
 
-__all__ = ["run"]  # the fixture
+import data_on_disk
+from command_line import Run, strict
 
 
 def test_evaluate_and_report(run: Run, tmp_path: Path) -> None:

@@ -13,21 +13,27 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_api import FIVE, KINDS, METHODS, assert_same, defender_of, model_of, pictures
-from test_models import (
-    CONFIG,
-    HFTokenizer,
-    hf_clip,
-    hf_image_processor,
-    hf_siglip,
-    small_open_clip,
-    small_tokenizer,
-)
 from torch import Tensor, nn
 
 import scc_fast
 from scc_fast import DefendedCLIP, Defender, attacks
 from scc_fast.defenses import DEFENSES, make_defense
+from toys import (
+    CONFIG,
+    FIVE,
+    KINDS,
+    METHODS,
+    HFTokenizer,
+    assert_same,
+    defender_of,
+    hf_clip,
+    hf_image_processor,
+    hf_siglip,
+    model_of,
+    pictures,
+    small_open_clip,
+    small_tokenizer,
+)
 
 MODES: dict[str, Callable[[], Any]] = {
     "inference_mode": torch.inference_mode,

@@ -12,10 +12,10 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torchvision
-from data_on_disk import NAMES, accept_checksums, pixels, write
-from data_pieces import save
 from PIL import Image
 
+from data_on_disk import NAMES, accept_checksums, pixels, write
+from data_pieces import save
 from scc_fast.evaluate.data.catalogue import CATALOGUE
 from scc_fast.evaluate.data.readers import read
 from scc_fast.evaluate.data.source import MissingData

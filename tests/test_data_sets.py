@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import data_on_disk
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import data_on_disk
 import scc_fast
 from scc_fast import tiny
 from scc_fast.evaluate.data import CATALOGUE, MissingData, Source, from_source, open_dataset

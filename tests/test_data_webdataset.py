@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_on_disk import NAMES, accept_checksums, classes, pixels, words, write, write_webdataset
-from data_pieces import encoded
 from PIL import Image
 
+from data_on_disk import NAMES, accept_checksums, classes, pixels, words, write, write_webdataset
+from data_pieces import encoded
 from scc_fast.evaluate.data.readers import read
 from scc_fast.evaluate.data.source import MissingData
 

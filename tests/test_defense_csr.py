@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_api import model_of
-from test_defense_anti_adv import (
+from torch import Tensor
+
+from defense_toys import (
     SHAPE,
     Toy,
     check_bpda,
@@ -20,10 +21,9 @@ from test_defense_anti_adv import (
     exact_logits,
     toyed,
 )
-from torch import Tensor
-
 from scc_fast import image_seeds, tiny
 from scc_fast.defenses.csr import CSR, CSRConfig, low_pass
+from toys import model_of
 
 
 def filtered(x: np.ndarray, radius: float) -> np.ndarray:

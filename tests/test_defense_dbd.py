@@ -11,8 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from test_api import model_of
-from test_defense_anti_adv import (
+from torch import Tensor
+
+from defense_toys import (
     CLASSES,
     WIDTH,
     check_costs,
@@ -21,12 +22,11 @@ from test_defense_anti_adv import (
     softmax,
     toyed,
 )
-from torch import Tensor
-
 from scc_fast import image_seeds, tiny
 from scc_fast.defenses import augment, dbd
 from scc_fast.defenses.dbd import DBD, DBDConfig
 from scc_fast.reference import philox
+from toys import model_of
 
 
 def pictures_of(n: int = 3, **config: Any) -> tuple[Tensor, Tensor]:

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_api import model_of
-from test_defense_anti_adv import (
+from torch import Tensor
+
+from defense_toys import (
     SHAPE,
     WIDTH,
     check_bpda,
@@ -20,12 +21,11 @@ from test_defense_anti_adv import (
     exact_logits,
     toyed,
 )
-from torch import Tensor
-
 from scc_fast import Defender, image_seeds, tiny
 from scc_fast.config import TTCConfig
 from scc_fast.defenses.doc import DOC, PROBES, TURNS, DOCConfig, sensitivity, unit
 from scc_fast.reference import philox, ttc
+from toys import model_of
 
 SEEDS = image_seeds(4, 3)
 OPEN = {"tau": 2.0, "gamma": 1e6}  # a gate that no image can shut: the cosine distance ends at 2

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_api import model_of
-from test_defense_anti_adv import (
+
+from defense_toys import (
     CLASSES,
     check_bpda,
     check_costs,
@@ -21,9 +21,9 @@ from test_defense_anti_adv import (
     softmax,
     toyed,
 )
-
 from scc_fast import Defender, image_seeds, tiny
 from scc_fast.defenses.hd import HD, HDConfig, hedge
+from toys import model_of
 
 
 def test_the_closed_form_is_the_sum_over_classes() -> None:

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 import torchvision.transforms.functional as TF
-from test_api import model_of
-from test_defense_anti_adv import (
+from torch import Tensor
+
+from defense_toys import (
     CLASSES,
     Toy,
     check_costs,
@@ -21,12 +22,11 @@ from test_defense_anti_adv import (
     exact_logits,
     toyed,
 )
-from torch import Tensor
-
 from scc_fast import image_seeds, tiny
 from scc_fast.defenses import augment, mac
 from scc_fast.defenses.mac import MAC, MACConfig
 from scc_fast.reference import philox
+from toys import model_of
 
 VIEW, FRESH, START = 120, 122, 124
 

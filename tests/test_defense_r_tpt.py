@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_api import FIVE, model_of
-from test_defense_anti_adv import (
+from torch import Tensor
+
+from defense_toys import (
     CLASSES,
     WIDTH,
     check_costs,
@@ -18,13 +19,12 @@ from test_defense_anti_adv import (
     softmax,
     toyed,
 )
-from torch import Tensor
-
 from scc_fast import image_seeds, tiny
 from scc_fast.defenses import augment
 from scc_fast.defenses.augmix import MIX_DRAWS, operate
 from scc_fast.defenses.r_tpt import RTPT, RTPTConfig
 from scc_fast.reference import philox
+from toys import FIVE, model_of
 
 SMALL = {"view_count": 12, "selection": 0.4, "neighbors": 3, "temperature": 0.05}
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 from scipy import ndimage
-from test_api import model_of
-from test_defense_anti_adv import (
+from torch import Tensor
+
+from defense_toys import (
     CLASSES,
     Toy,
     check_bpda,
@@ -20,10 +21,9 @@ from test_defense_anti_adv import (
     softmax,
     toyed,
 )
-from torch import Tensor
-
 from scc_fast import image_seeds, tiny
 from scc_fast.defenses.tte import TTE, EnsembleConfig, crop_origins
+from toys import model_of
 
 SEEDS = image_seeds(0, 2)
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_api import FIVE, defender_of, model_of, pictures
 from torch import Tensor
 
 from scc_fast import Defender, image_seeds, tiny
@@ -14,6 +13,7 @@ from scc_fast.defenses import DEFENSES, make_defense, parse_defense
 from scc_fast.defenses.base import Look
 from scc_fast.engine.differentiable import Encode
 from scc_fast.reference import heads, step
+from toys import FIVE, defender_of, model_of, pictures
 
 SEEDS = image_seeds(7, 3)
 

@@ -11,10 +11,9 @@ import matplotlib
 import pytest
 import torch
 from PIL import Image
-from test_api import defender_of
-from test_report import row as result
-from test_report import write
 
+from report_rows import row as result
+from report_rows import write
 from scc_fast.evaluate.collect import read
 from scc_fast.evaluate.groups import groups
 from scc_fast.evaluate.report import cell, comparison_figure, table, write_json
@@ -29,6 +28,7 @@ from scc_fast.evaluate.rows import (
     wilson,
     worst_of,
 )
+from toys import defender_of
 
 
 @pytest.mark.parametrize(

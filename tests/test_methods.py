@@ -9,9 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_reference import GEOMETRIC, HEIGHT, PAPER, ROUNDING, images, middle, setting
 from torch import Tensor
 
+from reference_toys import GEOMETRIC, HEIGHT, PAPER, ROUNDING, images, middle, setting
 from scc_fast.config import (
     IDENTITY,
     RNConfig,

@@ -14,100 +14,23 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from scc_fast import _hub, _weights
+from scc_fast import _weights
 from scc_fast.models import VisionLanguage, frozen_twin, load_model, missing_members
+from toys import (
+    CONFIG,
+    HFTokenizer,
+    hf_clip,
+    hf_image_processor,
+    hf_siglip,
+    small_open_clip,
+    small_tokenizer,
+)
 
 open_clip = pytest.importorskip("open_clip")
 
 PROMPTS = ["a photo of a cat", "a photo of a dog", "a photo of a cat", "", "x " * 200]
-CONFIG: dict[str, Any] = {
-    "embed_dim": 24,
-    "quick_gelu": True,
-    "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8},
-    "text_cfg": {"context_length": 16, "vocab_size": 600, "width": 32, "heads": 2, "layers": 1},
-}
-
-
-def small_open_clip(**changes: Any) -> nn.Module:
-    """A CLIP of a few thousand weights, in train mode, as open_clip builds it."""
-    return open_clip.CLIP(**{**CONFIG, **changes})
-
-
-def small_tokenizer(prompts: list[str]) -> Tensor:
-    return _hub.stand_in_tokenizer({"vocab_size": 600, "context_length": 16})(prompts)
-
-
-class HFTokenizer:
-    """The call signature of a transformers tokenizer, on the stand-in's ids.
-
-    Building a SentencePiece vocabulary offline would test SentencePiece; what the adapter owes
-    the tokenizer is its arguments, which are recorded here.
-    """
-
-    def __init__(self, vocab_size: int) -> None:
-        self.vocab_size = vocab_size
-        self.calls: list[dict[str, Any]] = []
-
-    def __call__(self, text: list[str], **options: Any) -> dict[str, Tensor]:
-        self.calls.append({**options, "count": len(text)})
-        make = _hub.stand_in_tokenizer(
-            {"vocab_size": self.vocab_size, "context_length": options["max_length"]}
-        )
-        ids = make(text)
-        return {"input_ids": ids, "attention_mask": (ids != 0).long()}
-
-
-def hf_clip() -> nn.Module:
-    transformers = pytest.importorskip("transformers")
-    return transformers.CLIPModel(
-        transformers.CLIPConfig(
-            vision_config={**HF_TOWER, "image_size": 32, "patch_size": 8},
-            text_config={**HF_TOWER, **HF_TEXT, "eos_token_id": 299},
-            projection_dim=16,
-        )
-    )
-
-
-def hf_siglip() -> nn.Module:
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(2)
-    model = transformers.SiglipModel(
-        transformers.SiglipConfig(
-            vision_config={**HF_TOWER, "image_size": 32, "patch_size": 8},
-            text_config={**HF_TOWER, **HF_TEXT},
-        )
-    )
-    with torch.no_grad():
-        model.logit_scale.fill_(4.7)
-        model.logit_bias.fill_(-12.5)
-    return model
-
-
-HF_TOWER = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-}
-HF_TEXT = {
-    "vocab_size": 300,
-    "max_position_embeddings": 12,
-    "bos_token_id": 298,
-    "eos_token_id": 299,
-    "pad_token_id": 0,
-}
-
-
-def hf_image_processor(name: str, **changes: Any) -> Any:
-    transformers = pytest.importorskip("transformers")
-    if name == "CLIP":
-        sizes: dict[str, Any] = {"size": {"shortest_edge": 32}}
-        sizes["crop_size"] = {"height": 32, "width": 32}
-        return transformers.CLIPImageProcessor(**{**sizes, **changes})
-    sizes = {"size": {"height": 32, "width": 32}}
-    return transformers.SiglipImageProcessor(**{**sizes, **changes})
 
 
 @pytest.fixture(scope="session")

@@ -119,6 +119,17 @@ def test_sources_are_short() -> None:
     assert not long
 
 
+def test_tests_import_no_tests() -> None:
+    """What two files of tests share stands in a module without any."""
+    for path in (ROOT / "tests").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [name.name for name in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not [name for name in names if name.startswith("test_")], path
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+                assert path.stem.startswith("test_"), path
+
+
 def _setup(*arguments: str, build: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "setup.py", *arguments],

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from test_api import FIVE, model_of, pictures
 
 from scc_fast import PRESETS, Defender, presets, recommended
+from toys import FIVE, model_of, pictures
 
 
 def test_presets_cost_what_they_say() -> None:

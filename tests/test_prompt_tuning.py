@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_api import FIVE, model_of
 from torch import Tensor, nn
 
 from scc_fast import tiny
 from scc_fast.defenses.prompt_tuning import Context
 from scc_fast.defenses.r_tpt import RTPT
+from toys import FIVE, model_of
 
 PROMPTS = [*tiny.prompts()[:6], "a dog", *tiny.prompts()[:1]]
 

@@ -8,13 +8,22 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from test_api import FIVE, KINDS, METHODS, assert_same, defender_of, model_of, pictures
-from test_models import small_open_clip, small_tokenizer
 from torch import Tensor
 
 import scc_fast
 from scc_fast import Defender
 from scc_fast.models import OpenCLIPModel
+from toys import (
+    FIVE,
+    KINDS,
+    METHODS,
+    assert_same,
+    defender_of,
+    model_of,
+    pictures,
+    small_open_clip,
+    small_tokenizer,
+)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 import ray
 import torch
-from test_runner import BATCH, FOUR, results, run_in, setting
 
 import scc_fast
+from runs import BATCH, FOUR, results, run_in, setting
 from scc_fast.evaluate import command, on_ray
 from scc_fast.evaluate.on_ray import OnRay
 from scc_fast.evaluate.runner import Asked

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from test_api import FIVE, defender_of, model_of
 from torch import Tensor
 
 from scc_fast import DefendedCLIP, Defender, RNConfig, TTCConfig
+from toys import FIVE, defender_of, model_of
 
 X = torch.full((2, 3, 32, 32), 0.5)
 

@@ -12,8 +12,8 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pytest
-from test_report import HOSTILE, row, write
 
+from report_rows import HOSTILE, row, write
 from scc_fast.evaluate.collect import read
 from scc_fast.evaluate.figures import front
 from scc_fast.evaluate.groups import groups

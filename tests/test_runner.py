@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_api import model_of
 from torch import Tensor
 
+from runs import FOUR, N, results, run_in
 from scc_fast import image_seeds
 from scc_fast.attacks import PGD
 from scc_fast.defenses import Defense, make_defense
@@ -28,30 +28,14 @@ from scc_fast.evaluate.data import open_dataset
 from scc_fast.evaluate.rows import AttackFailed, Row
 from scc_fast.evaluate.runner import Asked, Run
 from scc_fast.evaluate.store import Busy, locked
-from scc_fast.evaluate.worker import Judged, Made, Place, Setting, Task, Worker, restored
+from scc_fast.evaluate.worker import Judged, Made, Place, Task, Worker, restored
+from toys import model_of
 
-N, BATCH = 5, 2
-FOUR = 4 / 255
 ASKED = Asked(("none", "rn"), ("pgd3", "bpda:steps=1:warmup=1"), (FOUR,), adaptive_n=3)
 
 
 class Stop(Exception):
     """The plug is pulled."""
-
-
-def setting(**options: Any) -> Setting:
-    return Setting(**{"n_samples": N, "batch": BATCH, "seed": 3, "device": "cpu", **options})
-
-
-def run_in(folder: Path, **options: Any) -> Run:
-    asked = setting(**options)
-    data = open_dataset("emoji", model_of("tiny"), n_samples=asked.n_samples)
-    return Run(asked, folder, Worker(asked, model_of("tiny"), data))
-
-
-def results(folder: Path) -> bytes:
-    (found,) = folder.glob("*/results.json")
-    return found.read_bytes()
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ class Silent:
         ("x" * 78, repr("x" * 78)),
         ("x" * 79, "'" + "x" * 76 + "..."),
         (list(range(5000)), str(list(range(5000)))[:77] + "..."),
-        (10**5000, "an object of type int"),
+        pytest.param(10**5000, "an object of type int", id="int"),  # pytest would print it
         (Silent(), "an object of type Silent"),
         (torch.zeros(1000, 3), "Tensor of shape (1000, 3) and torch.float32"),
         (np.zeros((2, 3)), "ndarray of shape (2, 3) and float64"),

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from attack_toys import images, weights
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import scc_fast
+from attack_toys import images, weights
 from scc_fast import tiny
 from scc_fast.attacks import Unrolled
 from scc_fast.attacks.unrolled import _Sight, step_count, straight_sign, unrolled

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_api import model_of
-from test_runner import BATCH, FOUR, N, setting
 from torch import Tensor
 
+from runs import BATCH, FOUR, N, setting
 from scc_fast import image_seeds
 from scc_fast.attacks import BPDA
 from scc_fast.defenses import Defense
 from scc_fast.evaluate.worker import Judged, Made, Task, Worker
+from toys import model_of
 
 
 def worker(**options: Any) -> Worker:
