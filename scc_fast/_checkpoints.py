@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import copy
-import pickle
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from scc_fast._hub import short
+from scc_fast._state_dicts import content, located, misfit, plain, state_dict
 
 _TOWER = "vision_encoder_state_dict"
 _PROMPTS = ("state_dict", "add_prompter")  # beside _TOWER: of visual prompts, empty without any
@@ -111,27 +108,23 @@ def with_image_encoder(model: nn.Module, state: Mapping[str, Tensor], source: Pa
     What is not the image tower shares the storage of ``model``, which stays as it was.
 
     Args:
-        state: the tower's tensors by the names of ``model.visual``, as read_image_encoder() gives
-            them; cast to the type of each weight that they replace.
+        state: the tower's tensors by the names of ``model.visual``, which wrappers may have put
+            something before (see plain()); cast to the type of each weight that they replace.
         source: the file they came from, for messages.
     Raises:
-        ValueError: names or shapes that are not those of ``model.visual``.
+        ValueError: names or shapes that are not those of ``model.visual``, or a whole model's.
     """
     twin = frozen_twin(model)
     tower = cast(nn.Module, twin.visual)
     own = tower.state_dict()
-    lacking, others = own.keys() - state.keys(), state.keys() - own.keys()
-    wrong = [f"lacks {_some(lacking)}"] if lacking else []
-    wrong += [f"has {_some(others)} besides"] if others else []
-    wrong += [
-        f"has {key} of shape {tuple(state[key].shape)}, not {tuple(value.shape)}"
-        for key, value in own.items()
-        if key in state and state[key].shape != value.shape
-    ]
-    if wrong:
+    state = plain(state, own)
+    what = f"image_encoder: {located(source)}"
+    if any(key.startswith("visual.") for key in state):
+        raise ValueError(f"{what} is a whole model: pass it as pretrained=; {_READS}")
+    if wrong := misfit(state, own):
         raise ValueError(
-            f"image_encoder: {str(source)!r} does not fit the image tower of the model: it "
-            f"{'; it '.join(wrong[:3])}; load it over the architecture that it was tuned from"
+            f"{what} does not fit the image tower of the model: it {wrong}; "
+            "load it over the architecture that it was tuned from"
         )
     with torch.inference_mode(False), torch.no_grad():
         new = {key: state[key].to(value.device, value.dtype) for key, value in own.items()}
@@ -149,17 +142,17 @@ def read_image_encoder(path: Path) -> dict[str, Tensor]:
       "epoch", "best_acc1" and "optimizer" are passed over.
     - FARE and TeCoA of RobustVLM (2402.12336), ``.pt``: the tower's state dict itself.
 
-    A prefix "module." of all names (nn.DataParallel) is dropped. A file ``.safetensors`` holds the
-    tower's tensors by name. Nothing in a file is run: torch.load(weights_only=True).
+    Both may be in torch.save's format or in safetensors. Nothing in a file is run. Names are as
+    the file has them: with_image_encoder() drops what wrappers put before them.
 
     Raises:
         ValueError: no file, no such layout, an object that is no plain data, a visual prompt that
-            belongs to the tower, a whole model, or weights that are not finite.
+            belongs to the tower, or weights that are not finite.
     """
-    what = f"image_encoder: {str(path)!r}"
+    what = f"image_encoder: {located(path)}"
     if not path.is_file():
         raise ValueError(f"{what} is {'a folder' if path.is_dir() else 'no file'}; {_READS}")
-    found = _content(path, what)
+    found = content(path, what)
     if isinstance(found, Mapping) and _TOWER in found:
         for key in _PROMPTS:
             if _holds_weights(found.get(key)):
@@ -167,58 +160,9 @@ def read_image_encoder(path: Path) -> dict[str, Tensor]:
                     f"{what} has weights under {key!r} too, a visual prompt that its image tower "
                     "was tuned with and that no model here can take"
                 )
-        found = found[_TOWER]
-    if not isinstance(found, Mapping) or not found:
-        raise ValueError(f"{what} holds {type(found).__name__} of no tensors; {_READS}")
-    state = {str(key): value for key, value in found.items()}
-    if all(key.startswith("module.") for key in state):
-        state = {key.removeprefix("module."): value for key, value in state.items()}
-    if "state_dict" in state or any(key.startswith("visual.") for key in state):
-        raise ValueError(f"{what} is a whole model: pass it as pretrained=; {_READS}")
-    odd = [key for key, value in state.items() if not isinstance(value, Tensor)]
-    if odd:
-        raise ValueError(f"{what} holds {_some(odd)}, no tensors; {_READS}")
-    for key, value in state.items():
-        if value.is_floating_point() and not bool(value.isfinite().all()):
-            raise ValueError(f"{what}: {key} has values that are not finite")
-    return state
-
-
-def _content(path: Path, what: str) -> Any:
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(path)
-        except Exception as error:
-            raise ValueError(f"{what} cannot be read: {short(error)}") from error
-    # best_acc1 is a NumPy number in files of the training scripts. Old NumPy called its module
-    # numpy.core, new NumPy calls it numpy._core; a file may come from either
-    number = np.float64(0).__reduce__()[0]
-    names = [f"numpy.{module}.multiarray.scalar" for module in ("core", "_core")]
-    types = [type(np.dtype(code)) for code in ("f8", "f4")]
-    wanted: list[Any] = [*((number, name) for name in names), np.dtype, *types]
-    # What the caller allows by themselves has to stay when the context takes its own back
-    safe = [entry for entry in wanted if entry not in torch.serialization.get_safe_globals()]
-    try:
-        with torch.serialization.safe_globals(safe):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        refused = re.search(r"(?:GLOBAL|[Uu]nsupported class) (\S+)", str(error))
-        if refused and isinstance(error, pickle.UnpicklingError):
-            raise ValueError(
-                f"{what} holds a {refused[1]}, and only tensors, numbers, strings and containers "
-                f"of these are read: other objects can run code; save {_TOWER!r} alone"
-            ) from error
-        raise ValueError(f"{what} is no checkpoint that torch can read; {_READS}") from error
+    return state_dict(found, what, (_TOWER,), f"; {_READS}")
 
 
 def _holds_weights(value: Any) -> bool:
     values = value.values() if isinstance(value, Mapping) else [value]
     return any(isinstance(entry, Tensor) and entry.numel() > 0 for entry in values)
-
-
-def _some(keys: Iterable[str]) -> str:
-    names = sorted(keys)
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more

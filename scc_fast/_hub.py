@@ -96,6 +96,27 @@ def fetch(
     ) from cause
 
 
+def transformers_folder(repo: str, cache_dir: Any, cause: BaseException | None) -> Path | None:
+    """The folder of a repository in transformers' layout, from the cache or the hub.
+
+    Asked after a look for open_clip's files failed with ``cause``; None where transformers' are
+    not there either.
+    """
+    import huggingface_hub as hub
+    from huggingface_hub.utils import EntryNotFoundError
+
+    cache = str(cache_dir or hub.constants.HF_HUB_CACHE)
+    config = hub.try_to_load_from_cache(repo, "config.json", cache_dir=cache)
+    folder = Path(config).parent if isinstance(config, str) else None
+    for weights in ("model*.safetensors", "pytorch_model*.bin"):
+        if isinstance(cause, EntryNotFoundError):  # the hub answers, and has other files
+            files = ["*.json", "*.txt", "*.model", weights]
+            folder = Path(hub.snapshot_download(repo, cache_dir=cache, allow_patterns=files))
+        if folder is not None and (folder / "config.json").is_file() and any(folder.glob(weights)):
+            return folder
+    return None
+
+
 def named_folder(name: str, folder: Path | None) -> Path | None:
     """The folder that a config calls a repository: from the root, or beside the config."""
     place = Path(name).expanduser()

@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import typer
+
+from scc_fast import config as names
+
+
+def one_of(help: str, choices: Iterable[str]) -> Any:
+    """A typer option that takes one of a few names; a near miss is told the nearest."""
+
+    def parsed(text: str) -> str:
+        try:
+            return names.one_of("the name", text, tuple(choices))
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+
+    return typer.Option(help=help, parser=parsed, metavar=f"[{'|'.join(choices)}]")
 
 
 def classes(labels: str | None, model: str) -> list[str]:
@@ -70,7 +85,10 @@ def figure_format(figure: Path) -> None:
 def engine_suits(engine: str, distributed: bool) -> None:
     """Refuse another engine than local and ray, and what is ray's alone where it does not run."""
     if engine not in ("local", "ray"):
-        raise typer.BadParameter(f"--engine must be local or ray, got {engine!r}")
+        raise typer.BadParameter(
+            f"--engine must be local or ray, got {engine!r}"
+            f"{names.nearest(engine, ('local', 'ray'))}"
+        )
     if engine == "local" and distributed:
         raise typer.BadParameter(
             "--workers, --cores, --gpus and --ray-address need --engine ray, got --engine local"

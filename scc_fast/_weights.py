@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import difflib
 import json
+import logging
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from scc_fast._checkpoints import unwrap
 from scc_fast._hub import (
@@ -24,8 +25,21 @@ from scc_fast._hub import (
     short,
     split_processor,
     stand_in_tokenizer,
+    transformers_folder,
 )
+from scc_fast._state_dicts import (
+    as_path,
+    check_finite,
+    content,
+    kind_of,
+    located,
+    misfit,
+    plain,
+    state_dict,
+)
+from scc_fast.config import nearest, shown
 
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".pth.tar", ".ckpt", ".npz")
 _HUB_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 _DTYPES = {
     "fp32": torch.float32,
@@ -70,8 +84,7 @@ def from_object(model: nn.Module, tokenizer: Any, processor: Any) -> Found:
             "transformers one (get_image_features, get_text_features)"
         )
     if isinstance(tokenizer, str):
-        config = _config_of(tokenizer)
-        tokenizer = build_tokenizer(config["text_cfg"], None, None)
+        tokenizer = build_tokenizer(_text_of(tokenizer), None, None)
     elif tokenizer is None:
         if getattr(model, "vocab_size", None) != CLIP_VOCABULARY:
             raise ValueError(
@@ -104,8 +117,12 @@ def from_name(
     precision: str,
 ) -> Found:
     """Load "tiny", an open_clip name, "hf-hub:...", "local-dir:..." or a folder."""
-    if precision not in _DTYPES:  # open_clip takes anything else for fp32
-        raise ValueError(f"precision: one of {', '.join(_DTYPES)} is needed, got {precision!r}")
+    # open_clip takes anything else for fp32
+    if not isinstance(precision, str) or precision not in _DTYPES:
+        raise ValueError(
+            f"precision: one of {', '.join(_DTYPES)} is needed, got {shown(precision)}"
+            f"{nearest(precision, _DTYPES)}"
+        )
     prefix, _, rest = name.partition(":")
     local = name == "tiny" or (prefix in ("hf-hub", "local-dir") and rest)
     if local and pretrained is not None:
@@ -115,25 +132,61 @@ def from_name(
         found.name, found.source = "tiny", "bundled with scc_fast"
         return found
     if prefix == "hf-hub" and rest:
-        config, weights = _snapshot(rest, cache_dir, name)
-        # A snapshot folder is a local folder, but its tokenizer may live in another repository
-        found = from_folder(
-            config.parent, tokenizer, None, precision, weights=weights, cache_dir=cache_dir
-        )
-        found.name, found.source = name, str(weights)
-        return found
+        return _from_hub(name, rest, tokenizer, processor, cache_dir, precision)
     if prefix == "local-dir" and rest:
-        folder = Path(rest).expanduser()
+        folder = as_path(rest, "model")
         return from_folder(folder, tokenizer, processor, precision, cache_dir=cache_dir)
     import open_clip
 
     clean = name.replace("/", "-")
     if clean in open_clip.list_models():
         return _from_architecture(clean, pretrained, tokenizer, cache_dir, precision)
-    if (folder := Path(name).expanduser()).is_dir():
+    if name and (folder := as_path(name, "model")).is_dir():
         return from_folder(folder, tokenizer, processor, precision, cache_dir=cache_dir)
-    _config_of(clean)
-    raise AssertionError("unreachable")
+    raise ValueError(f"model: {_no_model(name, open_clip.list_models())}")
+
+
+def _no_model(name: str, known: list[str]) -> str:
+    """What a name is that no model has, and how it would be written."""
+    path = as_path(name, "model")
+    if path.is_file() or path.name.endswith(_WEIGHTS):
+        there = "is a file" if path.is_file() else "is no file that exists"
+        return (
+            f"{located(name)} {there}, and the name of an architecture is needed: weights are "
+            "passed as pretrained=, those of an image tower alone as image_encoder="
+        )
+    if name.startswith(("/", "~", ".")):
+        return f"no folder {located(name)}"
+    bare = re.sub(r"^https?://(www\.)?(huggingface\.co|hf\.co)/", "", name).strip(" /")
+    if re.fullmatch(r"[\w.-]+/(?!\d+$)[\w.-]+", bare):
+        return f"{shown(name)} is no folder here; a repository of the hub is 'hf-hub:{bare}'"
+    hint = nearest(name, ["tiny", "hf-hub:org/repo", "local-dir:folder", *known], 5)
+    return (
+        f"{shown(name)} is neither an open_clip model nor a folder{hint or ';'} Others: 'tiny', "
+        "'hf-hub:org/repo', a folder, or a transformers model object"
+    )
+
+
+def _from_hub(
+    name: str, repo: str, tokenizer: Any, processor: Any, cache_dir: Any, precision: str
+) -> Found:
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo):
+        raise ValueError(f"model: 'hf-hub:owner/name' is needed, got {shown(name)}")
+    try:
+        config, weights = _snapshot(repo, cache_dir, name)
+    except RuntimeError as error:
+        # Many repositories, such as Google's of SigLIP, have transformers' files alone
+        if (folder := transformers_folder(repo, cache_dir, error.__cause__)) is None:
+            raise
+        found = _from_transformers_folder(folder, tokenizer, processor, precision)
+        found.name = name
+        return found
+    # A snapshot folder is a local folder, but its tokenizer may live in another repository
+    found = from_folder(
+        config.parent, tokenizer, None, precision, weights=weights, cache_dir=cache_dir
+    )
+    found.name, found.source = name, str(weights)
+    return found
 
 
 def _snapshot(repo: str, cache_dir: Any, what: str) -> tuple[Path, Path]:
@@ -148,19 +201,18 @@ def _snapshot(repo: str, cache_dir: Any, what: str) -> tuple[Path, Path]:
     )
 
 
-def _config_of(name: str) -> dict[str, Any]:
+def _text_of(tokenizer: str) -> dict[str, Any]:
+    """text_cfg of the architecture whose tokenizer is asked for."""
     import open_clip
 
-    names = open_clip.list_models()
-    if name not in names:
-        lower = {n.lower(): n for n in names}
-        close = [lower[n] for n in difflib.get_close_matches(name.lower(), lower, 5, 0.5)]
-        hint = f"did you mean {', '.join(close)}? " if close else ""
+    config = open_clip.get_model_config(tokenizer.replace("/", "-"))
+    if config is None:
         raise ValueError(
-            f"model: {name!r} is neither an open_clip model nor a folder; {hint}"
-            "Others: 'tiny', 'hf-hub:org/repo', a folder, or a transformers model object"
+            f"tokenizer: {shown(tokenizer)} is no architecture of open_clip; pass the name of one "
+            "or a callable, such as open_clip.tokenizer.HFTokenizer(name)"
+            f"{nearest(tokenizer, open_clip.list_models())}"
         )
-    return cast(dict[str, Any], open_clip.get_model_config(name))
+    return cast(dict[str, Any], config["text_cfg"])
 
 
 def _from_architecture(
@@ -172,7 +224,7 @@ def _from_architecture(
 ) -> Found:
     import open_clip
 
-    config = _config_of(name)
+    config = cast(dict[str, Any], open_clip.get_model_config(name))
     base = name.removesuffix("-quickgelu")
     tags = {tag: open_clip.get_pretrained_cfg(base, tag) for tag in _tags(base)}
     keys = ("mean", "std", "interpolation", "resize_mode")
@@ -204,13 +256,13 @@ def _from_architecture(
         path = fetch(repo, files, cache_dir, f"{name}, pretrained={str(pretrained)!r}")
         source = f"{pretrained} ({path})"
     else:
-        path = Path(pretrained).expanduser()
+        path = as_path(pretrained, "pretrained")
         source = str(path)
         if not path.is_file():
             kind = "is a folder; write model='local-dir:...'" if path.is_dir() else "is no file"
             raise ValueError(
-                f"pretrained: {source!r} {kind} and no tag of {name}; "
-                f"known tags: {', '.join(_tags(name)) or 'none'}"
+                f"pretrained: {located(source)} {kind} and no tag of {name}; "
+                f"known tags: {', '.join(_tags(name)) or 'none'}{nearest(source, _tags(name))}"
             )
         hint = re.sub(r"[^a-z0-9]+", "_", "/".join(path.parts[-4:]).lower())
         guess = max((t for t in tags if t.replace("-", "_") in hint), key=len, default=None)
@@ -223,11 +275,13 @@ def _from_architecture(
                 "which: CLIP's is used; pass mean= and std= for another"
             )
     if tokenizer is None or isinstance(tokenizer, str):
-        text = _config_of(tokenizer)["text_cfg"] if isinstance(tokenizer, str) else text
+        text = _text_of(tokenizer) if isinstance(tokenizer, str) else text
         tokenizer = build_tokenizer(text, None, cache_dir)
     text = _text_tower(config["text_cfg"], None, cache_dir, name)
     usual = {k: known[k] for k in keys if known.get(k)}
-    module = _create(name, path, precision, usual, cache_dir, text)
+    argument = "model" if path is None else "pretrained"
+    what = f"{argument}: open_clip cannot load {name}"
+    module = _create(name, path, what, precision, usual, cache_dir, text)
     return Found(module, tokenizer, name, source, preprocess=module.visual.preprocess_cfg)
 
 
@@ -273,28 +327,82 @@ def _check_quickgelu(
 def _create(
     name: str,
     weights: Path | None,
+    what: str,
     precision: str,
     preprocess: dict[str, Any],
     cache_dir: Any,
     text: dict[str, Any],
 ) -> Any:
+    """open_clip's model of a name with the weights of a file; ``what`` begins messages."""
     import open_clip
 
+    state: dict[str, Tensor] | None = None
+    if weights is not None:
+        what = f"{what} with weights {located(weights)}"
+        if kind_of(weights, f"{what}: it") != "npz":
+            state = state_dict(content(weights, f"{what}: it"), f"{what}: it")
+            check_finite(state, what)
     try:
-        return open_clip.create_model(
-            name,
-            pretrained=None if weights is None else str(weights),
-            precision=precision,
-            force_preprocess_cfg=preprocess,
-            pretrained_text=False,
-            cache_dir=None if cache_dir is None else str(cache_dir),
-            **({"text_cfg": text} if text else {}),
-        )
+        with _no_word_of_weights():
+            module = open_clip.create_model(
+                name,
+                load_weights=False,
+                precision=precision,
+                force_preprocess_cfg=preprocess,
+                pretrained_text=False,
+                cache_dir=None if cache_dir is None else str(cache_dir),
+                **({"text_cfg": text} if text else {}),
+            )
+        if weights is not None and state is None:  # big_vision's own format of SigLIP
+            from open_clip.convert import load_big_vision_weights
+
+            load_big_vision_weights(module, str(weights))
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        what = f"{name} with weights {weights}" if weights else name
-        raise ValueError(f"model: open_clip cannot load {what}: {short(error)}") from error
+        raise ValueError(f"{what}: {short(error)}") from error
+    if state is not None:
+        _fill(module, state, f"{what}: it")
+    return module
+
+
+def _fill(module: Any, state: dict[str, Tensor], what: str) -> None:
+    """Put weights into open_clip's model, in the steps of open_clip's load_checkpoint()."""
+    from open_clip import factory
+
+    own = module.state_dict()
+    try:
+        state = factory.convert_state_dict(module, plain(state, own))
+        if "positional_embedding" in state and not hasattr(module, "positional_embedding"):
+            state = factory.convert_to_custom_text_state_dict(state)
+        for key in ("logit_scale", "logit_bias"):  # a number, or one in a vector
+            if key in state and key in own and state[key].numel() == 1:
+                state[key] = state[key].reshape(own[key].shape)
+        if "logit_bias" in own:
+            state.setdefault("logit_bias", torch.zeros_like(own["logit_bias"]))
+        if not any(key not in state for key in own):
+            factory.resize_pos_embed(state, module)
+            factory.resize_text_pos_embed(state, module)
+        if not (wrong := misfit(state, own)):
+            module.load_state_dict(state)
+    except Exception as error:
+        raise ValueError(f"{what} cannot be put into the model: {short(error)}") from error
+    if wrong:
+        raise ValueError(f"{what} {wrong}")
+
+
+@contextmanager
+def _no_word_of_weights() -> Iterator[None]:
+    """Without open_clip's warning of random weights: they come later, or it was said already."""
+
+    def other(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("No pretrained weights loaded")
+
+    logging.getLogger().addFilter(other)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeFilter(other)
 
 
 def from_folder(
@@ -320,22 +428,20 @@ def from_folder(
     extras: dict[str, Any] = {}
     if not isinstance(config.get("model_cfg", {}).get("text_cfg"), dict):
         raise ValueError(f"model: {str(file)!r} has no 'model_cfg' with a 'text_cfg'")
-    if weights is None and not any(
-        f.suffix in (".safetensors", ".bin", ".pth") for f in folder.iterdir()
-    ):
-        raise ValueError(f"model: {str(folder)!r} holds no weights (*.safetensors, *.bin, *.pth)")
+    snapshot, weights = weights is not None, weights or _weights_in(folder)
     if (folder / "defaults.json").is_file():
         known = _json(folder / "defaults.json")
         extras = {k: known[k] for k in ("defaults", "flip", "templates") if k in known}
     declared = config["model_cfg"]["text_cfg"]
     if tokenizer is None or isinstance(tokenizer, str):
-        text = _config_of(tokenizer)["text_cfg"] if isinstance(tokenizer, str) else declared
-        place = folder if weights is None else None
+        text = _text_of(tokenizer) if isinstance(tokenizer, str) else declared
+        place = None if snapshot else folder
         if named := text.get("hf_tokenizer_name"):
             place = named_folder(named, folder) or place
         tokenizer = build_tokenizer(text, place, cache_dir)
     tower = _text_tower(declared, folder, cache_dir, str(folder))
-    module = _create(f"local-dir:{folder}", None, precision, {}, None, tower)
+    what = "model: open_clip cannot load the folder"
+    module = _create(f"local-dir:{folder}", weights, what, precision, {}, None, tower)
     return Found(
         module,
         tokenizer,
@@ -345,6 +451,20 @@ def from_folder(
         module.visual.preprocess_cfg,
         extras=extras,
     )
+
+
+def _weights_in(folder: Path) -> Path:
+    """The weights that open_clip would take of a folder."""
+    ends = (".safetensors", ".bin", ".pth")
+    usual = [f"open_clip_model{ends[0]}", *(f"open_clip_pytorch_model{end}" for end in ends)]
+    usual += ["model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth"]
+    names = sorted(
+        (file.name for file in folder.iterdir() if file.suffix in ends),
+        key=lambda name: (not name.endswith(ends[0]), name),
+    )
+    if not names:
+        raise ValueError(f"model: {located(folder)} holds no weights (*.safetensors, *.bin, *.pth)")
+    return folder / next((name for name in usual if name in names), names[0])
 
 
 def _from_transformers_folder(

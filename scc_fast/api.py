@@ -21,6 +21,7 @@ from scc_fast.config import (
     TTEConfig,
     View,
     method_config,
+    one_of,
     resolve_views,
 )
 from scc_fast.engine import calls, methods, serve
@@ -328,12 +329,6 @@ def defend(
     """
     defender = Defender(model, classes, **options)
     return defender(images, seeds, is_normalized=is_normalized)
-
-
-def one_of(name: str, value: Any, choices: tuple[str, ...]) -> str:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
-    return value
 
 
 def _no_autocast(device: torch.device) -> torch.autocast:

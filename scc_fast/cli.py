@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from scc_fast import _options as options
+from scc_fast.config import METHODS
+from scc_fast.engine.serve import ENGINES, PRECISIONS
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -29,42 +30,9 @@ Json = Annotated[
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Seed = Annotated[int, typer.Option(help="Same seed, same result.")]
-
-
-class Method(str, Enum):
-    """Names a command line can ask for."""
-
-    scc = "scc"
-    ttc = "ttc"
-    tte = "tte"
-    rn = "rn"
-    none = "none"
-
-
-class Precision(str, Enum):
-    """Of the encoder's products."""
-
-    auto = "auto"
-    fp32 = "fp32"
-    bf16 = "bf16"
-    fp16 = "fp16"
-
-
-class EngineName(str, Enum):
-    """Who runs the encoder."""
-
-    auto = "auto"
-    eager = "eager"
-    compile = "compile"
-    runner = "runner"
-    graph = "graph"
-
-
-class Device(str, Enum):
-    """Kinds of devices."""
-
-    cpu = "cpu"
-    cuda = "cuda"
+Method = Annotated[str, options.one_of("The defense.", METHODS)]
+Precision = Annotated[str, options.one_of("Of the encoder's products.", ("auto", *PRECISIONS))]
+Device = Annotated[str | None, options.one_of("Default: CUDA where it is.", ("cpu", "cuda"))]
 
 
 @app.command()
@@ -107,7 +75,7 @@ def defend(
     labels: Annotated[str | None, typer.Option(help='Classes: "a dog,a wolf", or @FILE.')] = None,
     model: Annotated[str, typer.Option(help='"tiny", an open_clip name, or local-dir:…')] = "tiny",
     pretrained: Annotated[str | None, typer.Option(help="open_clip tag or weights file.")] = None,
-    method: Annotated[Method, typer.Option(help="The defense.")] = Method.scc,
+    method: Method = "scc",
     epsilon: Annotated[str | None, typer.Option(help="Budget: 4/255 or 0.0157.")] = None,
     top: Annotated[int, typer.Option(help="Labels to print.", min=1)] = 3,
     output: Annotated[Path, typer.Option(help="Folder for the repaired pictures.")] = Path("."),
@@ -122,7 +90,7 @@ def defend(
     if figure is not None:
         options.figure_format(figure)
     classes = options.classes(labels, model)
-    config = options.config(method.value, epsilon)
+    config = options.config(method, epsilon)
     with _progress() as bar:
         task = bar.add_task("defending", total=len(pictures))
         defended = defend_files(
@@ -130,7 +98,7 @@ def defend(
             model=model,
             pretrained=pretrained,
             classes=classes,
-            method=method.value,
+            method=method,
             config=config,
             top=top,
             output=output,
@@ -167,7 +135,7 @@ def evaluate(
     download: Annotated[bool, typer.Option(help="Let torchvision fetch what is missing.")] = False,
     seeds: Annotated[str, typer.Option(help="Of the noise; several give mean and spread.")] = "0",
     batch: Annotated[int, typer.Option(help="Images at a time.", min=1)] = 50,
-    precision: Annotated[Precision, typer.Option(help="Of the encoder.")] = Precision.auto,
+    precision: Precision = "auto",
     engine: Annotated[
         str, typer.Option(help="local, or ray: many GPUs and machines.", metavar="ENGINE")
     ] = "local",
@@ -175,7 +143,7 @@ def evaluate(
     cores: Annotated[int, typer.Option(help="With ray: cores of an actor.", min=1)] = 1,
     gpus: Annotated[float, typer.Option(help="With ray: GPUs of an actor.", min=0.0)] = 0.0,
     ray_address: Annotated[str | None, typer.Option(help="With ray: of a cluster.")] = None,
-    device: Annotated[Device | None, typer.Option(help="Default: CUDA where it is.")] = None,
+    device: Device = None,
     allow_weak_attack: Annotated[
         bool, typer.Option(help="Go on where the undefended model withstands an attack.")
     ] = False,
@@ -190,7 +158,7 @@ def evaluate(
     )
     if folder.exists() and not folder.is_dir():
         raise typer.BadParameter(f"--out must be a folder, {folder} is a file")
-    options.device_is_there(None if device is None else device.value)
+    options.device_is_there(device)
     try:
         asked = command.Asked(
             command.listed("--defense", defense),
@@ -213,8 +181,8 @@ def evaluate(
             n_samples=n_samples,
             seed=seed,
             batch=batch,
-            precision=precision.value,
-            device=None if device is None else device.value,
+            precision=precision,
+            device=device,
         )
         for seed in numbers
     ]
@@ -259,16 +227,16 @@ def report(
 def bench(
     model: Annotated[str, typer.Option(help='"tiny", an open_clip name, or local-dir:…')] = "tiny",
     pretrained: Annotated[str | None, typer.Option(help="open_clip tag or weights file.")] = None,
-    method: Annotated[Method, typer.Option(help="The defense.")] = Method.scc,
+    method: Method = "scc",
     batch: Annotated[
         str | None, typer.Option(help="Sizes; default 1,8 on a CPU, 1,8,64 on CUDA.")
     ] = None,
     classes: Annotated[
         int | None, typer.Option(help="So many random ones; default 1000, or tiny's own.", min=2)
     ] = None,
-    precision: Annotated[Precision, typer.Option(help="Of the encoder.")] = Precision.auto,
-    engine: Annotated[EngineName, typer.Option(help="Who runs the encoder.")] = EngineName.auto,
-    device: Annotated[Device | None, typer.Option(help="Default: CUDA where it is.")] = None,
+    precision: Precision = "auto",
+    engine: Annotated[str, options.one_of("Who runs the encoder.", ENGINES)] = "auto",
+    device: Device = None,
     seconds: Annotated[
         float, typer.Option(help="Of rounds, a batch size.", min=0.01, max=3600)
     ] = 3.0,
@@ -285,22 +253,22 @@ def bench(
     from scc_fast.bench.rows import warnings
     from scc_fast.bench.run import Bench, Options
 
-    if method is Method.none:
+    if method == "none":
         raise typer.BadParameter('--method none is the row "undefended" of every other method')
     if figure.suffix.lower() in (".png", ".pdf", ".svg") or not figure.name:
         raise typer.BadParameter(f"--figure is how both names begin, as in out/bench; got {figure}")
     if json is not None and json.is_dir():
         raise typer.BadParameter(f"--json must be a file, {json} is a folder")
-    options.device_is_there(None if device is None else device.value)
+    options.device_is_there(device)
     asked = Options(
         model=model,
         pretrained=pretrained,
-        method=method.value,
+        method=method,
         batches=None if batch is None else options.batches(batch),
         classes=classes,
-        precision=precision.value,
-        engine=engine.value,
-        device=None if device is None else device.value,
+        precision=precision,
+        engine=engine,
+        device=device,
         seconds=seconds,
         reference=reference,
         json=json,
@@ -317,7 +285,7 @@ def bench(
     out.print(tables.SHORT_LEGEND.format(baseline=measured.baseline), markup=False)
     for line in warnings(rows):
         out.print(line, style="red", markup=False)
-    for path in figures.draw(figure, rows, waterfall, method.value):
+    for path in figures.draw(figure, rows, waterfall, method):
         out.print(f"figure: {path}", markup=False)
 
 
@@ -328,10 +296,11 @@ def doctor(
     ] = None,
     pretrained: Annotated[str | None, typer.Option(help="open_clip tag or weights file.")] = None,
     plan: Annotated[
-        Method | None, typer.Option(help="Also show the passes of a method and their floor here.")
+        str | None,
+        options.one_of("Also show the passes of a method and their floor here.", METHODS),
     ] = None,
     batch: Annotated[int, typer.Option(help="Images that the plan is for.", min=1)] = 1,
-    precision: Annotated[Precision, typer.Option(help="Of the plan.")] = Precision.auto,
+    precision: Precision = "auto",
     json: Json = None,
     debug: Debug = False,
 ) -> None:
@@ -339,7 +308,7 @@ def doctor(
     from scc_fast import doctor as examination
     from scc_fast.evaluate.report import write_json
 
-    if plan is None and (batch != 1 or precision is not Precision.auto):
+    if plan is None and (batch != 1 or precision != "auto"):
         raise typer.BadParameter("--batch and --precision are of a plan: add --plan scc")
     if model is None and pretrained is not None:
         raise typer.BadParameter("--pretrained is of a model: add --model")
@@ -352,7 +321,7 @@ def doctor(
     if plan is not None:
         from scc_fast.bench.machine import Machine
 
-        found["plan"] = examination.plan(loaded, plan.value, batch, precision.value, Machine)
+        found["plan"] = examination.plan(loaded, plan, batch, precision, Machine)
     examination.show(out, found)
     if json is not None:
         write_json(json, found)

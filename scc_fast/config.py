@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Literal, TypeVar
@@ -23,6 +25,33 @@ def shown(value: Any) -> str:
     except Exception:  # a repr that fails, or a number of thousands of digits
         return f"an object of type {type(value).__qualname__}"
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def nearest(value: object, choices: Iterable[str], most: int = 1) -> str:
+    """What a message says of choices close to a value: "; did you mean 'scc'?", or ""."""
+    if not isinstance(value, str):
+        return ""
+    spelled = {_letters(choice): choice for choice in choices}
+    close = difflib.get_close_matches(_letters(value), spelled, most, 0.6)
+    return f"; did you mean {' or '.join(repr(spelled[c]) for c in close)}?" if close else ""
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[\s_./-]", "", name.lower())
+
+
+def one_of(name: str, value: Any, choices: Sequence[str]) -> str:
+    """The value of an argument that is one of a few names, spelt exactly so.
+
+    Raises:
+        ValueError: it is none; lists them, and the nearest.
+    """
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(
+            f"{name} must be one of {', '.join(choices)}; got {shown(value)}"
+            f"{nearest(value, choices)}"
+        )
+    return value
 
 
 def _check_number(name: str, value: Any, low: float, high: float, what: str = "") -> None:
@@ -136,7 +165,10 @@ class MethodConfig:
         known = [field.name for field in dataclasses.fields(cls)]
         for name in values:
             if name not in known:
-                raise ValueError(f"{cls.__name__} has no field {name!r}; it has {', '.join(known)}")
+                raise ValueError(
+                    f"{cls.__name__} has no field {shown(name)}; it has {', '.join(known)}"
+                    f"{nearest(name, known)}"
+                )
         return cls(**values)
 
 
@@ -160,7 +192,10 @@ def _check_views(value: Any) -> ViewPreset | tuple[View, ...]:
     if value in ("geometric", "paper"):
         return value
     if not isinstance(value, list | tuple) or not value:
-        raise ValueError(f'views must be "geometric", "paper" or a list of View, got {value!r}')
+        raise ValueError(
+            f'views must be "geometric", "paper" or a list of View, got {shown(value)}'
+            f"{nearest(value, ('geometric', 'paper'))}"
+        )
     try:
         views = tuple(View(**view) if isinstance(view, dict) else view for view in value)
     except TypeError as error:

@@ -7,8 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from scc_fast.api import Defender, image_seeds, one_of
-from scc_fast.config import View
+from scc_fast.api import Defender, image_seeds
+from scc_fast.config import View, one_of
 from scc_fast.images import to_batch
 
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from scc_fast import _weights
+from scc_fast import _devices, _weights
 from scc_fast._checkpoints import (
     frozen_twin,
     parse_model,
@@ -22,6 +22,7 @@ from scc_fast._checkpoints import (
     with_image_encoder,
 )
 from scc_fast._preprocess import Preprocess, Triple, triple
+from scc_fast._state_dicts import as_path
 
 Tokenizer = Callable[..., Any]
 T = TypeVar("T")
@@ -288,8 +289,7 @@ def load_model(
     Example:
         >>> model = load_model("ViT-B-32-quickgelu", pretrained="openai")  # doctest: +SKIP
     """
-    if device is not None and torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device: {str(device)!r} asked for, but torch sees no CUDA device")
+    device = None if device is None else _devices.find(device)
     options = {"mean": mean, "std": std}
     overrides: dict[str, Any] = {k: triple(v, k) for k, v in options.items() if v is not None}
     missing = missing_members(model)
@@ -302,7 +302,7 @@ def load_model(
         )
     # Initialisation draws from torch's global generator, whose state is put back
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
-        tower = None if image_encoder is None else Path(image_encoder).expanduser()
+        tower = None if image_encoder is None else as_path(image_encoder, "image_encoder")
         state = None if tower is None else read_image_encoder(tower)
         if isinstance(model, nn.Module):
             if pretrained is not None or precision != "fp32" or tower is not None:

@@ -18,6 +18,7 @@ from scc_fast.attacks.pgd import PGD
 from scc_fast.attacks.suite import adaptive_suite
 from scc_fast.attacks.transfer import Transfer
 from scc_fast.attacks.unrolled import Unrolled
+from scc_fast.config import nearest, shown
 
 ATTACKS: dict[str, type[Attack]] = {
     kind.name: kind
@@ -83,7 +84,9 @@ def parse_attack(spec: str, epsilon: float) -> Attack:
     head, colon, stray = head.partition(":")
     name, digits = _named(head)
     if name not in ATTACKS:
-        raise ValueError(f"attack must be one of {', '.join(ATTACKS)}; got {spec!r}")
+        raise ValueError(
+            f"attack must be one of {', '.join(ATTACKS)}; got {shown(spec)}{nearest(name, ATTACKS)}"
+        )
     kind = ATTACKS[name]
     fields = {field.name: field for field in dataclasses.fields(kind)}
     known = [field for field in fields if field != "epsilon"]
@@ -96,7 +99,10 @@ def parse_attack(spec: str, epsilon: float) -> Attack:
         key, _, text = part.partition("=")
         if key not in known:
             hint = "the budget is given apart; " if key == "epsilon" else ""
-            raise ValueError(f"attack {spec!r}: {hint}{key!r} must be one of {', '.join(known)}")
+            raise ValueError(
+                f"attack {shown(spec)}: {hint}{key!r} must be one of {', '.join(known)}"
+                f"{nearest(key, known)}"
+            )
         if key in given:
             raise ValueError(f"attack {spec!r}: {key} is given twice")
         given[key] = text if isinstance(fields[key].default, str) else _value(text)

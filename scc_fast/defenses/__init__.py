@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from scc_fast.config import nearest, shown
 from scc_fast.defenses.anti_adv import AntiAdv
 from scc_fast.defenses.base import Defense, Look, Repair, Traits
 from scc_fast.defenses.csr import CSR
@@ -51,7 +52,10 @@ def parse_defense(spec: str) -> tuple[str, dict[str, Any]]:
     head, brace, rest = spec.partition("{")
     name, *parts = head.split(":")
     if name not in DEFENSES:
-        raise ValueError(f"defense must be one of {', '.join(DEFENSES)}; got {spec!r}")
+        raise ValueError(
+            f"defense must be one of {', '.join(DEFENSES)}; got {shown(spec)}"
+            f"{nearest(name, DEFENSES)}"
+        )
     if brace:
         if parts:
             raise ValueError(

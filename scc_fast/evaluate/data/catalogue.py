@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from scc_fast.config import nearest, shown
 from scc_fast.evaluate.data import class_names as cn
 from scc_fast.evaluate.data.class_names import Clean, Table
 
@@ -224,7 +225,9 @@ def find(name: str) -> Entry:
         raise TypeError(f"dataset: a name is needed, got {type(name).__name__}")
     entry = known(name)
     if entry is None:
-        raise ValueError(f"dataset: {name!r} is none of {', '.join(NAMES)}")
+        raise ValueError(
+            f"dataset: {shown(name)} is none of {', '.join(NAMES)}{nearest(name, NAMES)}"
+        )
     return entry
 
 

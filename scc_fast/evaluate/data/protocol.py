@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from scc_fast._preprocess import Preprocess
+from scc_fast.config import nearest, shown
 from scc_fast.evaluate.data.class_names import words
 from scc_fast.images import _convert, _picture_transform
 from scc_fast.models import VisionLanguage
@@ -124,5 +125,8 @@ def find_protocol(name: str) -> Protocol:
         ValueError: there is none; lists what there is.
     """
     if name not in PROTOCOLS:
-        raise ValueError(f"protocol: must be one of {', '.join(PROTOCOLS)}, got {name!r}")
+        raise ValueError(
+            f"protocol: must be one of {', '.join(PROTOCOLS)}, got {shown(name)}"
+            f"{nearest(name, PROTOCOLS)}"
+        )
     return PROTOCOLS[name]
