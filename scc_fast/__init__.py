@@ -8,10 +8,11 @@ from scc_fast.config import (
     RNConfig,
     SCCConfig,
     TTCConfig,
-    TTEConfig,
     View,
+    ViewsConfig,
 )
 from scc_fast.defended import DefendedCLIP
+from scc_fast.defenses.tte import TTEConfig
 from scc_fast.models import VisionLanguage, load_model
 from scc_fast.presets import PRESETS, Preset, recommended
 from scc_fast.result import DefenseResult
@@ -29,6 +30,7 @@ __all__ = [
     "TTCConfig",
     "TTEConfig",
     "View",
+    "ViewsConfig",
     "VisionLanguage",
     "__version__",
     "defend",

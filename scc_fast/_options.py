@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -46,11 +47,11 @@ def classes(labels: str | None, model: str) -> list[str]:
     return found
 
 
-def config(method: str, epsilon: str | None) -> dict[str, Any]:
-    """The config that --epsilon changes."""
+def config(method: str, kind: type[Any], epsilon: str | None) -> dict[str, Any]:
+    """The config that --epsilon changes, of a method whose config is of this kind."""
     if epsilon is None:
         return {}
-    if method in ("tte", "none"):
+    if "epsilon" not in (field.name for field in dataclasses.fields(kind)):
         raise typer.BadParameter(f"--epsilon has no meaning for --method {method}")
     from scc_fast.config import parse_epsilon
 

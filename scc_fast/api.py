@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,11 +17,12 @@ from scc_fast import _classes, ops
 from scc_fast.config import (
     METHODS,
     MethodConfig,
+    NoneConfig,
     RNConfig,
     SCCConfig,
     TTCConfig,
-    TTEConfig,
     View,
+    ViewsConfig,
     method_config,
     one_of,
     resolve_views,
@@ -27,17 +30,24 @@ from scc_fast.config import (
 from scc_fast.engine import calls, methods, serve
 from scc_fast.engine.calls import Seeds, image_seeds
 from scc_fast.engine.cost import Cost
+from scc_fast.engine.differentiable import Encode
 from scc_fast.engine.encoder import Modules
 from scc_fast.engine.plan import Plan, plan_of
 from scc_fast.engine.serve import Engine, Stage
 from scc_fast.images import to_batch
 from scc_fast.models import with_progress
-from scc_fast.reference import baselines, heads
+from scc_fast.reference import baselines, heads, step
 from scc_fast.reference.heads import Classes
 from scc_fast.reference.scc import scc
 from scc_fast.reference.ttc import Outcome, Setting, look, ttc
 from scc_fast.reference.views import preprocess
 from scc_fast.result import DefenseResult
+
+if TYPE_CHECKING:
+    from scc_fast.defenses import Defense
+
+# The methods beside METHODS, by name. scc_fast.defenses stands above and registers them here.
+DEFENSES: dict[str, type[Defense]] = {}
 
 
 class Defender:
@@ -51,9 +61,11 @@ class Defender:
         classes: K >= 2 prompts such as "a photo of a dog", used as they are. Duplicates are
             allowed and never count as each other's negative.
         text_features: (K, D) text embeddings instead of `classes`; scaled to unit length.
-        method: "scc", "ttc", "tte", "rn" or "none".
-        config: the method's config object or a dict of some of its fields. None takes the
-            model's own defaults where it carries some (the bundled one does), else METHOD.md's.
+        method: "scc", "ttc", "views", "rn" or "none", which the engine serves pass by pass, or any
+            other of scc_fast.defenses, such as "tte" or "r_tpt", on the same encoder.
+        config: the method's config object or a dict of some of its fields. What is left out is the
+            model's own default where it carries one (the bundled one does for "scc"), else the
+            published value.
         precision: of the encoder's products: "fp32", "bf16" or "fp16"; δ, the residual stream and
             the heads stay float32. "auto" is that of the model's weights, and on a GPU "bf16" for
             weights in float32. Calls with gradients on are in that of the weights.
@@ -92,8 +104,10 @@ class Defender:
         max_batch: int | None = None,
     ) -> None:
         self.model = _classes.as_model(model)
-        self.method = one_of("method", method, tuple(METHODS))
-        self.config = method_config(self.model.defaults, method, config)
+        self.method = one_of("method", method, (*METHODS, *DEFENSES))
+        _warn_of_views(method, config)
+        self.config = self._configured(config)
+        self._defense: Defense | None = None
         one_of("precision", precision, ("auto", *serve.PRECISIONS))
         backend = "auto" if backend is None else backend
         one_of("backend", backend, ("auto", *ops.BACKENDS))
@@ -116,17 +130,56 @@ class Defender:
         self._reference = Setting(self.encode, self._classes, self._mean)
         self.setting = methods.Setting.of(self.model, self._engine.encoder, table, asked)
         self.max_batch = self._default_max_batch() if max_batch is None else max_batch
+        self.gate_encoder: Encode | None = None
+        original = getattr(self.model, "original", None)
+        if original is not None and self.has_gate:
+            # Of a fine-tuned encoder the gate looks through the one that it was tuned from (TTC).
+            alike: dict[str, Any] = {"precision": precision, "backend": backend, "engine": engine}
+            judge = Defender(original, text_features=text, method="none", **alike)
+            self.gate_encoder = Encode(judge.setting)
+        self._defense = self._made()
+        if self._defense is not None:
+            if engine == "graph":
+                self._refuse("engine='graph'")
+            self.engine = self._defense.serves(self.model.image_size)
 
-    def variant(self, config: MethodConfig) -> Defender:
-        """The same method, encoder and classes with another config of the same kind."""
+    def variant(self, config: MethodConfig, method: str | None = None) -> Defender:
+        """The same encoder and classes with another config, or another method."""
         other = copy.copy(self)
-        other.config = method_config({}, self.method, config)
+        other.method = self.method if method is None else method
+        other.config = other._configured(config)
+        other._defense = other._made()
         return other
+
+    def _configured(self, config: MethodConfig | dict[str, Any] | None) -> MethodConfig:
+        kind = DEFENSES[self.method].Config if self.method in DEFENSES else None
+        return method_config(self.model.defaults, self.method, config, kind)
+
+    def _made(self) -> Defense | None:
+        if self.method not in DEFENSES:
+            return None
+        bare = self.variant(NoneConfig(), "none")
+        return DEFENSES[self.method](self.model, self.classes, config=self.config, bare=bare)
+
+    def _refuse(self, what: str) -> None:
+        if self._defense is not None:
+            raise RuntimeError(
+                f"{what} is not to be had of method={self.method!r}, which is no plan of passes; "
+                f"it is of {', '.join(METHODS)}"
+            )
+
+    @property
+    def has_gate(self) -> bool:
+        """Whether TTC's or SCC's gate decides which images are repaired."""
+        config = self.config
+        return isinstance(config, SCCConfig | TTCConfig) and methods.has_gate(config)
 
     @property
     def is_randomized(self) -> bool:
         """Whether the method draws noise, so that seeds matter."""
-        if self.method in ("none", "tte"):
+        if self._defense is not None:
+            return self._defense.traits.random
+        if self.method in ("none", "views"):
             return any(view.noise > 0 for view in self.views(32))
         return True
 
@@ -143,10 +196,11 @@ class Defender:
 
     def views(self, size: int) -> tuple[View, ...]:
         """The views this method averages over, for images whose shorter side is `size`."""
+        self._refuse("views()")
         config = self.config
         if isinstance(config, SCCConfig) and not config.spatial:
             return (View(),)
-        if isinstance(config, SCCConfig | TTEConfig):
+        if isinstance(config, SCCConfig | ViewsConfig):
             flip = self.model.flip if config.flip is None else config.flip
             return resolve_views(config.views, size, flip=flip, sigma=config.sigma)
         return (View(),)
@@ -169,10 +223,12 @@ class Defender:
 
     def serves(self, size: tuple[int, int]) -> str:
         """The engine that serves pictures (height, width)."""
-        return self._engine.serves(size)
+        return (self._engine if self._defense is None else self._defense).serves(size)
 
     def out_of_memory(self, x: Tensor) -> RuntimeError:
         """What a call raises where x, one of its pieces, did not fit."""
+        if self._defense is not None:
+            return self._defense.out_of_memory(x)
         return serve.out_of_memory(x, len(self.views(min(x.shape[-2:]))), self.memory_estimate)
 
     def pieces(self, x: Tensor, seeds: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -181,7 +237,8 @@ class Defender:
         return zip(x.split(size), seeds.split(size), strict=True)
 
     def _piece(self, size: tuple[int, int]) -> int:
-        piece = max(1, self.max_batch // len(self.views(min(size))))
+        together = self._defense.width if self._defense else len(self.views(min(size)))
+        piece = max(1, self.max_batch // together)
         # A graph's bucket would be filled up beyond it.
         return 1 << (piece.bit_length() - 1) if self.serves(size) == "graph" else piece
 
@@ -191,10 +248,18 @@ class Defender:
         Follows the caller's autograd mode: with gradients on, the logits are differentiable with
         respect to x.
         """
-        config, setting = self.config, self._reference
+        config, setting, defense = self.config, self._reference, self._defense
         if len(x) == 0:
             rows = x.new_zeros(0)
             return Outcome(x.new_zeros(0, len(self._classes.text)), x, rows, rows.bool())
+        if defense is not None:
+            if not torch.is_grad_enabled():
+                return defense.run(x, seeds)
+            with _no_autocast(x.device):
+                found = defense.repair(x, seeds)
+                return Outcome(defense.answer(found), found.delta, found.drift, found.flagged)
+        if self.gate_encoder is not None and self.has_gate:
+            return self._judged(x, seeds, self.gate_encoder)
         views = self.views(min(x.shape[-2:]))
         with _no_autocast(x.device):
             if self.backend != "reference" and not torch.is_grad_enabled():
@@ -204,18 +269,38 @@ class Defender:
                     return scc(setting, x, seeds, views, config)
                 case TTCConfig():
                     return ttc(setting, x, seeds, config)
-                case TTEConfig():
-                    return baselines.tte(setting, x, seeds, views)
+                case ViewsConfig():
+                    return baselines.views(setting, x, seeds, views)
                 case RNConfig():
                     return baselines.rn(setting, x, seeds, config)
             return baselines.none(setting, x, seeds)
+
+    def _judged(self, x: Tensor, seeds: Tensor, encode: Encode) -> Outcome:
+        """The method with τ from another encoder: what it flags is repaired, all else kept."""
+        config: Any = self.config
+        with torch.no_grad(), _no_autocast(x.device):
+            moved = x + step.initial_delta(x, seeds, config.epsilon)
+            drift = heads.relative_drift(encode(moved), encode(x))
+        flagged = drift < config.tau
+        logits, delta = x.new_zeros(len(x), len(self._classes.text)), torch.zeros_like(x)
+        for rows, tau in ((flagged, math.inf), (~flagged, 0.0)):
+            if rows.any():
+                other = self.variant(replace(config, tau=tau))
+                other.gate_encoder = None
+                found = other.run(x[rows], seeds[rows])
+                logits[rows], delta[rows] = found.logits, found.delta
+        return Outcome(logits, delta, drift, flagged)
 
     def view_logits(self, x: Tensor, seeds: Tensor, views: Sequence[View] | None = None) -> Tensor:
         """Logits of each view of x itself, no perturbation (L, B, K); differentiable.
 
         This is what an attacker of the undefended model (views = identity) or one who knows the
-        views (None: this method's) works on. A method's own prediction is their mean.
+        views (None: this method's) works on. Of METHODS the prediction is their mean.
         """
+        if views is None and self._defense is not None:
+            with _no_autocast(x.device):
+                pictures = self._defense.views(x, seeds)
+                return self._defense.logits(self._defense.features(pictures))
         views = self.views(min(x.shape[-2:])) if views is None else views
         with _no_autocast(x.device):
             if self.backend == "reference":
@@ -225,10 +310,19 @@ class Defender:
                 features = methods.Sight(modules, x, seeds, views).look(None)
             return heads.logits(features, self._classes)
 
+    def bpda_logits(self, x: Tensor, seeds: Tensor) -> Tensor:
+        """Logits (B, K), differentiable as if the repair were the identity (BPDA)."""
+        if self._defense is not None:
+            return self.run(x, seeds).logits
+        with torch.no_grad():
+            delta = self.run(x.detach(), seeds).delta
+        return self.view_logits(x + delta, seeds).mean(dim=0)
+
     # ------------------------------------------------------------------ what it costs, and when
 
     def plan(self, size: tuple[int, int] | None = None) -> Plan:
         """The passes that the method makes for pictures (height, width); None: the encoder's."""
+        self._refuse("plan()")
         sides = serve.size_of(size, self.model)
         return plan_of(self.config, len(self.views(min(sides))))
 
@@ -268,8 +362,7 @@ class Defender:
         began = time.perf_counter()
         largest = min(batch, self._piece(self.model.image_size))
         sizes = [largest]
-        gated = isinstance(self.config, TTCConfig) or getattr(self.config, "gate", False)
-        while self.engine == "graph" and gated and sizes[-1] > 1:
+        while self.engine == "graph" and self.has_gate and sizes[-1] > 1:
             sizes.append((sizes[-1] + 1) // 2)
         for count in with_progress(sizes, "warming up"):
             x = torch.full((count, 3, *self.model.image_size), 0.5, device=self.model.device)
@@ -284,6 +377,7 @@ class Defender:
         Raises:
             ValueError, RuntimeError: an empty batch; backend="reference", which has no parts.
         """
+        self._refuse("waterfall()")
         if self.backend == "reference":
             raise RuntimeError('waterfall times the engine; backend="reference" does not run it')
         with torch.inference_mode(False), torch.no_grad(), _no_autocast(self.model.device):
@@ -329,6 +423,18 @@ def defend(
     """
     defender = Defender(model, classes, **options)
     return defender(images, seeds, is_normalized=is_normalized)
+
+
+def _warn_of_views(method: str, config: Any) -> None:
+    """Tell who may still mean the average of SCC's views by "tte"."""
+    old = isinstance(config, dict) and not {"views", "sigma"}.isdisjoint(config)
+    if method == "tte" and (config is None or old or isinstance(config, ViewsConfig)):
+        warnings.warn(
+            'method="tte" is the published TTE (arXiv 2107.14110); the average of SCC\'s views, '
+            'which it was, is method="views"; config={} silences this',
+            DeprecationWarning,
+            stacklevel=3,
+        )
 
 
 def _no_autocast(device: torch.device) -> torch.autocast:

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from scc_fast import _options as options
 from scc_fast.config import METHODS
+from scc_fast.defenses import DEFENSES
 from scc_fast.engine.serve import ENGINES, PRECISIONS
 
 app = typer.Typer(
@@ -30,7 +31,8 @@ Json = Annotated[
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Seed = Annotated[int, typer.Option(help="Same seed, same result.")]
-Method = Annotated[str, options.one_of("The defense.", METHODS)]
+Method = Annotated[str, options.one_of("The defense.", DEFENSES)]
+Planned = Annotated[str, options.one_of("The defense.", METHODS)]  # those that have passes to time
 Precision = Annotated[str, options.one_of("Of the encoder's products.", ("auto", *PRECISIONS))]
 Device = Annotated[str | None, options.one_of("Default: CUDA where it is.", ("cpu", "cuda"))]
 
@@ -90,7 +92,7 @@ def defend(
     if figure is not None:
         options.figure_format(figure)
     classes = options.classes(labels, model)
-    config = options.config(method, epsilon)
+    config = options.config(method, DEFENSES[method].Config, epsilon)
     with _progress() as bar:
         task = bar.add_task("defending", total=len(pictures))
         defended = defend_files(
@@ -227,7 +229,7 @@ def report(
 def bench(
     model: Annotated[str, typer.Option(help='"tiny", an open_clip name, or local-dir:…')] = "tiny",
     pretrained: Annotated[str | None, typer.Option(help="open_clip tag or weights file.")] = None,
-    method: Method = "scc",
+    method: Planned = "scc",
     batch: Annotated[
         str | None, typer.Option(help="Sizes; default 1,8 on a CPU, 1,8,64 on CUDA.")
     ] = None,

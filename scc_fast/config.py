@@ -226,8 +226,8 @@ class RNConfig(MethodConfig):
 
 
 @dataclass(frozen=True)
-class TTEConfig(MethodConfig):
-    """Logits averaged over views, no perturbation (TTE, arXiv 2107.14110).
+class ViewsConfig(MethodConfig):
+    """Logits averaged over SCC's views, no perturbation.
 
     Args:
         views: a preset or a list of views.
@@ -293,7 +293,7 @@ class SCCConfig(MethodConfig):
 METHODS: dict[str, type[MethodConfig]] = {
     "scc": SCCConfig,
     "ttc": TTCConfig,
-    "tte": TTEConfig,
+    "views": ViewsConfig,
     "rn": RNConfig,
     "none": NoneConfig,
 }

@@ -20,7 +20,8 @@ class DefendedCLIP(nn.Module):
 
     - "through": the true gradient of the defended logits as they are computed. The sign steps
       have zero derivative almost everywhere, so what remains is the gradient at the defended
-      pixels through the projections.
+      pixels through the projections. Methods of scc_fast.defenses beside Defender's own five hold
+      what they optimised constant, so that this is their "bpda", too.
     - "bpda": the gradient at the defended pixels, passed on as if the repair were the identity.
     - "identity": the undefended model's gradient at x, beside defended logits.
 
@@ -77,9 +78,9 @@ class DefendedCLIP(nn.Module):
     def _logits(self, x: Tensor, seeds: Tensor, live: bool) -> Tensor:
         if not live or self.gradient == "through":
             return self.defender.run(x, seeds).logits
+        if self.gradient == "bpda":
+            return self.defender.bpda_logits(x, seeds)
         with torch.no_grad():
             outcome = self.defender.run(x.detach(), seeds)
-        if self.gradient == "bpda":
-            return self.defender.view_logits(x + outcome.delta, seeds).mean(dim=0)
         bare = self.defender.view_logits(x, seeds, (View(),))[0]
         return outcome.logits + (bare - bare.detach())

@@ -37,7 +37,7 @@ PRESETS = (
     Preset("most", "scc", {"gate": False, "semantic_steps": 1}, 29),
     Preset("half", "scc", {"gate": False, "semantic": False}, 21),
     Preset("quick", "scc", {"gate": False, "warmup_steps": 1, "semantic": False}, 13),
-    Preset("views", "tte", {}, 4),
+    Preset("views", "views", {}, 4),
 )
 
 

@@ -15,13 +15,13 @@ from scc_fast.config import (
     RNConfig,
     SCCConfig,
     TTCConfig,
-    TTEConfig,
     View,
+    ViewsConfig,
     format_epsilon,
     parse_epsilon,
 )
 
-ALL = (NoneConfig, RNConfig, TTEConfig, TTCConfig, SCCConfig)
+ALL = (NoneConfig, RNConfig, ViewsConfig, TTCConfig, SCCConfig)
 EVERY = pytest.mark.parametrize("kind", ALL)
 VIEWS = (IDENTITY, View(flip=True, shift=(-2, 3)), View(noise=0.015))
 
@@ -72,15 +72,15 @@ REFUSED: list[tuple[type[MethodConfig], dict[str, Any], tuple[str, ...]]] = [
     (SCCConfig, {"tau": float("nan")}, ("tau", "nan")),
     (SCCConfig, {"beta": "2"}, ("beta", "'2'")),
     (SCCConfig, {"beta": float("inf")}, ("beta", "inf")),
-    (TTEConfig, {"sigma": -0.01}, ("sigma", "-0.01")),
+    (ViewsConfig, {"sigma": -0.01}, ("sigma", "-0.01")),
     (SCCConfig, {"gate": 1}, ("gate", "got 1", "True or False")),
     (SCCConfig, {"semantic": None}, ("semantic", "None", "True or False")),
-    (TTEConfig, {"flip": "no"}, ("flip", "'no'", "None")),
+    (ViewsConfig, {"flip": "no"}, ("flip", "'no'", "None")),
     (SCCConfig, {"views": "fancy"}, ("views", "'fancy'", "geometric", "paper")),
     (SCCConfig, {"views": ()}, ("views", "()")),
     (SCCConfig, {"views": View()}, ("views", "list of View")),
     (SCCConfig, {"views": ["flip"]}, ("views", "View objects", "'flip'")),
-    (TTEConfig, {"views": [View(flip=True)]}, ("views", "identity", "flip=True")),
+    (ViewsConfig, {"views": [View(flip=True)]}, ("views", "identity", "flip=True")),
     (SCCConfig, {"views": [View(noise=0.1), View()]}, ("views", "identity", "noise=0.1")),
 ]
 
@@ -111,7 +111,7 @@ def test_unknown_fields_are_refused(kind: type[MethodConfig]) -> None:
     [
         *(kind() for kind in ALL),
         RNConfig("7/255"),
-        TTEConfig(views=VIEWS, flip=False),
+        ViewsConfig(views=VIEWS, flip=False),
         TTCConfig(epsilon="8/255", alpha=0.1, steps=0, beta=-1, tau=float("inf")),
         SCCConfig(views=VIEWS, temperature=0.3, semantic=False, gate=False, flip=True),
         SCCConfig(views="paper", sigma=0.02, spatial=False, warmup_steps=0),

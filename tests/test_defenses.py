@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor
 
-from scc_fast import Defender, image_seeds, tiny
+from scc_fast import Defender, image_seeds
 from scc_fast.defenses import DEFENSES, make_defense, parse_defense
 from scc_fast.defenses.base import Look
 from scc_fast.engine.differentiable import Encode
 from scc_fast.reference import heads, step
-from toys import FIVE, defender_of, model_of, pictures
+from toys import FIVE, Tuned, defender_of, made, model_of, pictures
 
 SEEDS = image_seeds(7, 3)
-
-
-def made(spec: str, kind: str = "tiny", **options: Any) -> Any:
-    return make_defense(spec, model_of(kind), tiny.prompts() if kind == "tiny" else FIVE, **options)
 
 
 def test_every_method_of_the_tables_is_there() -> None:
@@ -41,7 +34,7 @@ def test_specs() -> None:
     defense = made("scc:semantic=false:epsilon=8/255")
     assert (defense.config.semantic, defense.config.epsilon) == (False, 8 / 255)
     assert made("scc").config.temperature == model_of("tiny").defaults["scc"]["temperature"]
-    assert made("ttc").config == DEFENSES["ttc"].Config()  # as published, whatever the model says
+    assert made("ttc").config == DEFENSES["ttc"].Config()  # as published
 
 
 @pytest.mark.parametrize(
@@ -74,9 +67,7 @@ def test_a_callers_autocast_changes_nothing(method: str) -> None:
 def test_served_is_what_defender_gives(method: str) -> None:
     x = pictures("tiny", 3)
     defense = made(method)
-    name = {"views": "tte"}.get(method, method)
-    config = DEFENSES["ttc"].Config() if method == "ttc" else None
-    expected = defender_of("tiny", method=name, config=config)(x, SEEDS)
+    expected = defender_of("tiny", method=method)(x, SEEDS)
     found = defense(x, SEEDS)
     assert torch.equal(found.logits, expected.logits)
     assert torch.equal(found.delta, expected.delta)
@@ -88,7 +79,7 @@ def test_served_is_what_defender_gives(method: str) -> None:
     (gradient,) = torch.autograd.grad(logits.square().sum(), leaf)
     assert gradient.isfinite().all()
     assert gradient.abs().amax(dim=(1, 2, 3)).min() > 0
-    plan = defender_of("tiny", method=name, config=config).plan()
+    plan = defender_of("tiny", method=method).plan()
     assert (defense.traits.forward, defense.traits.backward) == (plan.forward, plan.backward)
     assert defense.traits.dynamic == (method in ("ttc", "scc"))
 
@@ -107,20 +98,6 @@ def test_gate_and_guess_of_scc() -> None:
     for spec in ("scc:gate=false", "none", "views"):
         assert made(spec).gate(x, SEEDS) is None
     assert made("scc:semantic=false").guess(x, SEEDS) is None
-
-
-class Tuned:
-    """A model whose encoder was fine-tuned from another: its features are scaled unevenly."""
-
-    def __init__(self, inner: Any) -> None:
-        self.inner = self.original = inner
-        self.weights = torch.linspace(0.2, 3.0, inner.embed_dim)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.inner, name)
-
-    def encode_image(self, pixels: Tensor) -> Tensor:
-        return self.inner.encode_image(pixels) * self.weights
 
 
 @pytest.mark.parametrize("method", ["ttc", "scc"])

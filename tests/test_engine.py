@@ -34,7 +34,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "scc no warm-up": ("scc", {"warmup_steps": 0, "gate": False}),
     "scc no steps": ("scc", {"semantic_steps": 0, "gate": False}),
     "ttc": ("ttc", {"tau": 9.0}),
-    "tte": ("tte", {}),
+    "views": ("views", {}),
     "rn": ("rn", {}),
     "none": ("none", {}),
 }

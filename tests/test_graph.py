@@ -140,7 +140,7 @@ def test_other_classes_are_copied_in_and_not_captured(model: Any, uncaptured: No
     assert len(graphs._sets) == 2
 
 
-@pytest.mark.parametrize("method", ["tte", "none"])
+@pytest.mark.parametrize("method", ["views", "none"])
 def test_controls(model: Any, uncaptured: None, method: str) -> None:
     same(*both(Defender(model, PROMPTS, method=method), Graphs(), pictures(3)))
 

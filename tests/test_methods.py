@@ -50,7 +50,7 @@ def assert_identical(first: Outcome, second: Outcome, rows: Any = slice(None)) -
 METHODS: dict[str, Callable[[Tensor, Tensor], Outcome]] = {
     "none": lambda x, seeds: baselines.none(setting(), x, seeds),
     "rn": lambda x, seeds: baselines.rn(setting(), x, seeds, RNConfig()),
-    "tte": lambda x, seeds: baselines.tte(setting(), x, seeds, PAPER),
+    "views": lambda x, seeds: baselines.views(setting(), x, seeds, PAPER),
     "ttc": lambda x, seeds: ttc(setting(), x, seeds, TTCConfig(tau=0.03)),
     "scc": lambda x, seeds: scc(setting(), x, seeds, GEOMETRIC, SCCConfig(tau=0.03)),
     "scc paper": lambda x, seeds: scc(setting(), x, seeds, PAPER, SCCConfig(gate=False)),
@@ -86,7 +86,7 @@ def test_rn_is_ttc_without_steps() -> None:
     assert not noise.flagged.any()
 
 
-def test_none_and_tte_add_nothing() -> None:
+def test_none_and_views_add_nothing() -> None:
     x, seeds = images(5), philox.image_seeds(0, 5)
     toy = setting()
     want = torch.stack(
@@ -97,7 +97,7 @@ def test_none_and_tte_add_nothing() -> None:
     )
     for outcome, logits in (
         (baselines.none(toy, x, seeds), want[0]),
-        (baselines.tte(toy, x, seeds, PAPER), want.mean(dim=0)),
+        (baselines.views(toy, x, seeds, PAPER), want.mean(dim=0)),
     ):
         assert not outcome.delta.any()
         torch.testing.assert_close(outcome.logits, logits)
@@ -230,7 +230,7 @@ def test_a_seed_gives_the_result_again(method) -> None:
     assert_identical(method(x, philox.image_seeds(5, 4)), first)
 
 
-@pytest.mark.parametrize("name", ["rn", "tte", "ttc", "scc", "scc paper"])
+@pytest.mark.parametrize("name", ["rn", "views", "ttc", "scc", "scc paper"])
 def test_another_seed_gives_another_result(name: str) -> None:
     x = images(4)
     first, second = (METHODS[name](x, philox.image_seeds(seed, 4)) for seed in (5, 6))

@@ -73,7 +73,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "spatial off": ("scc", {"gate": False, "spatial": False}),
     "clean": ("scc", {"tau": 0.0}),
     "ttc": ("ttc", {"tau": 9.0}),
-    "tte": ("tte", {}),
+    "views": ("views", {}),
     "none": ("none", {}),
 }
 
@@ -146,7 +146,7 @@ def peak(call: Any) -> int:
     return most
 
 
-@pytest.mark.parametrize("options", [{}, {"engine": "eager"}, {"method": "tte"}])
+@pytest.mark.parametrize("options", [{}, {"engine": "eager"}, {"method": "views"}])
 @pytest.mark.parametrize("batch", [1, 16, 40])
 def test_the_estimate_of_memory(model: Any, options: dict[str, Any], batch: int) -> None:
     config = {} if "method" in options else {"gate": False}

@@ -91,7 +91,7 @@ OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
         ValueError,
         r"text_features.*row 1",
     ),
-    ({"method": "SCC"}, ValueError, "method.*scc, ttc, tte, rn, none.*'SCC'"),
+    ({"method": "SCC"}, ValueError, "method.*scc, ttc, views, rn, none, tte.*'SCC'"),
     ({"method": None}, ValueError, "method.*None"),
     ({"config": "scc"}, TypeError, "config.*SCCConfig.*'scc'"),
     ({"config": TTCConfig()}, TypeError, "config.*SCCConfig.*TTCConfig"),

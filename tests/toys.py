@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 import scc_fast
 from scc_fast import Defender, DefenseResult, VisionLanguage, _hub, tiny
+from scc_fast.defenses import make_defense
 
 KINDS = ("tiny", "open_clip", "hf_clip", "hf_siglip")
-METHODS = ("scc", "ttc", "tte", "rn", "none")
+METHODS = ("scc", "ttc", "views", "rn", "none")
 FIVE = ("a photo of a cat", "a photo of a dog", "a drawing of a bee", "a red apple", "a tree")
 CONFIG: dict[str, Any] = {
     "embed_dim": 24,
@@ -118,6 +119,24 @@ def model_of(kind: str) -> VisionLanguage:
 
 def defender_of(kind: str = "tiny", **options: Any) -> Defender:
     return Defender(model_of(kind), tiny.prompts() if kind == "tiny" else FIVE, **options)
+
+
+def made(spec: str, kind: str = "tiny", **options: Any) -> Any:
+    return make_defense(spec, model_of(kind), tiny.prompts() if kind == "tiny" else FIVE, **options)
+
+
+class Tuned:
+    """A model whose encoder was fine-tuned from another: its features are scaled unevenly."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = self.original = inner
+        self.weights = torch.linspace(0.2, 3.0, inner.embed_dim)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        return self.inner.encode_image(pixels) * self.weights
 
 
 @functools.cache

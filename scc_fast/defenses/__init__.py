@@ -6,7 +6,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from scc_fast.config import nearest, shown
+from scc_fast import api
+from scc_fast.config import METHODS, nearest, shown
 from scc_fast.defenses.anti_adv import AntiAdv
 from scc_fast.defenses.base import Defense, Look, Repair, Traits
 from scc_fast.defenses.csr import CSR
@@ -36,6 +37,9 @@ DEFENSES: dict[str, type[Defense]] = {
         MAC,
     )
 }
+
+# Defender serves its own five, and offers the others from here.
+api.DEFENSES.update({n: kind for n, kind in DEFENSES.items() if n not in METHODS})
 
 __all__ = ["DEFENSES", "Defense", "Look", "Repair", "Traits", "make_defense", "parse_defense"]
 

@@ -82,9 +82,9 @@ class Defense(ABC):
     """A defense prepared for a model and its classes.
 
     Args:
-        model, classes, text_features, precision, engine, backend: as for scc_fast.Defender.
-        config: the method's config object, or a dict of some of its fields over the published
-            values.
+        model, classes, config, text_features, precision, engine, backend: as for
+            scc_fast.Defender.
+        bare: the undefended model, where the caller has prepared it with these options.
     """
 
     name: ClassVar[str]
@@ -97,20 +97,17 @@ class Defense(ABC):
         classes: Sequence[str] | None = None,
         *,
         config: MethodConfig | dict[str, Any] | None = None,
+        bare: Defender | None = None,
         **options: Any,
     ) -> None:
-        self.config = self._configured(config)
-        self.bare = Defender(model, classes, method="none", **options)
+        self.bare = Defender(model, classes, method="none", **options) if bare is None else bare
+        self.config: Any = method_config(self.bare.model.defaults, self.name, config, self.Config)
         self.model, self.classes = self.bare.model, self.bare.classes
         self.text_features = self.bare.text_features
         self.table = heads.Classes(
             self.text_features, self.model.logit_scale, self.model.logit_bias
         )
         self.encode = Encode(self.bare.setting)
-
-    @classmethod
-    def _configured(cls, config: MethodConfig | dict[str, Any] | None) -> Any:
-        return method_config({}, cls.name, config, cls.Config)
 
     # -------------------------------------------------------------- what a method says of itself
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,17 +11,15 @@ from torch import Tensor
 
 from scc_fast import ops
 from scc_fast.api import Defender
-from scc_fast.config import MethodConfig, NoneConfig, RNConfig, SCCConfig, TTCConfig, TTEConfig
+from scc_fast.config import MethodConfig, NoneConfig, RNConfig, SCCConfig, TTCConfig, ViewsConfig
 from scc_fast.defenses.base import Defense, Look, Repair, Traits
-from scc_fast.engine.differentiable import Encode
 from scc_fast.reference import heads, step
 from scc_fast.reference.ttc import Outcome
 
 
 class Served(Defense):
-    """A method of Defender; `method` is its name there."""
+    """A method that scc_fast.Defender serves pass by pass."""
 
-    served: str
     source: str
 
     def __init__(
@@ -33,31 +30,16 @@ class Served(Defense):
         config: MethodConfig | dict[str, Any] | None = None,
         **options: Any,
     ) -> None:
-        self.defender = Defender(
-            model, classes, method=self.served, config=self._own(config), **options
-        )
-        super().__init__(self.defender.model, classes, config=self.defender.config, **options)
-        # Of a fine-tuned encoder the gate looks through the one that it was tuned from (TTC).
-        original = getattr(self.model, "original", None) if self.has_gate else None
-        self._judge = None if original is None else Defender(original, classes, **_bare(options))
-
-    @property
-    def has_gate(self) -> bool:
-        return isinstance(self.config, SCCConfig | TTCConfig) and getattr(self.config, "gate", True)
-
-    @classmethod
-    def _own(
-        cls, config: MethodConfig | dict[str, Any] | None
-    ) -> MethodConfig | dict[str, Any] | None:
-        """What Defender gets: with a dict or None a model's own defaults come in."""
-        return config
+        self.defender = Defender(model, classes, method=self.name, config=config, **options)
+        config, bare = self.defender.config, self.defender.variant(NoneConfig(), "none")
+        super().__init__(self.defender.model, classes, config=config, bare=bare)
 
     @property
     def traits(self) -> Traits:
         plan = self.defender.plan()
         ascent = isinstance(self.config, SCCConfig | TTCConfig)
         return Traits(
-            forward=plan.forward + 2 * (self._judge is not None),
+            forward=plan.forward + 2 * (self.defender.gate_encoder is not None),
             backward=plan.backward,
             random=self.defender.is_randomized,
             dynamic=ascent,
@@ -68,36 +50,20 @@ class Served(Defense):
 
     def run(self, x: Tensor, seeds: Tensor) -> Outcome:
         with torch.inference_mode(False), torch.no_grad():
-            return self._ran(self.config, x, seeds)
+            return self.defender.run(x, seeds)
 
     def pieces(self, x: Tensor, seeds: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         return self.defender.pieces(x, seeds)
 
+    def serves(self, size: tuple[int, int]) -> str:
+        return self.defender.serves(size)
+
     def out_of_memory(self, x: Tensor) -> RuntimeError:
         return self.defender.out_of_memory(x)
 
-    def _ran(self, config: MethodConfig, x: Tensor, seeds: Tensor) -> Outcome:
-        if self._judge is None:
-            return self.defender.variant(config).run(x, seeds)
-        return self._judged(config, x, seeds)
-
-    def _judged(self, config: Any, x: Tensor, seeds: Tensor) -> Outcome:
-        """The method with τ from the original encoder: what it flags is repaired, all else kept."""
-        margin = self.gate(x, seeds)
-        assert margin is not None
-        drift = self.config.tau - margin.read(self._gate_features(margin))
-        flagged = drift < self.config.tau
-        logits = x.new_zeros(len(x), len(self.text_features))
-        delta = torch.zeros_like(x)
-        for rows, tau in ((flagged, math.inf), (~flagged, 0.0)):
-            if rows.any():
-                found = self.defender.variant(replace(config, tau=tau)).run(x[rows], seeds[rows])
-                logits[rows], delta[rows] = found.logits, found.delta
-        return Outcome(logits, delta, drift, flagged)
-
     def _gate_features(self, look: Look) -> Tensor:
         views, batch = look.pictures.shape[:2]
-        encode = self.encode if self._judge is None else Encode(self._judge.setting)
+        encode = self.defender.gate_encoder or self.encode
         return encode(look.pictures.flatten(0, 1)).unflatten(0, (views, batch))
 
     def answer(self, look: Look) -> Tensor:
@@ -115,7 +81,7 @@ class Served(Defense):
 
     def gate(self, x: Tensor, seeds: Tensor) -> Look | None:
         config = self.config
-        if not self.has_gate:
+        if not self.defender.has_gate:
             return None
         delta = step.initial_delta(x.detach(), seeds, config.epsilon)
 
@@ -130,7 +96,8 @@ class Served(Defense):
         if not isinstance(self.config, SCCConfig) or not self.config.semantic:
             return None
         with torch.inference_mode(False), torch.no_grad():
-            delta = self._ran(replace(self.config, semantic=False), x.detach(), seeds).delta
+            warm = self.defender.variant(replace(self.config, semantic=False))
+            delta = warm.run(x.detach(), seeds).delta
         return self._views(x + delta, seeds)
 
     def _views(self, x: Tensor, seeds: Tensor) -> Look:
@@ -145,44 +112,36 @@ class _Gate(Look):
     """A look of the gate's: through the original encoder where the model was fine-tuned."""
 
 
-def _bare(options: dict[str, Any]) -> dict[str, Any]:
-    return {**options, "method": "none"}
-
-
 class Undefended(Served):
     """The model's own prediction."""
 
-    name, served, Config = "none", "none", NoneConfig
+    name, Config = "none", NoneConfig
     source = "the model itself"
 
 
 class RandomNoise(Served):
     """Uniform noise: TTC with no step."""
 
-    name, served, Config = "rn", "rn", RNConfig
+    name, Config = "rn", RNConfig
     source = "control of arXiv 2503.03613"
 
 
 class Views(Served):
     """SCC's views averaged, without a perturbation."""
 
-    name, served, Config = "views", "tte", TTEConfig
+    name, Config = "views", ViewsConfig
     source = "control: SCC without its perturbation"
 
 
 class TTC(Served):
-    """Test-time counterattack, with the published values whatever the model carries."""
+    """Test-time counterattack."""
 
-    name, served, Config = "ttc", "ttc", TTCConfig
+    name, Config = "ttc", TTCConfig
     source = "arXiv 2503.03613"
-
-    @classmethod
-    def _own(cls, config: MethodConfig | dict[str, Any] | None) -> MethodConfig:
-        return cls._configured(config)
 
 
 class SCC(Served):
     """Self-calibrated consistency."""
 
-    name, served, Config = "scc", "scc", SCCConfig
+    name, Config = "scc", SCCConfig
     source = "arXiv 2510.22785"

@@ -23,7 +23,7 @@ CROP_ORIGINS = 100  # what a number is drawn for, beside those of philox
 
 
 @dataclass(frozen=True)
-class EnsembleConfig(MethodConfig):
+class TTEConfig(MethodConfig):
     """Which transforms TTE averages; the defaults are the paper's best set, 10 pictures.
 
     Identity, mirror, `crops` crops, and as many crops of the mirrored picture. A crop is the
@@ -56,7 +56,7 @@ class EnsembleConfig(MethodConfig):
 class TTE(Defense):
     """Test-time transformation ensembling: no gradient, no noise, nothing optimised."""
 
-    name, Config = "tte", EnsembleConfig
+    name, Config = "tte", TTEConfig
 
     def __init__(
         self,

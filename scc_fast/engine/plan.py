@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from scc_fast.config import MethodConfig, RNConfig, SCCConfig, TTCConfig, TTEConfig
+from scc_fast.config import MethodConfig, RNConfig, SCCConfig, TTCConfig, ViewsConfig
 from scc_fast.engine.cost import Cost, cost_of
 
 __all__ = ["Cost", "Pass", "Plan", "cost_of", "plan_of"]
@@ -123,7 +123,7 @@ def plan_of(config: MethodConfig, views: int) -> Plan:
         return _ascent("scc", views, config.warmup_steps, semantic, config.gate)
     if isinstance(config, TTCConfig):
         return _ascent("ttc", views, config.steps, 0, gate=True)
-    names = {RNConfig: "rn", TTEConfig: "tte"}
+    names = {RNConfig: "rn", ViewsConfig: "views"}
     method = next((name for kind, name in names.items() if isinstance(config, kind)), "none")
     return Plan(method, views, (Pass("predict", views, 0, "mean_logits"),), gate=False)
 

@@ -23,8 +23,8 @@ def rn(setting: Setting, x: Tensor, seeds: Tensor, config: RNConfig) -> Outcome:
     return _outcome(setting, x, seeds, (IDENTITY,), delta)
 
 
-def tte(setting: Setting, x: Tensor, seeds: Tensor, views: Sequence[View]) -> Outcome:
-    """Mean logits over views (Pérez et al., ICCVW 2021, arXiv 2107.14110)."""
+def views(setting: Setting, x: Tensor, seeds: Tensor, views: Sequence[View]) -> Outcome:
+    """Mean logits over SCC's views."""
     return _outcome(setting, x, seeds, views, torch.zeros_like(x))
 
 
