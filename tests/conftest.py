@@ -24,6 +24,10 @@ else:  # convolutions would round to TF32 by default, and differ from run to run
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.deterministic = True
 
+# Fresh memory is NaN, so that an element that a kernel leaves unwritten is seen. This is the mode
+# that fills it; what it asks of torch's own operators is nothing on a CPU.
+torch.use_deterministic_algorithms(True, warn_only=True)
+
 # The workers of `-n` share the cores; so do the processes that their tests start.
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     threads = max(1, torch.get_num_threads() // workers)

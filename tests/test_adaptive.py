@@ -338,7 +338,7 @@ def test_within_the_ball_and_the_box(kind: type[Attack], epsilon: float) -> None
 
 def test_who_knows_the_defense_does_more_to_it() -> None:
     x, y = drawn(4)
-    scc = defense("scc", precision="bf16")
+    scc = defense("scc")
 
     def loss(p: Tensor) -> float:
         return float(F.cross_entropy(scc(p, 3).logits, y))

@@ -31,7 +31,8 @@ def test_the_data_is_opened_as_the_setting_says(monkeypatch: pytest.MonkeyPatch)
     assert told == ["cifar10", {**options, "n_samples": N, "seed": 7}]
 
 
-def test_the_precision_is_the_settings() -> None:
+def test_the_precision_is_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("scc_fast.engine.serve.is_native", lambda *_: True)  # on every processor
     assert worker(precision="bf16").facts()["model"]["precision"] == "bf16"
 
 
