@@ -26,7 +26,8 @@ def _stream(x_ptr, y_ptr, d, width):
 
 
 # A norm stores nothing before its last loop: the compiler then sees that a tile loaded for the
-# second time is unchanged, and does not load it where TILES is 1.
+# second time is unchanged, and does not load it where TILES is 1. Where it is more, the loops are
+# not unrolled, as two tiles at once need more registers than there are.
 
 
 @triton.jit
@@ -50,23 +51,23 @@ def _add_norm_kernel(
         y_ptr += row * width
     count = tl.cast(width, tl.float32)
     parts = tl.zeros([BLOCK], dtype=tl.float32)
-    for tile in tl.static_range(TILES):
+    for tile in range(TILES):
         parts += _stream(x_ptr, y_ptr, tile * BLOCK + tl.arange(0, BLOCK), width)
     guess = tl.div_rn(tl.sum(parts, axis=0), count)
     # The sum's rounding is taken off the mean, so that a great offset costs no accuracy.
     parts = tl.zeros([BLOCK], dtype=tl.float32)
-    for tile in tl.static_range(TILES):
+    for tile in range(TILES):
         d = tile * BLOCK + tl.arange(0, BLOCK)
         parts += tl.where(d < width, _stream(x_ptr, y_ptr, d, width) - guess, 0.0)
     mean = guess + tl.div_rn(tl.sum(parts, axis=0), count)
     parts = tl.zeros([BLOCK], dtype=tl.float32)
-    for tile in tl.static_range(TILES):
+    for tile in range(TILES):
         d = tile * BLOCK + tl.arange(0, BLOCK)
         off = tl.where(d < width, _stream(x_ptr, y_ptr, d, width) - mean, 0.0)
         parts += off * off
     variance = tl.div_rn(tl.sum(parts, axis=0), count)
     scale = tl.div_rn(1.0, tl.sqrt_rn(variance + epsilon))
-    for tile in tl.static_range(TILES):
+    for tile in range(TILES):
         d = tile * BLOCK + tl.arange(0, BLOCK)
         total = _stream(x_ptr, y_ptr, d, width)
         normed = (total - mean) * scale * load_row(weight_ptr, d, width)
@@ -100,14 +101,14 @@ def _add_norm_back_kernel(
     count = tl.cast(width, tl.float32)
     plain = tl.zeros([BLOCK], dtype=tl.float32)
     along = tl.zeros([BLOCK], dtype=tl.float32)
-    for tile in tl.static_range(TILES):
+    for tile in range(TILES):
         d = tile * BLOCK + tl.arange(0, BLOCK)
         g = load_row(gradient_ptr, d, width) * load_row(weight_ptr, d, width)
         plain += g
         along += g * (load_row(total_ptr, d, width) - mean)  # g is 0 outside
     level = tl.div_rn(tl.sum(plain, axis=0), count)
     slope = tl.div_rn(tl.sum(along, axis=0) * scale, count)
-    for tile in tl.static_range(TILES):
+    for tile in range(TILES):
         d = tile * BLOCK + tl.arange(0, BLOCK)
         g = load_row(gradient_ptr, d, width) * load_row(weight_ptr, d, width)
         unit = (load_row(total_ptr, d, width) - mean) * scale
