@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import threading
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from scc_fast._arguments import listed
+from scc_fast.config import shown
+from scc_fast.images import check_dense
 from scc_fast.models import VisionLanguage, load_model, missing_members
 
 LOCK = threading.RLock()
@@ -20,6 +25,7 @@ _NAMED: dict[str, VisionLanguage] = {}
 _Wrapped = tuple[tuple[tuple[int, int], ...], VisionLanguage]
 _WRAPPED: weakref.WeakKeyDictionary[nn.Module, _Wrapped] = weakref.WeakKeyDictionary()
 _Text = dict[tuple[tuple[str, ...], Any], Tensor]
+_TEMPLATE = re.compile(r"\{\w*\}")
 _TEXT: weakref.WeakKeyDictionary[Any, _Text] = weakref.WeakKeyDictionary()
 
 
@@ -46,25 +52,51 @@ def weights_of(module: Any) -> tuple[tuple[int, int], ...]:
     return tuple((p.data_ptr(), p._version) for p in (*module.parameters(), *module.buffers()))
 
 
-def checked(classes: Sequence[str] | None) -> tuple[str, ...] | None:
-    """The prompts as a tuple; duplicates are warned about where the caller called us."""
+def checked(classes: Iterable[str] | None) -> tuple[str, ...] | None:
+    """The prompts as a tuple, of a mapping its keys.
+
+    Duplicates and templates are warned about where the caller called us.
+
+    Raises:
+        TypeError: no collection with an order. ValueError: no strings, or less than two.
+    """
     if classes is None:
         return None
-    if isinstance(classes, str) or not isinstance(classes, Sequence):
-        raise TypeError(f"classes must be a list of prompts, got {classes!r}")
-    for prompt in classes:
+    given = listed(classes.keys() if isinstance(classes, Mapping) else classes)
+    if given is None:
+        raise TypeError(f"classes must be a list of prompts, got {shown(classes)}{_hint(classes)}")
+    prompts = []
+    for prompt in given:
         if not isinstance(prompt, str) or not prompt.strip():
-            raise ValueError(f"classes must hold non-empty strings, got {prompt!r}")
-    (twice, count), *more = Counter(classes).most_common(2) or [("", 0)]
+            raise ValueError(f"classes must hold non-empty strings, got {shown(prompt)}")
+        prompts.append(str(prompt))
+    (twice, count), *more = Counter(prompts).most_common(2) or [("", 0)]
     if not more:
-        raise ValueError(f"classes must hold at least two different prompts, got {list(classes)}")
+        raise ValueError(f"classes must hold at least two different prompts, got {shown(prompts)}")
     if count > 1:
         warnings.warn(
-            f"classes has duplicates ({twice!r} is there {count} times): they get equal logits "
-            "and never count as each other's negative",
+            f"classes has duplicates ({shown(twice)} is there {count} times): they get equal "
+            "logits and never count as each other's negative",
             stacklevel=_callers_level(),
         )
-    return tuple(classes)
+    template = next(filter(_TEMPLATE.search, prompts), None)
+    if template is not None:
+        warnings.warn(
+            f"classes holds the template {shown(template)}; prompts are used as they are: fill it "
+            "with each class's name",
+            stacklevel=_callers_level(),
+        )
+    return tuple(prompts)
+
+
+def _hint(classes: Any) -> str:
+    if isinstance(classes, str):
+        return '; put it in a list: ["a dog", "a cat"]'
+    if isinstance(classes, set | frozenset):
+        return ", which has no order: use sorted(...)"
+    if hasattr(classes, "shape"):
+        return "; embeddings are given as text_features="
+    return ""
 
 
 def _callers_level() -> int:
@@ -74,9 +106,7 @@ def _callers_level() -> int:
     return level
 
 
-def embedded(
-    model: VisionLanguage, classes: tuple[str, ...] | None, given: Tensor | None
-) -> Tensor:
+def embedded(model: VisionLanguage, classes: tuple[str, ...] | None, given: Any) -> Tensor:
     """The (K, D) float32 unit embeddings of `classes`, or `given` checked and scaled."""
     if (classes is None) == (given is None):
         raise ValueError("give exactly one of classes= and text_features=")
@@ -91,13 +121,35 @@ def embedded(
                 known.clear()  # one class list per model bounds the memory
                 known[key] = model.encode_text(classes).to(model.device)
             return known[key]
-    if not isinstance(given, Tensor) or given.ndim != 2 or given.shape[1] != model.embed_dim:
-        came = tuple(given.shape) if isinstance(given, Tensor) else given
-        raise ValueError(f"text_features must be (K, {model.embed_dim}), got {came!r}")
-    if len(given) < 2:
-        raise ValueError(f"text_features must hold at least two classes, got {len(given)}")
-    text = given.detach().to(model.device, torch.float32)
-    bad = (~torch.isfinite(text).all(dim=-1) | (text.norm(dim=-1) == 0)).nonzero()
+    return _unit_rows(given, model.embed_dim).to(model.device)
+
+
+def _unit_rows(given: Any, dim: int) -> Tensor:
+    """The rows of text_features (K, dim), of any container, float32 on the CPU, of unit length."""
+    wrong = f"text_features must be numbers of shape (K, {dim}), got {shown(given)}"
+    if isinstance(given, list | tuple) and all(isinstance(row, Tensor) for row in given):
+        shapes = {row.shape for row in given}
+        if len(shapes) != 1:
+            raise ValueError(wrong)
+        given = torch.stack(list(given))
+    if isinstance(given, Tensor):
+        check_dense("text_features", given)
+        real = not given.is_complex() and given.dtype != torch.bool
+        values = given.detach().to("cpu", torch.float64) if real else None
+    else:
+        try:
+            array = np.asarray(given)
+        except ValueError:  # rows of different lengths
+            raise ValueError(wrong) from None
+        real = array.dtype.kind in "fiu"
+        values = torch.from_numpy(array.astype(np.float64)) if real else None
+    if values is None or values.ndim != 2 or values.shape[1] != dim:
+        raise ValueError(wrong)
+    if len(values) < 2:
+        raise ValueError(f"text_features must hold at least two classes, got {len(values)}")
+    # By the largest first: squares of 1e-200 or 1e200 leave even float64
+    largest = values.abs().amax(dim=-1, keepdim=True)
+    bad = (~(largest > 0) | ~largest.isfinite()).nonzero()
     if len(bad):
-        raise ValueError(f"text_features must be finite and not zero, row {int(bad[0])} is not")
-    return nn.functional.normalize(text, dim=-1)
+        raise ValueError(f"text_features must be finite and not zero, row {int(bad[0, 0])} is not")
+    return nn.functional.normalize(values / largest, dim=-1).float()

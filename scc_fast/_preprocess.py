@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from scc_fast.config import shown
+
 Triple = tuple[float, float, float]
 
 _CLIP_MEAN: Triple = (0.48145466, 0.4578275, 0.40821073)
@@ -82,11 +84,13 @@ def triple(value: Any, argument: str) -> Triple:
     """Three finite floats; ``std`` above zero."""
     try:
         numbers = tuple(float(v) for v in value)
-    except TypeError as error:
-        raise TypeError(f"{argument}: three numbers are needed, got {value!r}") from error
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{argument}: three numbers are needed, got {shown(value)}") from error
     low = 0.0 if argument == "std" else float("-inf")
     if len(numbers) != 3 or not all(low < v < float("inf") for v in numbers):
-        raise ValueError(f"{argument}: three finite numbers are needed (std > 0), got {value!r}")
+        raise ValueError(
+            f"{argument}: three finite numbers are needed (std > 0), got {shown(value)}"
+        )
     return numbers
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from scc_fast import _classes, ops
+from scc_fast._arguments import explained
 from scc_fast.config import (
     METHODS,
     MethodConfig,
@@ -26,6 +27,7 @@ from scc_fast.config import (
     method_config,
     one_of,
     resolve_views,
+    whole,
 )
 from scc_fast.engine import calls, methods, serve
 from scc_fast.engine.calls import Seeds, image_seeds
@@ -90,6 +92,7 @@ class Defender:
         RuntimeError: an explicitly requested precision, backend or engine is not to be had.
     """
 
+    @explained
     def __init__(
         self,
         model: Any,
@@ -116,10 +119,8 @@ class Defender:
         one_of("engine", engine, serve.ENGINES)
         self._engine = Engine(self.model, engine, precision, asked, self.backend)
         self.engine, self.precision = self._engine.name, self._engine.precision
-        if max_batch is not None and (type(max_batch) is not int or max_batch < 1):
-            raise ValueError(
-                f"max_batch must be None or a whole number of pictures >= 1, got {max_batch!r}"
-            )
+        if max_batch is not None:
+            max_batch = whole("max_batch", max_batch, 1, 2**31, " of pictures")
         self.classes = _classes.checked(classes)
         with torch.inference_mode(False), torch.no_grad():
             text = _classes.embedded(self.model, self.classes, text_features)
@@ -205,21 +206,29 @@ class Defender:
             return resolve_views(config.views, size, flip=flip, sigma=config.sigma)
         return (View(),)
 
+    @explained
     def __call__(
-        self, images: Any, seeds: Seeds = None, *, is_normalized: bool = False
+        self,
+        images: Any,
+        seeds: Seeds = None,
+        *,
+        is_normalized: bool = False,
+        clamp: bool = False,
     ) -> DefenseResult:
         """Defend a batch.
 
         Args:
-            images: float (B, 3, H, W) in [0, 1], uint8 of the same shape, PIL image(s), path(s).
-            seeds: None draws fresh ones; an int seeds image i with (seed, i); or (B,) int64.
+            images: float (B, 3, H, W) in [0, 1], uint8 of the same shape, arrays with channels
+                last, PIL images, paths, encoded bytes, binary files, or a list that mixes them.
+            seeds: None draws fresh ones; an int seeds image i with (seed, i); or B whole numbers.
             is_normalized: the tensor has been through (x − mean)/std, which is undone first.
+            clamp: clamp values outside [0, 1]; else more than 1e-6 outside is refused.
 
         Returns:
             DefenseResult. Image i depends on its pixels and its seed alone (a matrix product may
             round its logits differently in another batch).
         """
-        return calls.call(self, images, seeds, is_normalized=is_normalized)
+        return calls.call(self, images, seeds, is_normalized=is_normalized, clamp=clamp)
 
     def serves(self, size: tuple[int, int]) -> str:
         """The engine that serves pictures (height, width)."""
@@ -337,8 +346,7 @@ class Defender:
             batch: images; more than max_batch allows at once are split, and counted so.
             size: their (height, width); None: the encoder's.
         """
-        if type(batch) is not int or batch < 0:
-            raise ValueError(f"batch must be a whole number of images >= 0, got {batch!r}")
+        batch = whole("batch", batch, 0, of=" of images")
         size = serve.size_of(size, self.model)
         piece = min(batch, self._piece(size))
         at_once = self._engine.memory(self.plan(size), piece, size, len(self._classes.text))
@@ -357,8 +365,7 @@ class Defender:
         Returns:
             The seconds that it took.
         """
-        if type(batch) is not int or batch < 1:
-            raise ValueError(f"batch must be a whole number of images >= 1, got {batch!r}")
+        batch = whole("batch", batch, 1, of=" of images")
         began = time.perf_counter()
         largest = min(batch, self._piece(self.model.image_size))
         sizes = [largest]
@@ -403,6 +410,7 @@ class Defender:
         return self.max_batch
 
 
+@explained
 def defend(
     images: Any,
     model: Any = "tiny",
@@ -410,6 +418,7 @@ def defend(
     *,
     seeds: Seeds = None,
     is_normalized: bool = False,
+    clamp: bool = False,
     **options: Any,
 ) -> DefenseResult:
     """Defend images in one call; `options` are Defender's.
@@ -422,7 +431,7 @@ def defend(
         >>> result = scc_fast.defend("dog.png", model, classes=["a dog", "a wolf"])
     """
     defender = Defender(model, classes, **options)
-    return defender(images, seeds, is_normalized=is_normalized)
+    return defender(images, seeds, is_normalized=is_normalized, clamp=clamp)
 
 
 def _warn_of_views(method: str, config: Any) -> None:

@@ -10,7 +10,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, Literal, TypeVar
+from numbers import Real
+from typing import Any, Literal, TypeVar, cast
 
 ViewPreset = Literal["geometric", "paper"]
 C = TypeVar("C", bound="MethodConfig")
@@ -54,12 +55,35 @@ def one_of(name: str, value: Any, choices: Sequence[str]) -> str:
     return value
 
 
-def _check_number(name: str, value: Any, low: float, high: float, what: str = "") -> None:
-    good = isinstance(value, int | float) and not isinstance(value, bool)
-    if not good or not low <= value <= high:  # NaN is not
-        raise ValueError(
-            f"{name} must be {what or f'a number in [{low:g}, {high:g}]'}, got {value!r}"
-        )
+def python_number(value: Any) -> Any:
+    """A number of NumPy, or an array or tensor without dimensions, as Python's; else as it is."""
+    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
+
+
+def within(name: str, value: Any, low: float, high: float) -> float:
+    """`value` as Python's number.
+
+    Raises:
+        ValueError: it is no number in [low, high]; names the field and the range.
+    """
+    number = python_number(value)
+    good = isinstance(number, int | float) and not isinstance(number, bool)
+    if not good or not low <= number <= high:  # NaN is not
+        raise ValueError(f"{name} must be a number in [{low:g}, {high:g}], got {shown(value)}")
+    return number
+
+
+def whole(name: str, value: Any, low: int, high: int | None = None, of: str = "") -> int:
+    """`value` as Python's int.
+
+    Raises:
+        ValueError: it is no whole number in [low, high], or from low on; names the field.
+    """
+    number = python_number(value)
+    if type(number) is not int or number < low or (high is not None and number > high):
+        wanted = f">= {low}" if high is None else f"in [{low}, {high}]"
+        raise ValueError(f"{name} must be a whole number{of} {wanted}, got {shown(value)}")
+    return number
 
 
 @dataclass(frozen=True)
@@ -77,27 +101,38 @@ class View:
     noise: float = 0.0
 
     def __post_init__(self) -> None:
-        shift = tuple(self.shift) if isinstance(self.shift, list | tuple) else ()
-        if not isinstance(self.flip, bool):
-            raise ValueError(f"flip must be True or False, got {self.flip!r}")
-        if len(shift) != 2 or not all(type(s) is int for s in shift):
-            raise ValueError(f"shift must be two whole numbers of pixels, got {self.shift!r}")
-        object.__setattr__(self, "shift", shift)
-        _check_number("noise", self.noise, 0.0, 1.0)
+        flip, shift = python_number(self.flip), self.shift
+        if not isinstance(flip, bool):
+            raise ValueError(f"flip must be True or False, got {shown(flip)}")
+        pair = tuple(map(python_number, shift)) if isinstance(shift, list | tuple) else ()
+        if len(pair) != 2 or not all(type(s) is int and abs(s) <= _FARTHEST for s in pair):
+            raise ValueError(
+                f"shift must be two whole numbers of pixels in [-2^40, 2^40], got {shown(shift)}"
+            )
+        object.__setattr__(self, "flip", flip)
+        object.__setattr__(self, "shift", pair)
+        object.__setattr__(self, "noise", within("noise", self.noise, 0.0, 1.0))
 
 
+_FARTHEST = 2**40  # beyond any picture, and what every backend can add to an index
 IDENTITY = View()
 
 
-def parse_epsilon(value: str | float) -> float:
+def parse_epsilon(value: Any) -> float:
     """A budget in pixel units from "4/255", "0.0157" or a number; ValueError outside [0, 1)."""
+    given, number = python_number(value), math.nan
     try:
-        number = float(Fraction(value.replace(" ", ""))) if isinstance(value, str) else float(value)
-    except (ValueError, TypeError, ZeroDivisionError, OverflowError):
-        raise ValueError(f'epsilon must be a number such as "4/255", got {value!r}') from None
+        if isinstance(given, str):
+            number = float(Fraction(given.replace(" ", "")))
+        elif isinstance(given, Real) and not isinstance(given, bool):
+            number = float(given)
+    except (ValueError, ZeroDivisionError, OverflowError):
+        pass
+    if number != number:
+        raise ValueError(f'epsilon must be a number such as "4/255", got {shown(value)}')
     if not 0 <= number < 1:
         raise ValueError(
-            f"epsilon must be in [0, 1): pixels are in [0,1]; write 4/255, got {value}"
+            f"epsilon must be in [0, 1): pixels are in [0,1]; write 4/255, got {number}"
         )
     return number
 
@@ -123,30 +158,28 @@ def resolve_views(
     return (IDENTITY, View(shift=(p, p)), View(shift=(-p, -p)), View(shift=(p, -p)))
 
 
-def _check_count(name: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= 1000:
-        raise ValueError(f"{name} must be a whole number of steps in [0, 1000], got {value!r}")
-
-
 @dataclass(frozen=True)
 class MethodConfig:
     """What every method's configuration can do."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
+            value = python_number(getattr(self, field.name))
             if field.name in ("epsilon", "alpha"):
-                object.__setattr__(self, field.name, parse_budget(field.name, value))
+                value = parse_budget(field.name, value)
             elif field.name.endswith("steps"):
-                _check_count(field.name, value)
+                value = whole(field.name, value, 0, 1000, " of steps")
             elif field.name == "views":
-                object.__setattr__(self, "views", _check_views(value))
+                value = _check_views(value)
             elif isinstance(field.default, bool) and not isinstance(value, bool):
-                raise ValueError(f"{field.name} must be True or False, got {value!r}")
+                raise ValueError(f"{field.name} must be True or False, got {shown(value)}")
             elif field.name == "flip" and not (value is None or isinstance(value, bool)):
-                raise ValueError(f"flip must be True, False or None (ask the model), got {value!r}")
+                raise ValueError(
+                    f"flip must be True, False or None (ask the model), got {shown(value)}"
+                )
             elif field.name in _RANGES:
-                _check_number(field.name, value, *_RANGES[field.name])
+                value = within(field.name, value, *_RANGES[field.name])
+            object.__setattr__(self, field.name, value)
 
     def to_json(self) -> str:
         """All fields as one JSON object; from_json() makes an equal config of it."""
@@ -161,7 +194,7 @@ class MethodConfig:
     def from_dict(cls: type[C], values: dict[str, Any]) -> C:
         """A config from a plain dict; unknown names are refused."""
         if not isinstance(values, dict):
-            raise ValueError(f"{cls.__name__} is made from a JSON object, got {values!r}")
+            raise ValueError(f"{cls.__name__} is made from a JSON object, got {shown(values)}")
         known = [field.name for field in dataclasses.fields(cls)]
         for name in values:
             if name not in known:
@@ -189,8 +222,8 @@ def parse_budget(name: str, value: Any) -> float:
 
 
 def _check_views(value: Any) -> ViewPreset | tuple[View, ...]:
-    if value in ("geometric", "paper"):
-        return value
+    if isinstance(value, str) and value in ("geometric", "paper"):
+        return cast(ViewPreset, value)
     if not isinstance(value, list | tuple) or not value:
         raise ValueError(
             f'views must be "geometric", "paper" or a list of View, got {shown(value)}'
@@ -198,13 +231,14 @@ def _check_views(value: Any) -> ViewPreset | tuple[View, ...]:
         )
     try:
         views = tuple(View(**view) if isinstance(view, dict) else view for view in value)
-    except TypeError as error:
-        raise ValueError(f"views: a View has flip, shift and noise; {error}") from None
+    except TypeError:
+        raise ValueError(f"views: a View has flip, shift and noise, got {shown(value)}") from None
     if not all(isinstance(view, View) for view in views):
-        raise ValueError(f"views must hold View objects, got {value!r}")
+        raise ValueError(f"views must hold View objects, got {shown(value)}")
     if views[0] != IDENTITY:
         raise ValueError(
-            f"views must begin with the identity View(), which tau is read from, got {views[0]}"
+            "views must begin with the identity View(), which tau is read from, got "
+            f"{shown(views[0])}"
         )
     return views
 
@@ -318,5 +352,5 @@ def method_config(
             )
         return config
     if config is not None and not isinstance(config, dict):
-        raise TypeError(f"config must be a {kind.__name__}, a dict or None, got {config!r}")
+        raise TypeError(f"config must be a {kind.__name__}, a dict or None, got {shown(config)}")
     return kind.from_dict({**defaults.get(method, {}), **(config or {})})

@@ -7,8 +7,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from scc_fast._arguments import explained
 from scc_fast.api import Defender, image_seeds
-from scc_fast.config import View, one_of
+from scc_fast.config import View, one_of, whole
 from scc_fast.images import to_batch
 
 
@@ -30,21 +31,31 @@ class DefendedCLIP(nn.Module):
         gradient: see above.
         seed: an int makes the module a function of the image alone (every image gets this seed);
             None draws fresh noise at every call.
+        clamp: clamp pixels outside [0, 1], whose gradient passes as if they were not; else more
+            than 1e-6 outside is refused.
     """
 
     is_dynamic = True  # it optimises at inference, whether or not a tool can trace that
 
+    @explained
     def __init__(
         self,
         defender: Defender,
         gradient: Literal["through", "bpda", "identity"] = "through",
         seed: int | None = None,
+        *,
+        clamp: bool = False,
     ) -> None:
         super().__init__()
+        if not isinstance(defender, Defender):
+            raise TypeError(
+                f"defender must be a Defender, got {type(defender).__name__}; use "
+                "DefendedCLIP(Defender(model, classes))"
+            )
         self.defender = defender
         self.gradient = one_of("gradient", gradient, ("through", "bpda", "identity"))
-        image_seeds(seed, 0)  # refuses what is no seed
-        self.seed = seed
+        self.seed = None if seed is None else whole("seed", seed, -(1 << 63), (1 << 64) - 1)
+        self.clamp = clamp
         # Registered so that tools which ask for parameters, modes or the device find the encoder.
         self.encoder = getattr(defender.model, "module", None)
         self.eval()
@@ -64,7 +75,7 @@ class DefendedCLIP(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, K), differentiable with respect to images where gradients are on."""
-        x = to_batch(images, self.defender.model, keep_graph=True)
+        x = to_batch(images, self.defender.model, clamp=self.clamp, keep_graph=True)
         if self.seed is None:
             seeds = image_seeds(None, len(x), x.device)
         else:

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import io
+import os
+import re
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Any, BinaryIO, cast
 
+import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
+from scc_fast._arguments import listed
+from scc_fast.config import shown
 from scc_fast.models import VisionLanguage
 
-ImageLike = Tensor | Image.Image | str | Path
+Encoded = bytes | bytearray | memoryview
+ImageLike = Tensor | np.ndarray | Image.Image | str | os.PathLike[Any] | Encoded | BinaryIO
+_TOLERANCE = 1e-6  # what an attack's own arithmetic may leave the range by
 _ROUNDING = 1e-4  # un-normalising in half precision may leave the range by this much
 # What Pillow's decoders raise for truncated, corrupt or huge files
 _UNREADABLE = (
@@ -31,6 +40,17 @@ _UNREADABLE = (
     zlib.error,
 )
 _LONGEST_RATIO = 16  # a thinner picture is cut before it is resized, or it would fill the memory
+_URL = re.compile(r"[a-z][a-z0-9+.-]+:/|data:", re.IGNORECASE)
+# By EXIF orientation: what turns the picture upright
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def to_batch(
@@ -38,55 +58,46 @@ def to_batch(
     model: VisionLanguage,
     *,
     is_normalized: bool = False,
+    clamp: bool = False,
     validate: bool = True,
     keep_graph: bool = False,
 ) -> Tensor:
     """One float32 batch (B, 3, H, W) in [0, 1], not normalised, on ``model.device``.
 
-    Tensors keep their size. Pictures and files go through the model's own preprocessing without
-    its normalisation, turned as their EXIF orientation says.
+    Tensors and arrays keep their size. Pictures, files and encoded bytes go through the model's
+    own preprocessing without its normalisation, turned as their EXIF orientation says.
 
     Args:
         images: a tensor (B, 3, H, W) or (3, H, W), floating in [0, 1] or uint8 in [0, 255]; a
-            PIL image; a path; or a sequence mixing (3, H, W) tensors, pictures and paths that
-            come to one size. An empty sequence gives an empty batch. It is never written to, but
-            the result may share its memory.
+            NumPy array of such numbers, channels last: (H, W) or (H, W, C) with 1, 3 or 4
+            channels, or a batch of either; a PIL image; a path; an encoded file as bytes or as a
+            binary file object, which is read from its start; or a sequence or iterator that
+            mixes single ones of these which come to one size. An empty sequence gives an empty
+            batch. It is never written to, but the result may share its memory.
         is_normalized: the tensor was normalised with the model's mean and std: undo that.
+        clamp: clamp finite values outside [0, 1] instead of refusing them. Values outside by no
+            more than 1e-6 always are. The gradient passes as if nothing were clamped.
         validate: check for NaN and the range (one synchronisation on a GPU).
         keep_graph: let gradients flow back to the given tensor; else the result is detached.
 
     Raises:
         TypeError: not an image, or a type of number that has no agreed range.
-        ValueError: shape, range, NaN, or a file that cannot be read.
+        ValueError: shape, layout, range, NaN, or a file that cannot be read.
     """
+    reader = _Reader(model, is_normalized, clamp, validate, keep_graph)
     with _normal_mode():
-        if isinstance(images, Tensor):
-            return _from_tensor(images, model, is_normalized, validate, keep_graph, "images")
-        if isinstance(images, (Image.Image, str, Path)):
-            images = [images]
-        elif not isinstance(images, Sequence):
+        if isinstance(images, Tensor) or (
+            isinstance(images, np.ndarray) and images.dtype.kind not in "OSU"
+        ):
+            return reader.pixels(images, "images")
+        items = [images] if _is_file(images) else listed(images)
+        if items is None:
             raise TypeError(_not_an_image("images", images))
-        if not images:
-            return torch.zeros(0, 3, *model.image_size, device=model.device)
-        transform: Callable[[Image.Image], Tensor] | None = None
+        alone = isinstance(items, Sequence) and len(items) == 1
         rows: list[Tensor] = []
-        for i, item in enumerate(images):
-            where = f"images[{i}]" if len(images) > 1 else "images"
-            if isinstance(item, Tensor):
-                if item.ndim != 3:
-                    raise ValueError(
-                        f"{where}: in a sequence each tensor is (3, H, W), got {tuple(item.shape)}"
-                    )
-                row = _from_tensor(item, model, is_normalized, validate, keep_graph, where)[0]
-            elif isinstance(item, (Image.Image, str, Path)):
-                if is_normalized:
-                    raise ValueError(
-                        f"is_normalized: only for tensors, but {where} is a {type(item).__name__}"
-                    )
-                transform = transform or _picture_transform(model)
-                row = transform(_to_rgb(item, where)).to(model.device)
-            else:
-                raise TypeError(_not_an_image(where, item))
+        for i, item in enumerate(items):
+            where = "images" if alone else f"images[{i}]"
+            row = reader.one(item, where)
             if rows and row.shape != rows[0].shape:
                 raise ValueError(
                     f"{where}: {row.shape[1]}x{row.shape[2]} pixels, the first of the sequence has "
@@ -94,7 +105,7 @@ def to_batch(
                     f"files come to {model.image_size[0]}x{model.image_size[1]})"
                 )
             rows.append(row)
-        return torch.stack(rows)
+        return torch.stack(rows) if rows else torch.zeros(0, 3, *model.image_size).to(model.device)
 
 
 def to_pil(image: Tensor) -> Image.Image:
@@ -106,7 +117,8 @@ def to_pil(image: Tensor) -> Image.Image:
         TypeError: not a tensor. ValueError: another shape, type or range.
     """
     if not isinstance(image, Tensor):
-        raise TypeError(_not_an_image("image", image))
+        raise TypeError(f"image: a tensor is needed, got {shown(image)}")
+    check_dense("image", image)
     if image.ndim == 4 and image.shape[0] == 1:
         image = image[0]
     if image.ndim != 3:
@@ -114,9 +126,28 @@ def to_pil(image: Tensor) -> Image.Image:
     _check_layout(image[None], "image")
     image = image.detach().cpu()
     if image.dtype != torch.uint8:
-        _check_range(image.float(), "image")
-        image = (image.float() * 255).round().to(torch.uint8)
+        _check_range(image.float(), "image", _TOLERANCE)
+        image = (image.float().clamp(0, 1) * 255).round().to(torch.uint8)
     return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+
+
+def check_dense(name: str, x: Tensor) -> None:
+    """Refuses a tensor that has no plain strided values.
+
+    Raises:
+        ValueError: sparse, nested, quantized, meta, MKL-DNN; says what would be right.
+    """
+    if x.is_nested:
+        kind, instead = "nested", "torch.stack its parts"
+    elif x.is_meta:
+        kind, instead = "meta", "it holds no values"
+    elif x.is_quantized:
+        kind, instead = "quantized", "use .dequantize()"
+    elif x.layout != torch.strided:
+        kind, instead = str(x.layout).removeprefix("torch.").lstrip("_"), "use .to_dense()"
+    else:
+        return
+    raise ValueError(f"{name}: a dense (strided) tensor is needed, got a {kind} one; {instead}")
 
 
 @contextlib.contextmanager
@@ -129,28 +160,134 @@ def _normal_mode() -> Iterator[None]:
         yield
 
 
-def _from_tensor(
-    x: Tensor, model: VisionLanguage, is_normalized: bool, validate: bool, graph: bool, where: str
-) -> Tensor:
-    if x.ndim == 3:
-        x = x[None]
-    _check_layout(x, where)
-    if not graph:
-        x = x.detach()
-    if x.is_inference():
-        x = x.clone()
-    if x.dtype == torch.uint8:
-        if is_normalized:
-            raise ValueError(f"is_normalized: {where} is uint8, which is never normalised")
-        return x.to(model.device).float() / 255
-    x = x.to(model.device, torch.float32)
-    if is_normalized:
-        mean = torch.tensor(model.mean, device=x.device).view(3, 1, 1)
-        std = torch.tensor(model.std, device=x.device).view(3, 1, 1)
-        x = x * std + mean
-    if validate:
-        _check_range(x, where, is_normalized)
-    return x.clamp(0, 1) if is_normalized else x
+def _is_file(value: Any) -> bool:
+    return isinstance(value, Image.Image | str | os.PathLike | Encoded) or hasattr(value, "read")
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """to_batch()'s options, and what they make of one image."""
+
+    model: VisionLanguage
+    is_normalized: bool
+    clamp: bool
+    validate: bool
+    keep_graph: bool
+
+    def one(self, item: Any, where: str) -> Tensor:
+        """One item of a sequence, (3, H, W)."""
+        if isinstance(item, Tensor) and not item.is_nested and item.ndim != 3:
+            raise ValueError(
+                f"{where}: in a sequence each tensor is (3, H, W), got {tuple(item.shape)}"
+            )
+        if isinstance(item, np.ndarray) and item.ndim not in (2, 3):
+            raise ValueError(
+                f"{where}: in a sequence each array is (H, W) or (H, W, C), got {item.shape}"
+            )
+        if isinstance(item, Tensor | np.ndarray):
+            batch = self.pixels(item, where)
+            if len(batch) != 1:
+                raise ValueError(f"{where}: {len(batch)} grey images; give them one by one")
+            return batch[0]
+        if not _is_file(item):
+            raise TypeError(_not_an_image(where, item))
+        if self.is_normalized:
+            raise ValueError(
+                f"is_normalized: only for tensors and arrays, but {where} is a "
+                f"{type(item).__name__}"
+            )
+        return self._transform(_to_rgb(item, where)).to(self.model.device)
+
+    @functools.cached_property
+    def _transform(self) -> Callable[[Image.Image], Tensor]:
+        return _picture_transform(self.model)
+
+    def pixels(self, given: Tensor | np.ndarray, where: str) -> Tensor:
+        """(B, 3, H, W) of a tensor or an array of numbers."""
+        x = given if isinstance(given, Tensor) else _channels_first(given, where)
+        check_dense(where, x)
+        if x.ndim == 3:
+            x = x[None]
+        _check_layout(x, where)
+        if not self.keep_graph:
+            x = x.detach()
+        if x.is_inference():
+            x = x.clone()
+        if x.dtype == torch.uint8:
+            if self.is_normalized:
+                raise ValueError(f"is_normalized: {where} is uint8, which is never normalised")
+            return x.to(self.model.device).float() / 255
+        x = x.to(self.model.device, torch.float32)
+        if self.is_normalized:
+            mean = torch.tensor(self.model.mean, device=x.device).view(3, 1, 1)
+            std = torch.tensor(self.model.std, device=x.device).view(3, 1, 1)
+            x = x * std + mean
+        slack = _ROUNDING if self.is_normalized else _TOLERANCE
+        inside = not (self.clamp or self.is_normalized)
+        if self.validate:
+            inside &= _check_range(x, where, float("inf") if self.clamp else slack, self._hint)
+        return x if inside else _clamped(x)
+
+    def _hint(self, low: float, high: float) -> str:
+        if self.is_normalized:
+            return " after un-normalising; is it normalised with the model's mean?"
+        if high > 2 and low >= 0:
+            return "; divide by 255"
+        if low >= -1e-3:
+            return "; clamp=True clamps them"
+        if self.keep_graph:  # for DefendedCLIP, whose call takes no is_normalized
+            return "; the model's normalisation must be left out; for others clamp=True clamps them"
+        return (
+            "; if the model's normalisation was applied, pass is_normalized=True, else clamp=True "
+            "clamps them"
+        )
+
+
+def _clamped(x: Tensor) -> Tensor:
+    """x in [0, 1], with the gradient of x itself: a clamp's own is zero where it clamps."""
+    inside = x.detach().clamp(0, 1)
+    return inside + (x - x.detach()) if x.requires_grad else inside
+
+
+def _channels_first(values: np.ndarray, where: str) -> Tensor:
+    """A copy of an array (H, W), (H, W, C) or a batch of them as a tensor ([B,] 3, H, W).
+
+    Alpha is dropped, as that of pictures is.
+    """
+    shape = values.shape
+    if values.dtype != np.uint8 and values.dtype.kind != "f":
+        raise TypeError(
+            f"{where}: {_NUMBERS}, got an array of {values.dtype}; use .astype(numpy.uint8) if the "
+            "values are 0...255"
+        )
+    if isinstance(values, np.ma.MaskedArray):
+        raise TypeError(f"{where}: a masked array has pixels without values; use .filled(0)")
+    channels = values.ndim > 2 and shape[-1] in (1, 3, 4)
+    if not channels and values.ndim == 3 and shape[0] in (3, 4):
+        raise ValueError(
+            f"{where}: an array of shape {shape} may be channels or {shape[0]} grey images; use "
+            "torch.from_numpy(x) for channels first, x[..., None] for grey images"
+        )
+    if not channels and values.ndim in (2, 3):
+        values, channels = values[..., None], True
+    if not channels or values.ndim > 4:
+        hint = ""
+        if values.ndim == 1 and values.dtype == np.uint8:
+            hint = "; an encoded file is given as bytes: x.tobytes()"
+        elif values.ndim == 4 and shape[1] == 3:
+            hint = "; for channels first use torch.from_numpy(x)"
+        raise ValueError(
+            f"{where}: an array is (H, W), (H, W, C) or (B, H, W, C) with 1, 3 or 4 channels, got "
+            f"shape {shape}{hint}"
+        )
+    if values.dtype != np.uint8:
+        with np.errstate(over="ignore"):  # infinity is refused by the check of the range
+            values = values.astype(np.float32)
+    values = values[..., :3].repeat(3, axis=-1) if values.shape[-1] == 1 else values[..., :3]
+    return torch.from_numpy(np.array(np.moveaxis(values, -1, -3), order="C"))
+
+
+_NUMBERS = "floating numbers in [0, 1] or uint8 in [0, 255] are needed"
 
 
 def _check_layout(x: Tensor, where: str) -> None:
@@ -170,86 +307,134 @@ def _check_layout(x: Tensor, where: str) -> None:
         raise ValueError(f"{where}: height and width must be at least 1, got shape {shape}")
     if x.dtype != torch.uint8 and not x.is_floating_point():
         raise TypeError(
-            f"{where}: floating numbers in [0, 1] or uint8 in [0, 255] are needed, got {x.dtype}; "
-            "use x.to(torch.uint8) if the values are 0...255"
+            f"{where}: {_NUMBERS}, got {x.dtype}; use x.to(torch.uint8) if the values are 0...255"
         )
 
 
-def _check_range(x: Tensor, where: str, is_normalized: bool = False) -> None:
+def _check_range(
+    x: Tensor, where: str, slack: float, hint: Callable[[float, float], str] | None = None
+) -> bool:
+    """Whether all of x is in [0, 1]; refuses what is outside by more than `slack`, and NaN."""
     if x.numel() == 0:
-        return
+        return True
     low, high = torch.stack(torch.aminmax(x.detach())).tolist()
-    slack = _ROUNDING if is_normalized else 0.0
-    if -slack <= low and high <= 1 + slack:  # false for NaN too
-        return
-    if low != low or high != high or max(abs(low), abs(high)) == float("inf"):
+    finite = -float("inf") < low and high < float("inf")  # false for NaN too
+    if finite and -slack <= low and high <= 1 + slack:
+        return low >= 0 and high <= 1
+    if not finite:
         bad = int((~torch.isfinite(x)).sum())
         raise ValueError(f"{where}: NaN or infinity in {bad} of {x.numel()} values")
-    found = f"{where}: values from {low:.6g} to {high:.6g}, outside [0, 1]"
-    if is_normalized:
-        raise ValueError(f"{found} after un-normalising; is it normalised with the model's mean?")
-    if low > -1e-3 and high < 1 + 1e-3:
-        hint = "only rounding: use x.clamp(0, 1)"
-    elif high > 2 and low >= 0:
-        hint = "divide by 255"
-    elif low < 0:
-        hint = "if the model's normalisation was applied, pass is_normalized=True"
-    else:
-        hint = "pixels must be in [0, 1]"
-    raise ValueError(f"{found}; {hint}")
+    found = f"{where}: values from {_digits(low)} to {_digits(high)}, outside [0, 1]"
+    raise ValueError(found + (hint(low, high) if hint else ""))
+
+
+def _digits(value: float) -> str:
+    """Six digits, or as many as show that a value is outside [0, 1]."""
+    text = f"{value:.6g}"
+    return text if (0 <= value <= 1) == (0 <= float(text) <= 1) else f"{value:.9g}"
 
 
 def _not_an_image(where: str, value: Any) -> str:
     kind = f"{type(value).__module__}.{type(value).__qualname__}"
-    known = "a tensor, a PIL image, a path or a sequence of them is needed"
-    if type(value).__module__.split(".")[0] == "numpy":
-        return f"{where}: {known}, got {kind}; use torch.from_numpy(x).permute(0, 3, 1, 2) for NHWC"
-    return f"{where}: {known}, got {kind}"
+    hint = ""
+    if isinstance(value, dict) or hasattr(value, "keys"):
+        hint = "; give the pictures in it"
+    elif isinstance(value, set | frozenset):
+        hint = ", which has no order"
+    elif hasattr(value, "__array__"):
+        hint = "; numpy.asarray() of it may do"
+    elif hasattr(value, "__iter__") or hasattr(value, "__getitem__"):
+        hint = "; of a data set or loader give one batch of pictures at a time"
+    return (
+        f"{where}: a tensor, an array, a PIL image, a path, an encoded file or a sequence of them "
+        f"is needed, got {kind}{hint}"
+    )
 
 
-def _to_rgb(item: Image.Image | str | Path, where: str) -> Image.Image:
+def _to_rgb(item: Any, where: str) -> Image.Image:
     """Decoded, upright, 8-bit RGB. Alpha is dropped, as open_clip and transformers do."""
     opened: contextlib.AbstractContextManager[Image.Image]
     try:
         if isinstance(item, Image.Image):
             opened = contextlib.nullcontext(item)
-        else:
-            path = Path(item).expanduser()
-            where = f"{where}: {str(path)!r}"
-            if path.is_dir():
-                raise _Refused(f"{where} is a folder; give its files, e.g. path.glob('*.png')")
-            if not path.exists():
-                raise _Refused(f"{where} does not exist")
+        elif isinstance(item, str | os.PathLike):
+            path = os.path.expanduser(os.fsdecode(item))  # a user that is not known stays "~who"
+            where = f"{where}: {_named(path)}"
+            _check_path(path, where)
             opened = Image.open(path)
+        else:
+            where = f"{where}: the {type(item).__name__} object"
+            opened = Image.open(io.BytesIO(_content(item, where)))
         with opened as picture:
             picture.load()
             return _convert(picture, where)
     except _Refused as error:
         raise ValueError(str(error)) from None
+    except UnidentifiedImageError:
+        raise ValueError(f"{where} cannot be read as an image: of no known format") from None
     except _UNREADABLE as error:
-        raise ValueError(f"{where} cannot be read as an image: {error}") from error
+        raise ValueError(f"{where} cannot be read as an image: {str(error)[:100]}") from error
 
 
 class _Refused(Exception):
     """Ours, so that it is not taken for a decoder's error."""
 
 
+def _named(path: str) -> str:
+    """A path for a message; of a long one its end, which tells more."""
+    return repr(path) if len(path) <= 120 else repr(f"...{path[-80:]}")
+
+
+def _check_path(path: str, where: str) -> None:
+    if os.path.isdir(path):
+        raise _Refused(f"{where} is a folder; give its files, e.g. path.glob('*.png')")
+    if os.path.exists(path):
+        return
+    if _URL.match(path):
+        raise _Refused(f"{where} is a URL; URLs are not read: give the file's path or its bytes")
+    raise _Refused(f"{where} does not exist")
+
+
+def _content(item: Any, where: str) -> bytes:
+    """What encoded bytes or a file object hold, from the start where it can be rewound."""
+    if not hasattr(item, "read"):
+        return bytes(item)
+    with contextlib.suppress(OSError, AttributeError):  # a stream cannot
+        item.seek(0)
+    data = item.read()
+    if not isinstance(data, bytes):
+        raise _Refused(f"{where} gives {type(data).__name__}, not bytes; open it in mode 'rb'")
+    if not data:
+        raise _Refused(f"{where} has nothing to read; was it read before?")
+    return data
+
+
 def _convert(picture: Image.Image, where: str) -> Image.Image:
     if 0 in picture.size:
         raise _Refused(f"{where}: an image of {picture.width}x{picture.height} pixels")
-    picture = ImageOps.exif_transpose(picture)
+    picture = _upright(picture)
     if picture.mode == "F":
         raise _Refused(f"{where}: floating-point pixels have no agreed range; convert to 8 bits")
     if picture.mode.startswith("I"):
         picture = _grey_16_to_8(picture, where)
     if picture.mode == "P":  # by way of RGBA, or Pillow warns about transparent palettes
         picture = picture.convert("RGBA")
+    if picture.mode in ("La", "RGBa"):  # multiplied by alpha, which Pillow undoes on this way alone
+        picture = picture.convert(picture.mode.upper())
     return picture.convert("RGB")
 
 
-def _grey_16_to_8(picture: Image.Image, where: str) -> Image.Image:
-    import numpy as np
+def _upright(picture: Image.Image) -> Image.Image:
+    """Turned as its EXIF orientation says; broken EXIF says nothing, as in any viewer."""
+    try:
+        orientation = picture.getexif().get(ExifTags.Base.Orientation)
+        turn = _UPRIGHT.get(cast(int, orientation))
+    except _UNREADABLE:
+        return picture
+    return picture if turn is None else picture.transpose(turn)
 
+
+def _grey_16_to_8(picture: Image.Image, where: str) -> Image.Image:
     values = np.asarray(picture).astype(np.int64)
     low, high = int(values.min()), int(values.max())
     if low < 0 or high > 65535:

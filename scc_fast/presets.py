@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 
+from scc_fast._arguments import explained
 from scc_fast.api import Defender
+from scc_fast.config import python_number, shown, whole
 from scc_fast.models import VisionLanguage, with_progress
 
 
@@ -41,6 +43,7 @@ PRESETS = (
 )
 
 
+@explained
 def recommended(
     model: Any,
     classes: Sequence[str] | None = None,
@@ -65,11 +68,10 @@ def recommended(
     Raises:
         ValueError: not even the cheapest preset is within the budget; says what it takes.
     """
-    if not isinstance(budget_ms, int | float) or isinstance(budget_ms, bool) or budget_ms <= 0:
-        raise ValueError(f"budget_ms must be milliseconds > 0, got {budget_ms!r}")
-    for name, value in (("batch", batch), ("rounds", rounds)):
-        if type(value) is not int or value < 1:
-            raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
+    budget_ms = python_number(budget_ms)
+    if not isinstance(budget_ms, int | float) or isinstance(budget_ms, bool) or not budget_ms > 0:
+        raise ValueError(f"budget_ms must be milliseconds > 0, got {shown(budget_ms)}")
+    batch, rounds = whole("batch", batch, 1), whole("rounds", rounds, 1)
     took = 0.0
     for preset in with_progress(PRESETS, "timing presets"):
         defender = Defender(

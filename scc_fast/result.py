@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from scc_fast.config import whole
 
-@dataclass(frozen=True, eq=False)
+
+@dataclass(frozen=True, eq=False, repr=False)
 class DefenseResult:
     """The outcome for a batch of B images and K classes; everything is detached.
 
@@ -38,24 +42,36 @@ class DefenseResult:
     @cached_property
     def images(self) -> Tensor:
         """The defended pixels, (B, 3, H, W) float32 in [0, 1]."""
-        return (self.inputs + self.delta).clamp(0, 1)
+        with _lasting():
+            return (self.inputs + self.delta).clamp(0, 1)
 
     @cached_property
     def probs(self) -> Tensor:
         """Softmax of the logits, (B, K) float32."""
-        return self.logits.softmax(dim=-1)
+        with _lasting():
+            return self.logits.softmax(dim=-1)
 
     @cached_property
     def labels(self) -> Tensor:
         """Index of the predicted class, (B,) int64."""
-        return self.logits.argmax(dim=-1)
+        with _lasting():
+            return self.logits.argmax(dim=-1)
+
+    def __repr__(self) -> str:
+        images, classes = self.logits.shape
+        height, width = self.inputs.shape[-2:]
+        return (
+            f"DefenseResult({images} images of {height}x{width}, {classes} classes, "
+            f"method={self.method!r}, backend={self.backend!r}, engine={self.engine!r})"
+        )
 
     def __len__(self) -> int:
         return len(self.logits)
 
     def topk(self, k: int = 5) -> tuple[Tensor, Tensor]:
         """The k largest probabilities and their classes, (B, k) each; k is cut to K."""
-        values, indices = self.probs.topk(min(k, self.logits.shape[-1]), dim=-1)
+        k = min(whole("k", k, 1), self.logits.shape[-1])
+        values, indices = self.probs.topk(k, dim=-1)
         return values, indices
 
     @staticmethod
@@ -79,3 +95,10 @@ class DefenseResult:
 
 
 _PER_IMAGE = ("logits", "delta", "inputs", "drift", "flagged", "seeds")
+
+
+@contextlib.contextmanager
+def _lasting() -> Iterator[None]:
+    # What is kept must not be an inference tensor because it was first read in inference_mode
+    with torch.inference_mode(False), torch.no_grad():
+        yield

@@ -34,7 +34,7 @@ IMAGES: list[tuple[Any, type[Exception], str]] = [
     (X[None], ValueError, r"images: .*5 dimensions"),
     (X[..., :0], ValueError, r"images: .*\(2, 3, 32, 0\)"),
     (X.long(), TypeError, "images: .*int64"),
-    (X.numpy(), TypeError, "images: .*numpy.ndarray.*from_numpy"),
+    (X.numpy(), ValueError, r"images: .*\(2, 3, 32, 32\).*from_numpy"),
     (None, TypeError, "images: .*NoneType"),
     ([X[0], 3], TypeError, r"images\[1\]: .*int"),
     ([X[0], X[0, :, :5]], ValueError, r"images\[1\]: 5x32 pixels"),
@@ -51,14 +51,16 @@ def test_refused_images(images: Any, kind: type[Exception], message: str) -> Non
 
 
 SEEDS: list[tuple[Any, type[Exception], str]] = [
-    (torch.tensor([1, 2, 3]), ValueError, r"seeds.*\(2,\).*\(3,\)"),
-    (torch.tensor(1), ValueError, r"seeds.*\(2,\).*\(\)"),
-    (torch.tensor([1, 2], dtype=torch.int32), ValueError, "seeds.*int64.*int32"),
-    (torch.tensor([1.0, 2.0]), ValueError, "seeds.*int64.*float32"),
+    (torch.tensor([1, 2, 3]), ValueError, r"seeds.*one whole number or 2.*\(3,\)"),
+    (torch.tensor(1), ValueError, r"seeds.*one whole number or 2.*tensor\(1\)"),
+    (torch.tensor([1.0, 2.0]), TypeError, "seeds.*whole number.*float32"),
     ("7", TypeError, "seeds.*'7'"),
     (1.5, TypeError, "seeds.*1.5"),
     (True, TypeError, "seeds.*True"),
-    ([1, 2], TypeError, r"seeds.*\[1, 2\]"),
+    ([1, 2, 3], ValueError, r"seeds.*2, one per image.*\[1, 2, 3\], which holds 3"),
+    ([1, 2.5], TypeError, r"seeds.*\[1, 2.5\]"),
+    ([1, True], TypeError, r"seeds.*\[1, True\]"),
+    ([1, 1 << 64], ValueError, "seeds.*64 bits.*18446744073709551616"),
 ]
 
 

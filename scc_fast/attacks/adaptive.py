@@ -20,8 +20,8 @@ from torch import Tensor
 from scc_fast.attacks.base import Attack, Loss, plain, prepared, slope
 from scc_fast.attacks.margin import Distinct, margin
 from scc_fast.attacks.pgd import cross_entropy as single
+from scc_fast.config import shown, whole, within
 from scc_fast.defenses.base import Defense, Look
-from scc_fast.defenses.parts import whole, within
 from scc_fast.reference import philox, step
 
 # What an attacker's draws are for, beside philox.EOT: the views, and the pseudo-label's point.
@@ -206,8 +206,8 @@ class ViewAware(Aware):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.of not in ("each", "mean"):
-            raise ValueError(f'of must be "each" or "mean", got {self.of!r}')
+        if not isinstance(self.of, str) or self.of not in ("each", "mean"):
+            raise ValueError(f'of must be "each" or "mean", got {shown(self.of)}')
 
     def survey(
         self, target: Defense, point: Tensor, labels: Tensor, seeds: Tensor, at: int
@@ -250,11 +250,11 @@ class BPDA(Aware):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.loss not in ("ce", "margin"):
-            raise ValueError(f'loss must be "ce" or "margin", got {self.loss!r}')
+        if not isinstance(self.loss, str) or self.loss not in ("ce", "margin"):
+            raise ValueError(f'loss must be "ce" or "margin", got {shown(self.loss)}')
         whole("warmup", self.warmup, 0, 10_000)
         if type(self.best) is not bool:
-            raise ValueError(f"best must be true or false, got {self.best!r}")
+            raise ValueError(f"best must be true or false, got {shown(self.best)}")
 
     def start(self, target: Defense, x: Tensor, labels: Tensor, seeds: Tensor) -> Tensor:
         if self.warmup == 0:

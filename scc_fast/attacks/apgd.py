@@ -18,6 +18,7 @@ from torch import Tensor
 from scc_fast.attacks.base import Attack, bare_logits, bare_slope, plain, prepared
 from scc_fast.attacks.margin import Distinct, dlr, targeted_dlr
 from scc_fast.attacks.pgd import cross_entropy
+from scc_fast.config import whole
 from scc_fast.defenses.base import Defense
 from scc_fast.reference import philox
 
@@ -240,8 +241,7 @@ class APGDT(APGD):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if type(self.targets) is not int or self.targets < 1:
-            raise ValueError(f"targets must be a whole number >= 1, got {self.targets!r}")
+        whole("targets", self.targets, 1)
 
     @property
     def title(self) -> str:

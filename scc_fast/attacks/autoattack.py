@@ -31,6 +31,7 @@ from scc_fast.attacks.apgd import APGDCE
 from scc_fast.attacks.base import Attack, plain, prepared
 from scc_fast.attacks.margin import Distinct
 from scc_fast.attacks.module import BareLogits
+from scc_fast.config import shown
 from scc_fast.defenses.base import Defense
 from scc_fast.reference import philox
 
@@ -122,7 +123,7 @@ class PaperAA(Packaged):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.complete, bool):
-            raise ValueError(f"complete must be true or false, got {self.complete!r}")
+            raise ValueError(f"complete must be true or false, got {shown(self.complete)}")
 
     @property
     def title(self) -> str:

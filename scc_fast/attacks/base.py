@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from scc_fast.config import format_epsilon, parse_budget
+from scc_fast.config import format_epsilon, parse_budget, python_number, whole
 from scc_fast.defenses.base import Defense, Look
 from scc_fast.reference import philox, step
 
@@ -49,15 +49,14 @@ class Attack(ABC):
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
+            value = python_number(getattr(self, field.name))
             if value is None and field.default is None:
                 continue
             if field.name in ("epsilon", "alpha"):
-                object.__setattr__(self, field.name, parse_budget(field.name, value))
-            elif field.name in ("steps", "eot", "queries", "restarts") and (
-                type(value) is not int or value < 1
-            ):
-                raise ValueError(f"{field.name} must be a whole number >= 1, got {value!r}")
+                value = parse_budget(field.name, value)
+            elif field.name in ("steps", "eot", "queries", "restarts"):
+                value = whole(field.name, value, 1)
+            object.__setattr__(self, field.name, value)
 
     @property
     def title(self) -> str:
@@ -125,7 +124,7 @@ def prepared(
                 f"shape {tuple(value.shape)}"
             )
     if len(x) and not bool(((x >= 0) & (x <= 1)).all()):  # NaN is not
-        raise ValueError(f"x must be in [0, 1], got {float(x.min()):g} to {float(x.max()):g}")
+        raise ValueError(f"x must be in [0, 1], got {float(x.min()):.9g} to {float(x.max()):.9g}")
     classes = len(target.text_features)
     if len(x) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         raise ValueError(

@@ -33,9 +33,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from scc_fast.attacks.adaptive import BPDA
-from scc_fast.config import IDENTITY, SCCConfig, TTCConfig, View
+from scc_fast.config import IDENTITY, SCCConfig, TTCConfig, View, within
 from scc_fast.defenses.base import Defense
-from scc_fast.defenses.parts import within
 from scc_fast.defenses.served import SCC, TTC
 from scc_fast.reference import heads, step
 from scc_fast.reference.views import make_views

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from scc_fast.config import MethodConfig, format_epsilon, parse_budget
+from scc_fast.config import MethodConfig, format_epsilon, parse_budget, shown
 from scc_fast.defenses.base import Defense, Look, Repair, Traits
 from scc_fast.reference import step
 
@@ -53,7 +53,7 @@ class AntiAdvConfig(MethodConfig):
             if given is not None and epsilon != reach:
                 raise ValueError(
                     f"epsilon must be None where published: nothing is projected, and the steps "
-                    f"reach {format_epsilon(reach)}; got {given!r}"
+                    f"reach {format_epsilon(reach)}; got {shown(given)}"
                 )
             object.__setattr__(self, "epsilon", reach)
 

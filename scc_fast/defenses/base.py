@@ -167,10 +167,15 @@ class Defense(ABC):
         return self.logits(features).mean(dim=0)
 
     def __call__(
-        self, images: Any, seeds: Seeds = None, *, is_normalized: bool = False
+        self,
+        images: Any,
+        seeds: Seeds = None,
+        *,
+        is_normalized: bool = False,
+        clamp: bool = False,
     ) -> DefenseResult:
         """Defend a batch; arguments and result as for scc_fast.Defender."""
-        return calls.call(self, images, seeds, is_normalized=is_normalized)
+        return calls.call(self, images, seeds, is_normalized=is_normalized, clamp=clamp)
 
     @property
     def method(self) -> str:

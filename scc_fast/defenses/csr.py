@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from scc_fast.config import MethodConfig
+from scc_fast.config import MethodConfig, within
 from scc_fast.defenses.base import Defense, Look, Repair, Traits
-from scc_fast.defenses.parts import within
 from scc_fast.reference import step
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from scc_fast.config import MethodConfig
+from scc_fast.config import MethodConfig, whole, within
 from scc_fast.defenses.augment import (
     BOX_DRAWS,
     crop_resize,
@@ -21,7 +21,7 @@ from scc_fast.defenses.augment import (
     weighted_blur,
 )
 from scc_fast.defenses.base import Look, Traits, none_found
-from scc_fast.defenses.parts import Seen, Sighted, whole, within
+from scc_fast.defenses.parts import Seen, Sighted
 from scc_fast.reference import philox
 
 # Purposes of random numbers.

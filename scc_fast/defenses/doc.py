@@ -15,10 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from scc_fast import ops
-from scc_fast.config import MethodConfig, shown
+from scc_fast.config import MethodConfig, shown, whole, within
 from scc_fast.defenses.base import Defense, Look, Repair, Traits
 from scc_fast.defenses.hd import random_start
-from scc_fast.defenses.parts import whole, within
 from scc_fast.reference import step
 
 PROBES, TURNS = 101, 102  # what a number is drawn for, beside those of philox

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from scc_fast.config import MethodConfig
+from scc_fast.config import MethodConfig, whole
 from scc_fast.defenses.augment import mild
 from scc_fast.defenses.base import Defense, Look, Repair, Traits
-from scc_fast.defenses.parts import whole
 from scc_fast.reference import heads, philox, step
 
 # Purposes of random numbers; an augmentation takes two.

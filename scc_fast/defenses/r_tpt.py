@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from scc_fast.config import MethodConfig
+from scc_fast.config import MethodConfig, whole, within
 from scc_fast.defenses.augment import BOX_DRAWS, crop_resize, random_boxes
 from scc_fast.defenses.augmix import MIX_DRAWS, augmix
 from scc_fast.defenses.base import Look, Traits, none_found
-from scc_fast.defenses.parts import Seen, Sighted, whole, within
+from scc_fast.defenses.parts import Seen, Sighted
 from scc_fast.defenses.prompt_tuning import Context
 from scc_fast.reference import philox
 

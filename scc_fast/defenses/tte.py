@@ -14,9 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from scc_fast.config import MethodConfig
+from scc_fast.config import MethodConfig, whole
 from scc_fast.defenses.base import Defense, Look, Repair, Traits, none_found
-from scc_fast.defenses.parts import whole
 from scc_fast.reference import philox
 
 CROP_ORIGINS = 100  # what a number is drawn for, beside those of philox
@@ -49,8 +48,7 @@ class TTEConfig(MethodConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         whole("crops", self.crops, 0, 64)
-        if type(self.seed) is not int or not -(1 << 63) <= self.seed < 1 << 63:
-            raise ValueError(f"seed must be an int64 number, got {self.seed!r}")
+        whole("seed", self.seed, -(1 << 63), (1 << 63) - 1)
 
 
 class TTE(Defense):

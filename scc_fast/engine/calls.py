@@ -5,20 +5,23 @@ from __future__ import annotations
 import functools
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from numbers import Integral
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from scc_fast.config import python_number, shown, whole
 from scc_fast.engine import serve
-from scc_fast.images import to_batch
+from scc_fast.images import check_dense, to_batch
 from scc_fast.models import VisionLanguage
 from scc_fast.reference import philox
 from scc_fast.reference.ttc import Outcome
 from scc_fast.result import DefenseResult
 
-Seeds = int | Tensor | None
+Seeds = int | Sequence[int] | np.ndarray | Tensor | None
 
 
 class Callee(Protocol):
@@ -56,13 +59,15 @@ class Callee(Protocol):
         ...
 
 
-def call(callee: Callee, images: Any, seeds: Seeds, *, is_normalized: bool) -> DefenseResult:
+def call(
+    callee: Callee, images: Any, seeds: Seeds, *, is_normalized: bool, clamp: bool
+) -> DefenseResult:
     """Defend a batch; arguments and result as for Defender.__call__."""
     started = time.perf_counter()
     device = callee.model.device
     plain = torch.autocast(device.type, enabled=False)
     with torch.inference_mode(False), torch.no_grad(), plain:
-        x = to_batch(images, callee.model, is_normalized=is_normalized)
+        x = to_batch(images, callee.model, is_normalized=is_normalized, clamp=clamp)
         if isinstance(images, Tensor) and x.data_ptr() == images.data_ptr():
             x = x.clone()  # the result keeps its inputs; the caller may reuse the buffer
         keys = image_seeds(seeds, len(x), x.device)
@@ -87,21 +92,53 @@ def call(callee: Callee, images: Any, seeds: Seeds, *, is_normalized: bool) -> D
 
 
 def image_seeds(seeds: Seeds, batch: int, device: torch.device | str = "cpu") -> Tensor:
-    """The (B,) int64 seeds a call with this `seeds` argument uses."""
+    """The (B,) int64 seeds a call with this `seeds` argument uses.
+
+    Args:
+        seeds: None draws fresh ones; a whole number seeds image i with (seed, i); a tensor, array
+            or sequence of B whole numbers is used as it is, those from 2^63 on less 2^64.
+        batch: B.
+        device: where they are wanted.
+
+    Raises:
+        TypeError, ValueError: no whole numbers, more than 64 bits, or not one per image.
+    """
+    batch = whole("batch", batch, 0)
+    if seeds is None or (isinstance(seeds, Integral) and not isinstance(seeds, bool)):
+        seed = None if seeds is None else int(seeds)
+        if seed is not None and not -(1 << 63) <= seed < 1 << 64:
+            raise ValueError(f"seeds must fit into 64 bits, got {shown(seeds)}")
+        # On the host, then one copy: on a GPU the hash is 165 launches.
+        return _host_seeds(seed, batch).to(device, copy=True)
+    keys = _given_seeds(seeds)
+    if keys.shape != (batch,):
+        raise ValueError(
+            f"seeds must be one whole number or {batch}, one per image, got {shown(seeds)}"
+            + ("" if isinstance(seeds, Tensor | np.ndarray) else f", which holds {len(keys)}")
+        )
+    return philox.image_seeds(keys, batch, device)
+
+
+def _given_seeds(seeds: Any) -> Tensor:
+    """Whole numbers in any container as an int64 tensor."""
+    wrong = f"seeds must be None, a whole number or one for each image, got {shown(seeds)}"
     if isinstance(seeds, Tensor):
-        if seeds.dtype != torch.int64 or seeds.shape != (batch,):
-            raise ValueError(
-                f"seeds must be an int64 tensor of shape ({batch},), one per image; got "
-                f"{seeds.dtype} of shape {tuple(seeds.shape)}"
-            )
-    elif seeds is not None and type(seeds) is not int:
-        raise TypeError(f"seeds must be None, an int or an int64 tensor, got {seeds!r}")
-    elif seeds is not None and not -(1 << 63) <= seeds < 1 << 64:
-        raise ValueError(f"seeds must fit into 64 bits, got {seeds}")
-    if isinstance(seeds, Tensor):
-        return philox.image_seeds(seeds, batch, device)
-    # On the host, then one copy: on a GPU the hash is 165 launches.
-    return _host_seeds(seeds, batch).to(device, copy=True)
+        check_dense("seeds", seeds)
+        if seeds.is_floating_point() or seeds.is_complex() or seeds.dtype == torch.bool:
+            raise TypeError(wrong)
+        return seeds.to(torch.int64)
+    if isinstance(seeds, list | tuple | range):
+        numbers = [python_number(seed) for seed in seeds]
+        if not all(type(number) is int for number in numbers):
+            raise TypeError(wrong)
+        if not all(-(1 << 63) <= number < 1 << 64 for number in numbers):
+            raise ValueError(f"seeds must fit into 64 bits, got {shown(seeds)}")
+        half = 1 << 63
+        return torch.tensor([(n + half) % (2 * half) - half for n in numbers], dtype=torch.int64)
+    array = np.asarray(seeds) if hasattr(seeds, "__array__") else np.empty(0, object)
+    if array.dtype.kind not in "iu":
+        raise TypeError(wrong)
+    return torch.from_numpy(array.astype(np.int64))
 
 
 def _host_seeds(seeds: int | None, batch: int) -> Tensor:

@@ -12,7 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scc_fast.config import MethodConfig, RNConfig, SCCConfig, TTCConfig, View
+from scc_fast.config import (
+    MethodConfig,
+    RNConfig,
+    SCCConfig,
+    TTCConfig,
+    View,
+    python_number,
+    shown,
+)
 from scc_fast.engine import graph, methods
 from scc_fast.engine.cost import Cost, cost_of
 from scc_fast.engine.encoder import PRECISIONS, Runner, encoder_of, is_native
@@ -208,9 +216,9 @@ def size_of(size: Any, model: VisionLanguage) -> tuple[int, int]:
     """(height, width) checked; None is the encoder's."""
     if size is None:
         return model.image_size
-    pair = tuple(size) if isinstance(size, list | tuple) else ()
+    pair = tuple(map(python_number, size)) if isinstance(size, list | tuple) else ()
     if len(pair) != 2 or not all(type(side) is int and side > 0 for side in pair):
-        raise ValueError(f"size must be (height, width) in pixels or None, got {size!r}")
+        raise ValueError(f"size must be (height, width) in pixels or None, got {shown(size)}")
     return pair[0], pair[1]
 
 

@@ -1,0 +1,117 @@
+"""Arguments of callers: collections with an order, and names that a function does not have."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Iterator, KeysView, Sequence, ValuesView
+from typing import Any, ParamSpec, TypeVar
+
+from torch import Tensor
+
+from scc_fast.config import METHODS
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# What other libraries call it, and what it is called here.
+_CALLED = {
+    "batch_size": "max_batch",
+    "checkpoint": "pretrained",
+    "class_names": "classes",
+    "defense": "method",
+    "dtype": "precision",
+    "eps": "epsilon",
+    "labels": "classes",
+    "names": "classes",
+    "normalized": "is_normalized",
+    "preprocess": "processor",
+    "prompts": "classes",
+    "seed": "seeds",
+    "seeds": "seed",
+    "text_embeddings": "text_features",
+    "weights": "pretrained",
+}
+_PLACES = {
+    "load_model()": (
+        *("device", "pretrained", "tokenizer", "processor", "mean", "std", "cache_dir"),
+        "image_encoder",
+    ),
+    "Defender()": (
+        *("classes", "text_features", "method", "config", "precision", "backend", "engine"),
+        "max_batch",
+    ),
+    "the call, defender(images, ...)": ("images", "seeds", "is_normalized", "clamp"),
+    "DefendedCLIP()": ("gradient",),
+}
+
+
+def listed(value: Any) -> Iterable[Any] | None:
+    """The items of a collection or iterator that has an order; None for anything else.
+
+    Sequences, iterators, views of a dict, NumPy's arrays and pandas' Series of one dimension; not
+    strings, bytes, files, sets and tensors.
+    """
+    if isinstance(value, str | bytes | bytearray | memoryview | Tensor) or hasattr(value, "read"):
+        return None
+    if isinstance(value, Sequence | Iterator | KeysView | ValuesView):
+        return value
+    return list(value) if getattr(value, "ndim", None) == 1 else None
+
+
+def explained(function: Callable[P, R]) -> Callable[P, R]:
+    """`function`; for an argument that it does not have the TypeError says what would be right."""
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def called(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except TypeError:
+            reason = _misfit(function.__qualname__, signature, args, kwargs)
+            if reason is None:
+                raise
+        raise TypeError(reason)
+
+    return called
+
+
+def _misfit(
+    qualname: str, signature: inspect.Signature, args: Sequence[Any], kwargs: dict[str, Any]
+) -> str | None:
+    """Why a call does not fit a signature; None where it does."""
+    try:
+        signature.bind(*args, **kwargs)
+        return None
+    except TypeError as error:
+        reason = str(error)
+    name = qualname.removesuffix(".__init__")
+    parameters = [p for p in signature.parameters.values() if p.name != "self"]
+    known = [p.name for p in parameters]
+    for given in kwargs:
+        if given not in known:
+            return f"{name}() has no argument {given!r}: {_advice(given, known)}"
+    placed = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    if len(args) > len(placed) + ("self" in signature.parameters):
+        others = ", ".join(f"{other}=" for other in known if other not in placed)
+        return f"{name}() takes {', '.join(placed)} by position, all else by name: {others}"
+    return f"{name}(): {reason}"
+
+
+def _advice(given: str, known: Sequence[str]) -> str:
+    name = _CALLED.get(given, given)
+    if name in known:
+        return f"it is called {name}="
+    fields = {field.name for kind in METHODS.values() for field in dataclasses.fields(kind)}
+    if name in fields:
+        whose = "" if "config" in known else " of Defender()"
+        return f'it is a field of the method\'s config{whose}: config={{"{name}": ...}}'
+    for place, names in _PLACES.items():
+        if name in names:
+            return f"{name}= belongs to {place}"
+    close = difflib.get_close_matches(given, known, 1)
+    if close:
+        return f"did you mean {close[0]}=?"
+    return f"it has {', '.join(known)}"
