@@ -236,7 +236,7 @@ class _Reader:
         if low >= -1e-3:
             return "; clamp=True clamps them"
         if self.keep_graph:  # for DefendedCLIP, whose call takes no is_normalized
-            return "; the model's normalisation must be left out; for others clamp=True clamps them"
+            return "; leave the model's normalisation out, or clamp=True clamps them"
         return (
             "; if the model's normalisation was applied, pass is_normalized=True, else clamp=True "
             "clamps them"
@@ -381,8 +381,10 @@ class _Refused(Exception):
 
 
 def _named(path: str) -> str:
-    """A path for a message; of a long one its end, which tells more."""
-    return repr(path) if len(path) <= 120 else repr(f"...{path[-80:]}")
+    """A path for a message; of a long one the end tells more, of a URL the beginning."""
+    if _URL.match(path):
+        return shown(path)
+    return repr(path if len(path) <= 120 else f"...{path[-80:]}")
 
 
 def _check_path(path: str, where: str) -> None:

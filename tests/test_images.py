@@ -128,7 +128,9 @@ def test_is_normalized_round_trip() -> None:
         to_batch((x * 1.001 - mean) / std, MODEL, is_normalized=True)
     with pytest.raises(ValueError, match="is_normalized: images is uint8"):
         to_batch(torch.zeros(1, 3, 2, 2).byte(), MODEL, is_normalized=True)
-    with pytest.raises(ValueError, match="is_normalized: only for tensors and arrays, but images is a Image"):
+    with pytest.raises(
+        ValueError, match=r"is_normalized: only for .* arrays, but images is a Image"
+    ):
         to_batch(picture(), MODEL, is_normalized=True)
 
 
@@ -416,5 +418,5 @@ def test_to_pil_refuses() -> None:
         to_pil(torch.full((3, 4, 4), 2.5))
     with pytest.raises(TypeError, match=r"got torch\.int32"):
         to_pil(torch.zeros(3, 4, 4, dtype=torch.int32))
-    with pytest.raises(TypeError, match="numpy"):
+    with pytest.raises(TypeError, match=r"image: a tensor .* ndarray"):
         to_pil(np.zeros((3, 4, 4)))  # type: ignore[arg-type]
