@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, KeysView, Sequence, ValuesView
@@ -11,7 +10,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from torch import Tensor
 
-from scc_fast.config import METHODS
+from scc_fast.config import METHODS, nearest
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -111,7 +110,4 @@ def _advice(given: str, known: Sequence[str]) -> str:
     for place, names in _PLACES.items():
         if name in names:
             return f"{name}= belongs to {place}"
-    close = difflib.get_close_matches(given, known, 1)
-    if close:
-        return f"did you mean {close[0]}=?"
-    return f"it has {', '.join(known)}"
+    return f"it has {', '.join(known)}{nearest(given, known)}"

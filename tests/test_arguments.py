@@ -32,7 +32,7 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
     "device": (lambda: defender(device="cpu"), r"device= belongs to load_model\(\)"),
     "batch_size": (lambda: defender(batch_size=8), "it is called max_batch="),
     "a seed": (lambda: defender(seed=0), r"seeds= belongs to the call, defender\(images, ...\)"),
-    "a misspelt name": (lambda: defender(metod="scc"), "did you mean method="),
+    "a misspelt name": (lambda: defender(metod="scc"), "did you mean 'method'"),
     "no known name": (lambda: defender(zzz=1), "it has model, classes, text_features, method"),
     "a method by position": (lambda: defender("ttc"), "model, classes by position.* method="),
     "a seed of a call": (lambda: defender()(X, seed=0), r"Defender.__call__.* called seeds="),
@@ -51,7 +51,7 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "with classes": (lambda: DefendedCLIP(model_of("open_clip"), FIVE), "defender must be a Def"),
     "seeds of a module": (lambda: DefendedCLIP(defender(), seeds=0), "it is called seed="),
-    "recommended": (lambda: recommended("tiny", FIVE, budget=3), "did you mean budget_ms="),
+    "recommended": (lambda: recommended("tiny", FIVE, budget=3), "did you mean 'budget_ms'"),
     "an array for a choice": (lambda: defender(method=np.array(["scc", "ttc"])), "method must be"),
 }
 
