@@ -41,23 +41,28 @@ if not PROMISED.issubset(ops.BACKENDS):
 
 
 def backends_under_test(op: str, backends: tuple[str, ...] = ops.BACKENDS) -> Iterator:
-    """Parameters (device, backend) for every device; a missing backend is skipped, with the reason.
+    """Parameters (device, backend) for every kernel there is of an op.
 
-    A promised one is not skipped: the op itself then fails, and says why. Triton is promised on
-    the GPU where there is one, else in its interpreter on the CPU.
+    One that is not built is skipped, with the reason; a promised one is not: the op itself then
+    fails, and says why.
     """
-    triton_device = "cuda" if torch.cuda.is_available() else "cpu"
     for device in ("cpu", "cuda"):
         for backend in backends:
+            if not _is_written(op, device, backend):
+                continue
             why_not = ops.backends_of(op, device)[backend]
-            promised = backend in PROMISED and (backend != "triton" or device == triton_device)
-            promised &= not (backend == "cpp" and device == "cuda" and op in WITHOUT_CUDA)
-            promised &= not (backend == "triton" and op in ATTENTION)
             marks = [pytest.mark.gpu] if device == "cuda" else []
             marks += [pytest.mark.interpreted] if (device, backend) == ("cpu", "triton") else []
-            if why_not is not None and not promised:
+            if why_not is not None and backend not in PROMISED:
                 marks.append(pytest.mark.skip(reason=f"{backend} on {device}: {why_not}"))
             yield pytest.param(device, backend, marks=marks, id=f"{device}-{backend}")
+
+
+def _is_written(op: str, device: str, backend: str) -> bool:
+    """Triton's kernels run on the GPU where there is one, else in its interpreter on the CPU."""
+    if backend == "triton":
+        return op not in ATTENTION and not (device == "cpu" and torch.cuda.is_available())
+    return not (backend == "cpp" and device == "cuda" and op in WITHOUT_CUDA)
 
 
 def ulp_error(got: Tensor, want: Tensor, floor: float = 0.0) -> float:
