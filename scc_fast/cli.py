@@ -51,6 +51,7 @@ def demo(
     """Attack the bundled model, defend it, print one table and draw one figure."""
     from scc_fast.evaluate.demo import Demo
     from scc_fast.evaluate.report import table, write_json
+    from scc_fast.evaluate.rows import timed_rows
 
     options.figure_format(figure)
     show = Demo(n=n, adaptive_n=min(n, adaptive_n), seed=seed)
@@ -68,7 +69,7 @@ def demo(
     )
     out.print(f"figure: {figure}", markup=False)
     if json is not None:
-        write_json(json, {"rows": rows})
+        write_json(json, {"rows": timed_rows(rows, times)})
 
 
 @app.command()
@@ -149,11 +150,13 @@ def evaluate(
     allow_weak_attack: Annotated[
         bool, typer.Option(help="Go on where the undefended model withstands an attack.")
     ] = False,
+    json: Json = None,
     debug: Debug = False,
 ) -> None:
     """Robust accuracy of defenses under attacks, into a folder that `report` makes tables of."""
     from scc_fast.evaluate import command
-    from scc_fast.evaluate.report import table
+    from scc_fast.evaluate.report import table, write_json
+    from scc_fast.evaluate.rows import timed_rows
 
     options.engine_suits(
         engine, workers is not None or cores != 1 or gpus != 0 or ray_address is not None
@@ -206,6 +209,8 @@ def evaluate(
         )
     for outcome in outcomes:
         out.print(table(outcome.rows, outcome.folder.name, outcome.times))
+    if json is not None:
+        write_json(json, {"rows": [r for o in outcomes for r in timed_rows(o.rows, o.times)]})
     text = f"results: {folder}; tables and figures: scc-fast report {folder}"
     out.print(text, markup=False, soft_wrap=True)
 

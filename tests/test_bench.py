@@ -21,6 +21,7 @@ from scc_fast.bench import figures, measure, rows, run, tables, timing
 from scc_fast.bench.machine import Machine
 from scc_fast.bench.measure import Budget, Side
 from scc_fast.engine.plan import Pass, Plan
+from scc_fast.evaluate.schema import misfits
 from session import Session
 
 ROOT = Path(__file__).parents[1]
@@ -108,6 +109,7 @@ def test_bench_writes_rows_and_figures(interrupted: dict[str, Any]) -> None:
     }
     for row in found["rows"]:
         assert tuple(row) == rows.KEYS
+        assert misfits(row) == []
         assert row["group"] == run.GROUP
         assert row["baseline"] == "undefended"
         assert row["p50_ms"] > 0

@@ -20,6 +20,7 @@ from scc_fast import cli, tiny
 from scc_fast.evaluate import pictures as pictures_module
 from scc_fast.evaluate.demo import Demo
 from scc_fast.evaluate.runner import Asked
+from scc_fast.evaluate.schema import misfits
 from scc_fast.images import to_pil
 
 LABELS = "a photo of a lemon,a photo of a cactus,a photo of a fly"
@@ -64,6 +65,10 @@ def test_demo(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert list(found) == ["rows"]
     assert len(found["rows"]) == 5 * 7  # clean, PGD at three budgets, two who know, the worst
     for row in found["rows"]:
+        assert misfits(row) == []
+        worst = row["attack"] == "worst"
+        assert (row["ms_per_image"] is None) == (row["rounds"] is None) == worst
+        assert worst or (row["ms_per_image"] > 0 and row["rounds"] == 1)
         assert row["defense"] in ("none", "rn", "views", "ttc", "scc")
         assert re.fullmatch(r"\d+/255", row["eps"])
         assert 0 <= row["ci_low"] <= row["accuracy"] <= row["ci_high"] <= 1
@@ -90,11 +95,12 @@ def test_defend_the_sample_pictures(run: Run, tmp_path: Path) -> None:
     code, out, err = run("defend", *files, "--output", output, "--json", file, "--top", "2")
     assert (code, err) == (0, "")
     found = strict(file)
-    assert list(found) == ["pictures", "failed"]
+    assert list(found) == ["rows", "failed"]
     assert found["failed"] == []
     defender = scc_fast.Defender(scc_fast.load_model("tiny"), tiny.prompts())
-    for path, row in zip(files, found["pictures"], strict=True):
+    for path, row in zip(files, found["rows"], strict=True):
         expected = defender(path, 0)
+        assert misfits(row) == []
         assert row["picture"] == str(path)
         assert row["picture"].rsplit("/", 1)[1][:5] in out
         assert row["flagged"] == bool(expected.flagged)
@@ -120,7 +126,7 @@ def test_epsilon_and_labels_reach_the_defense(run: Run, epsilon: str, method: st
     options = ("--labels", LABELS, "--epsilon", epsilon, "--method", method, "--seed", "3")
     code, out, _ = run("defend", sample("lemon"), *options, "--json", file)
     assert code == 0
-    row = strict(file)["pictures"][0]
+    row = strict(file)["rows"][0]
     assert {item["label"] for item in row["after"]} == set(LABELS.split(","))
     assert sum(item["probability"] for item in row["after"]) == pytest.approx(1)
     assert (row["seed"], row["method"]) == (3, method)
@@ -140,7 +146,7 @@ def test_labels_from_a_file(run: Run) -> None:
         "defend", sample("lemon"), "--labels", "@labels.txt", "--json", "r.json", "--figure", figure
     )
     assert code == 0
-    labels = {item["label"] for item in strict(Path("r.json"))["pictures"][0]["before"]}
+    labels = {item["label"] for item in strict(Path("r.json"))["rows"][0]["before"]}
     assert labels == {"a photo of a lemon", "a photo of Žluť", "a dog"}
     assert "<svg" in figure.read_text()
 
@@ -164,7 +170,7 @@ def test_the_good_files_are_done_beside_the_bad(run: Run, truncated: Path) -> No
     assert len(err.strip().splitlines()) == 2
     assert "nowhere.png" in err
     found = strict(Path("r.json"))
-    assert [Path(row["picture"]).stem for row in found["pictures"]] == ["fly", "lemon"]
+    assert [Path(row["picture"]).stem for row in found["rows"]] == ["fly", "lemon"]
     assert found["failed"] == ["nowhere.png", str(truncated)]
     assert Path("fly.repaired.png").exists()
     assert Path("lemon.repaired.png").exists()
@@ -190,7 +196,7 @@ def test_two_pictures_of_one_name_do_not_overwrite_each_other(run: Run) -> None:
     options = ("--labels", LABELS, "--method", "none", "--json", "r.json")
     code, _, _ = run("defend", "a/x.png", "b/x.png", *options)
     assert code == 0
-    repaired = [row["repaired"] for row in strict(Path("r.json"))["pictures"]]
+    repaired = [row["repaired"] for row in strict(Path("r.json"))["rows"]]
     assert len(set(repaired)) == 2
     for path, source in zip(repaired, ("lemon", "fly"), strict=True):
         given = np.array(Image.open(sample(source)).convert("RGB"))

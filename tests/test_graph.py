@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import scc_fast
 from scc_fast import Defender, tiny
+from scc_fast.defenses import Defense, make_defense
 from scc_fast.engine import graph, methods, vit
 from scc_fast.engine.encoder import PRECISIONS, Runner
 from scc_fast.engine.graph import Graphs, bucket
@@ -319,3 +320,24 @@ def test_threads_share_graphs_on_a_gpu() -> None:
     for place in range(4):
         for logits in found[place]:
             torch.testing.assert_close(logits, want[place], rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("method", ["none", "rn", "views", "ttc", "scc", "tte"])
+def test_the_result_names_the_engine_that_served(
+    model: Any, uncaptured: None, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    x = pictures(2)
+    for one in (
+        Defender(model, PROMPTS, method=method, config={}),
+        make_defense(method, model, PROMPTS),
+    ):
+        engine = one.bare._engine if isinstance(one, Defense) else one._engine
+        want = one(x, 3)
+        with monkeypatch.context() as patch:
+            patch.setattr(engine, "name", "graph")
+            patch.setattr(engine.encoder, "graphs", Graphs())
+            Called.made = 0
+            got, other = one(x, 3), one(x[..., :60], 3)
+        assert (got.engine == "graph") == (Called.made > 0) == (method != "tte")
+        assert (want.engine, other.engine) == ("runner", "runner")
+        torch.testing.assert_close(got.logits, want.logits, rtol=1e-3, atol=2e-2)

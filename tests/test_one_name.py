@@ -51,7 +51,7 @@ def test_the_command_line_takes_the_same_names(tmp_path: Path) -> None:
     options = ["--labels", ",".join(labels), "--output", str(tmp_path), "--json", str(row)]
     with pytest.raises(SystemExit, match="0"):
         main(["defend", str(picture), *options, "--method", "tte", "--top", "1"])
-    (found,) = json.loads(row.read_text())["pictures"]
+    (found,) = json.loads(row.read_text())["rows"]
     want = make_defense("tte", model_of("tiny"), labels)(picture, 0)
     assert found["method"] == "tte"
     assert found["after"][0]["probability"] == pytest.approx(float(want.probs.max()), abs=1e-4)

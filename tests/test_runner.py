@@ -27,6 +27,7 @@ from scc_fast.evaluate import runner
 from scc_fast.evaluate.data import open_dataset
 from scc_fast.evaluate.rows import AttackFailed, Row
 from scc_fast.evaluate.runner import Asked, Run
+from scc_fast.evaluate.schema import misfits
 from scc_fast.evaluate.store import Busy, locked
 from scc_fast.evaluate.worker import Judged, Made, Place, Task, Worker, restored
 from toys import model_of
@@ -103,6 +104,9 @@ def test_files(whole: Path) -> None:
     assert times["rn", "pgd3"]["attack_ms_per_image"] > 0
     assert times["rn", "bpda:steps=1:warmup=1"]["attack_ms_per_image"] > 0
     assert times["rn", "clean"]["attack_ms_per_image"] is None
+    assert times["rn", "clean"]["rounds"] == 3  # batches
+    for row in [*found["rows"], *times.values()]:
+        assert misfits(row) == []
     images = sorted(path.relative_to(whole).parts[1:] for path in whole.rglob("*.safetensors"))
     assert [parts[-2:] for parts in images if parts[0].startswith("pgd3")] == [
         ("shared", f"0000{b}.safetensors") for b in range(3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -74,3 +75,23 @@ def test_what_the_gate_said_is_told_of_each_image() -> None:
     found = ours.defense("ttc")(ours.data.batch(0, N)[0], image_seeds(3, N))
     assert gated.flagged == "".join("01"[flag] for flag in found.flagged.tolist())
     assert gated.drift == pytest.approx(found.drift.tolist(), abs=1e-5)
+
+
+def test_a_first_call_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each size of batch; what a defense answers is that of the timed call."""
+    ours, calls = worker(), list[int]()
+    defense = ours.defense("none")
+
+    def slow_at_first(seen: Tensor, seeds: Tensor) -> Any:
+        calls.append(len(seen))
+        if calls.count(len(seen)) == 1:
+            time.sleep(0.5)
+        return defense(seen, seeds)
+
+    slow_at_first.config = defense.config  # type: ignore[attr-defined]
+    monkeypatch.setattr(ours, "defense", lambda spec: slow_at_first)
+    found = []
+    for batch, count in ((0, 2), (1, 2), (2, 1)):
+        found += list(ours.work(Task("clean", 0.0, None, batch, count, ("none",))))
+    assert calls == [2, 2, 2, 1, 1]
+    assert all(isinstance(one, Judged) and 0 < one.seconds < 0.5 for one in found)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from scc_fast.config import parse_epsilon
 from scc_fast.evaluate.on_ray import Driver, OnRay
@@ -30,7 +31,7 @@ class Outcome:
 
     folder: Path
     rows: list[Row]
-    times: dict[str, float]
+    times: list[dict[str, Any]]
 
 
 def listed(name: str, text: str) -> tuple[str, ...]:
@@ -110,6 +111,5 @@ def run_all(
             tick=tick,
             say=say,
         )
-        times = {r["defense"]: r["ms_per_image"] for r in run.timings() if r["attack"] == "clean"}
-        outcomes.append(Outcome(run.store.folder, rows, times))
+        outcomes.append(Outcome(run.store.folder, rows, run.timings()))
     return outcomes

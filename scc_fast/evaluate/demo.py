@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from scc_fast import tiny
 from scc_fast.api import image_seeds
@@ -45,8 +46,8 @@ class Demo:
 
     def run(
         self, start: Callable[[int], None], tick: Callable[[], None]
-    ) -> tuple[list[Row], dict[str, float]]:
-        """The rows of the table, and milliseconds an image by defense.
+    ) -> tuple[list[Row], list[dict[str, Any]]]:
+        """The rows of the table, and the times of each.
 
         `start` is told how many times `tick` will be called.
         """
@@ -63,12 +64,7 @@ class Demo:
             start(sum(len(t.defenses) for t in {t for a in self.plan() for t in run.tasks(a)}))
             for asked in self.plan():
                 rows = run.go(asked, tick=lambda _: tick())
-            times = {
-                row["defense"]: row["ms_per_image"]
-                for row in run.timings()
-                if row["attack"] == "clean"
-            }
-        return rows, times
+            return rows, run.timings()
 
     def figure(self, path: Path, count: int = 4) -> None:
         """The figure: a few sample pictures attacked at 4/255 (PGD-10), and repaired."""

@@ -77,7 +77,6 @@ def defend_files(
             "repaired": str(target),
             "seed": seed,
             "method": method,
-            "seconds": after.timings["total"],
         }
         rows.append(row)
         if figure is not None and len(kept) < _FIGURE_ROWS:
@@ -89,7 +88,7 @@ def defend_files(
         shown = f" (the first {len(kept)} pictures)" if len(kept) < len(rows) else ""
         report(escape(f"figure: {figure}{shown}"))
     if json is not None:
-        write_json(json, {"pictures": rows, "failed": [str(file) for file in failed]})
+        write_json(json, {"rows": rows, "failed": [str(file) for file in failed]})
     return Defended(rows, failed)
 
 

@@ -56,13 +56,13 @@ def cell(row: Row | None) -> str:
     return f"{100 * row.accuracy:.1f} [{100 * row.ci_low:.1f}, {100 * row.ci_high:.1f}]"
 
 
-def table(rows: Sequence[Row], title: str, times: Mapping[str, float] | None = None) -> Table:
+def table(rows: Sequence[Row], title: str, times: Sequence[Mapping[str, Any]] = ()) -> Table:
     """The accuracy table for a terminal, narrow enough for 80 columns.
 
     Args:
         rows: a line a defense, a column an attack.
         title: above it.
-        times: milliseconds an image, by defense.
+        times: of each row; those of clean pictures are shown.
     """
     from rich import box
     from rich.table import Table
@@ -82,11 +82,12 @@ def table(rows: Sequence[Row], title: str, times: Mapping[str, float] | None = N
         head = name.replace(" ", "\n").replace("view-aware", "view-\naware")
         head = head.replace(":", ":\n")
         drawn.add_column(f"{head}{budget}\nn={'/'.join(map(str, counts))}", justify="right")
-    if times is not None:
+    ms = {time["defense"]: time["ms_per_image"] for time in times if time["attack"] == "clean"}
+    if ms:
         drawn.add_column("ms/\nimage", justify="right")
     for name in dict.fromkeys(row.defense for row in rows):
         cells = [_narrow(found.get((name, *column))) for column in titles]
-        last = [f"{times[name]:.1f}" if name in times else "–"] if times is not None else []
+        last = [f"{ms[name]:.1f}" if name in ms else "–"] if ms else []
         drawn.add_row(name, *cells, *last)
     return drawn
 

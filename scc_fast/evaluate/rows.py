@@ -110,3 +110,14 @@ def format_rows(rows: Sequence[Row | Mapping[str, Any]]) -> list[dict[str, Any]]
 
     plain = [asdict(row) if isinstance(row, Row) else dict(row) for row in rows]
     return [{k: v for k, v in row.items() if k != "of" or v} for row in plain]
+
+
+def timed_rows(rows: Sequence[Row], times: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """As --json has them: those of results.json, each with its times; None where it has none."""
+    known = {(time["defense"], time["attack"], time["eps"]): time for time in times}
+    names = ("ms_per_image", "attack_ms_per_image", "rounds")
+    found = []
+    for row in format_rows(rows):
+        time = known.get((row["defense"], row["attack"], row["eps"]), {})
+        found.append(row | {name: time.get(name) for name in names})
+    return found

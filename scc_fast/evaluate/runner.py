@@ -324,7 +324,10 @@ class Run:
         return {"defense": spec, "seed": self.worker.setting.seed, **facts}
 
     def timings(self) -> list[dict[str, Any]]:
-        """Milliseconds an image: of each defense under each attack, and of the attack; medians."""
+        """Milliseconds an image: of each defense under each attack, and of the attack; medians.
+
+        `rounds` batches of a defense were timed, after a warm-up.
+        """
         found = []
         for folder, _ in self.store.attacks():
             made: dict[str, dict[int, float]] = {}
@@ -343,6 +346,7 @@ class Run:
                         "eps": format_epsilon(folder.epsilon),
                         "ms_per_image": statistics.median(1e3 * s / n for s, n in batches.values()),
                         "attack_ms_per_image": statistics.median(making) if making else None,
+                        "rounds": len(batches),
                     }
                 )
         return found
