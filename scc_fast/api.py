@@ -15,6 +15,7 @@ from torch import Tensor
 
 from scc_fast import _classes, ops
 from scc_fast._arguments import explained
+from scc_fast._plain import plain
 from scc_fast.config import (
     METHODS,
     MethodConfig,
@@ -50,6 +51,9 @@ if TYPE_CHECKING:
 
 # The methods beside METHODS, by name. scc_fast.defenses stands above and registers them here.
 DEFENSES: dict[str, type[Defense]] = {}
+
+# nn.Module's, which a Defender is not.
+_MOVES = ("to", "cpu", "cuda", "float", "double", "half", "bfloat16", "type", "to_empty")
 
 
 class Defender:
@@ -92,6 +96,7 @@ class Defender:
         RuntimeError: an explicitly requested precision, backend or engine is not to be had.
     """
 
+    @torch.compiler.disable
     @explained
     def __init__(
         self,
@@ -122,11 +127,13 @@ class Defender:
         if max_batch is not None:
             max_batch = whole("max_batch", max_batch, 1, 2**31, " of pictures")
         self.classes = _classes.checked(classes)
-        with torch.inference_mode(False), torch.no_grad():
+        with plain(self.model.device):
             text = _classes.embedded(self.model, self.classes, text_features)
             self._classes = Classes(text, self.model.logit_scale, self.model.logit_bias)
-            self._mean = torch.tensor(self.model.mean, device=self.model.device)
-            self._std = torch.tensor(self.model.std, device=self.model.device)
+            self._mean, self._std = (
+                torch.tensor(three, dtype=torch.float32, device=self.model.device)
+                for three in (self.model.mean, self.model.std)
+            )
             table = ops.ClassTable.of(self._classes)
         self._reference = Setting(self.encode, self._classes, self._mean)
         self.setting = methods.Setting.of(self.model, self._engine.encoder, table, asked)
@@ -143,6 +150,20 @@ class Defender:
             if engine == "graph":
                 self._refuse("engine='graph'")
             self.engine = self._defense.serves(self.model.image_size)
+
+    def __repr__(self) -> str:
+        return (
+            f"Defender({self.model!r}, {len(self.text_features)} classes, method={self.method!r}, "
+            f"engine={self.engine!r}, precision={self.precision!r}, backend={self.backend!r})"
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _MOVES:
+            raise AttributeError(
+                f"Defender has no {name}(): it stays with its model; load that with "
+                "load_model(device=, precision=) and make another Defender"
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def variant(self, config: MethodConfig, method: str | None = None) -> Defender:
         """The same encoder and classes with another config, or another method."""
@@ -387,7 +408,7 @@ class Defender:
         self._refuse("waterfall()")
         if self.backend == "reference":
             raise RuntimeError('waterfall times the engine; backend="reference" does not run it')
-        with torch.inference_mode(False), torch.no_grad(), _no_autocast(self.model.device):
+        with plain(self.model.device):
             x = to_batch(images, self.model)
             if len(x) == 0:
                 raise ValueError("images: an empty batch has no times")

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from scc_fast._arguments import explained
+from scc_fast._plain import plain
 from scc_fast.api import Defender, image_seeds
 from scc_fast.config import View, one_of, whole
+from scc_fast.engine.opaque import NO_GRAPH, check_caller, opaque, transformed
 from scc_fast.images import to_batch
 
 
@@ -25,6 +27,8 @@ class DefendedCLIP(nn.Module):
       what they optimised constant, so that this is their "bpda", too.
     - "bpda": the gradient at the defended pixels, passed on as if the repair were the identity.
     - "identity": the undefended model's gradient at x, beside defended logits.
+
+    torch.compile goes around it, and so do torch.func's grad, vjp, jacrev and vmap.
 
     Args:
         defender: the prepared defense.
@@ -60,6 +64,9 @@ class DefendedCLIP(nn.Module):
         self.encoder = getattr(defender.model, "module", None)
         self.eval()
 
+    def __repr__(self) -> str:
+        return f"DefendedCLIP({self.defender!r}, gradient={self.gradient!r}, seed={self.seed})"
+
     @property
     def is_randomized(self) -> bool:
         """Whether two calls on the same image can differ."""
@@ -71,18 +78,41 @@ class DefendedCLIP(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> DefendedCLIP:
         """Stays on its model's device and dtype: the encoder is shared with the Defender."""
+        for held in self.parameters():
+            asked = fn(held.new_empty(0))
+            if (asked.dtype, asked.device) != (held.dtype, held.device):
+                raise TypeError(
+                    f"DefendedCLIP stays on {held.device} in {held.dtype}, where its Defender's "
+                    f"model is, {asked.dtype} on {asked.device} was asked for: load the model so "
+                    "(load_model(device=, precision=)) and make another Defender"
+                )
         return self
 
+    def __prepare_scriptable__(self) -> Any:  # what torch.jit.script asks first
+        raise TypeError(NO_GRAPH)
+
+    @torch.compiler.disable(reason=NO_GRAPH)
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, K), differentiable with respect to images where gradients are on."""
-        x = to_batch(images, self.defender.model, clamp=self.clamp, keep_graph=True)
+        check_caller()
+        if transformed():
+            x = images[None] if images.ndim == 3 else images
+            return opaque(lambda x, seeds: self._answer(self._batch(x), seeds), x, self._seeds(x))
+        x = self._batch(images)
+        return self._answer(x, self._seeds(x))
+
+    def _batch(self, images: Tensor) -> Tensor:
+        return to_batch(images, self.defender.model, clamp=self.clamp, keep_graph=True)
+
+    def _seeds(self, x: Tensor) -> Tensor:
+        device = self.defender.model.device
         if self.seed is None:
-            seeds = image_seeds(None, len(x), x.device)
-        else:
-            seeds = image_seeds(self.seed, 1, x.device).expand(len(x))
+            return image_seeds(None, len(x), device)
+        return image_seeds(self.seed, 1, device).expand(len(x))
+
+    def _answer(self, x: Tensor, seeds: Tensor) -> Tensor:
         live = torch.is_grad_enabled() and x.requires_grad
-        # inference_mode(False) turns gradients on by itself.
-        with torch.inference_mode(False), torch.set_grad_enabled(live):
+        with plain(x.device), torch.set_grad_enabled(live):
             pieces = self.defender.pieces(x, seeds)
             return torch.cat([self._logits(piece, key, live) for piece, key in pieces])
 

@@ -105,7 +105,9 @@ def to_batch(
                     f"files come to {model.image_size[0]}x{model.image_size[1]})"
                 )
             rows.append(row)
-        return torch.stack(rows) if rows else torch.zeros(0, 3, *model.image_size).to(model.device)
+        size = 0, 3, *model.image_size
+        none = torch.zeros(size, dtype=torch.float32, device=model.device)
+        return torch.stack(rows) if rows else none
 
 
 def to_pil(image: Tensor) -> Image.Image:
@@ -196,7 +198,7 @@ class _Reader:
                 f"is_normalized: only for tensors and arrays, but {where} is a "
                 f"{type(item).__name__}"
             )
-        return self._transform(_to_rgb(item, where)).to(self.model.device)
+        return self._transform(_to_rgb(item, where)).to(self.model.device, torch.float32)
 
     @functools.cached_property
     def _transform(self) -> Callable[[Image.Image], Tensor]:
@@ -219,8 +221,8 @@ class _Reader:
             return x.to(self.model.device).float() / 255
         x = x.to(self.model.device, torch.float32)
         if self.is_normalized:
-            mean = torch.tensor(self.model.mean, device=x.device).view(3, 1, 1)
-            std = torch.tensor(self.model.std, device=x.device).view(3, 1, 1)
+            mean = x.new_tensor(self.model.mean).view(3, 1, 1)
+            std = x.new_tensor(self.model.std).view(3, 1, 1)
             x = x * std + mean
         slack = _ROUNDING if self.is_normalized else _TOLERANCE
         inside = not (self.clamp or self.is_normalized)

@@ -21,8 +21,10 @@ from scc_fast._checkpoints import (
     read_image_encoder,
     with_image_encoder,
 )
+from scc_fast._plain import default_device, default_dtype, plain
 from scc_fast._preprocess import Preprocess, Triple, triple
 from scc_fast._state_dicts import as_path
+from scc_fast.config import shown
 
 Tokenizer = Callable[..., Any]
 T = TypeVar("T")
@@ -116,6 +118,11 @@ class FrozenModel:
         self.dtype = dtypes[0] if dtypes else next(self._vision().parameters()).dtype
         self.embed_dim = int(self.encode_text(["a"]).shape[1])  # proves that the tokenizer fits
 
+    def __repr__(self) -> str:
+        height, width = self.image_size
+        held = str(self.dtype).removeprefix("torch.")
+        return f"{type(self).__name__}({shown(self.name)}, {height}x{width}, {held}, {self.device})"
+
     def _vision(self) -> nn.Module:
         raise NotImplementedError
 
@@ -163,8 +170,7 @@ class FrozenModel:
         if batch_size < 1:
             raise ValueError(f"batch_size: must be at least 1, got {batch_size}")
         place = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
-        no_autocast = torch.autocast(self.device.type, enabled=False)
-        with torch.inference_mode(False), torch.no_grad(), no_autocast:
+        with plain(self.device):
             parts = [] if place else [torch.zeros(0, self.embed_dim, device=self.device)]
             items = list(place)
             firsts = range(0, len(items), batch_size)
@@ -301,7 +307,8 @@ def load_model(
             f"VisionLanguage it lacks {', '.join(missing)}"
         )
     # Initialisation draws from torch's global generator, whose state is put back
-    with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
+    own = torch.random.fork_rng(devices=[])
+    with torch.inference_mode(False), own, default_dtype(), default_device():
         tower = None if image_encoder is None else as_path(image_encoder, "image_encoder")
         state = None if tower is None else read_image_encoder(tower)
         if isinstance(model, nn.Module):

@@ -17,7 +17,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from scc_fast.attacks.base import Attack, Loss, plain, prepared, slope
+from scc_fast._plain import plain
+from scc_fast.attacks.base import Attack, Loss, prepared, slope
 from scc_fast.attacks.margin import Distinct, margin
 from scc_fast.attacks.pgd import cross_entropy as single
 from scc_fast.config import shown, whole, within

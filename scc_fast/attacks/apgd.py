@@ -15,7 +15,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from scc_fast.attacks.base import Attack, bare_logits, bare_slope, plain, prepared
+from scc_fast._plain import plain
+from scc_fast.attacks.base import Attack, bare_logits, bare_slope, prepared
 from scc_fast.attacks.margin import Distinct, dlr, targeted_dlr
 from scc_fast.attacks.pgd import cross_entropy
 from scc_fast.config import whole

@@ -27,8 +27,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from scc_fast._plain import plain
 from scc_fast.attacks.apgd import APGDCE
-from scc_fast.attacks.base import Attack, plain, prepared
+from scc_fast.attacks.base import Attack, prepared
 from scc_fast.attacks.margin import Distinct
 from scc_fast.attacks.module import BareLogits
 from scc_fast.config import shown

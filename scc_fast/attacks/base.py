@@ -8,14 +8,14 @@ from __future__ import annotations
 import dataclasses
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from scc_fast._plain import plain
 from scc_fast.config import format_epsilon, parse_budget, python_number, whole
 from scc_fast.defenses.base import Defense, Look
 from scc_fast.reference import philox, step
@@ -136,14 +136,6 @@ def prepared(
             for value in (x, labels, seeds)
         )
         return x, labels.to(x.device), seeds.to(x.device)
-
-
-@contextmanager
-def plain(device: torch.device) -> Iterator[None]:
-    """Outside the caller's inference mode, gradients and autocast (a backward pass follows it)."""
-    autocast = torch.autocast(device.type, enabled=False)
-    with torch.inference_mode(False), torch.no_grad(), autocast:
-        yield
 
 
 def slope(

@@ -12,7 +12,8 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from scc_fast.attacks.base import Attack, Loss, ascend, bare_slope, plain, prepared
+from scc_fast._plain import plain
+from scc_fast.attacks.base import Attack, Loss, ascend, bare_slope, prepared
 from scc_fast.defenses.base import Defense
 
 

@@ -144,7 +144,7 @@ class _Sight:
         self, target: TTC | SCC, x: Tensor, seeds: Tensor, views: Sequence[View], slope: float
     ) -> None:
         self.target, self.x, self.seeds, self.views, self.slope = target, x, seeds, views, slope
-        self.fill = torch.tensor(target.model.mean, device=x.device)
+        self.fill = x.new_tensor(target.model.mean)
 
     def look(self, delta: Tensor) -> tuple[Tensor, Tensor]:
         """Features (L, B, D) of the views of x + δ, and the pixels that they are of."""

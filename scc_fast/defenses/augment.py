@@ -62,7 +62,7 @@ def random_boxes(
     at = draws[..., 2 * _TRIES :].double()
     top = torch.floor(at[..., 0] * (height - tall + 1))
     left = torch.floor(at[..., 1] * (width - wide + 1))
-    middle = torch.tensor(_middle_box(height, width, ratio), device=draws.device).double()
+    middle = draws.new_tensor(_middle_box(height, width, ratio)).double()
     box = torch.stack([top, left, tall, wide], dim=-1)
     return torch.where(found[..., None], box, middle).float()
 
@@ -102,7 +102,8 @@ def crop_resize(x: Tensor, boxes: Tensor, flip: Tensor) -> Tensor:
 
 def _places(side: int, start: Tensor, length: Tensor) -> Tensor:
     """Where `side` pixels are taken from in start + [0, length), (n, side), in grid units."""
-    at = (torch.arange(side, device=start.device) + 0.5) * (length / side)[:, None] - 0.5
+    at = torch.arange(side, dtype=start.dtype, device=start.device) + 0.5
+    at = at * (length / side)[:, None] - 0.5
     at = at.clamp_min(0).minimum(length[:, None] - 1) + start[:, None]
     return (2 * at + 1) / side - 1
 
@@ -119,7 +120,7 @@ def warp(x: Tensor, matrix: Tensor) -> Tensor:
             from the middle of the picture, right and down.
     """
     height, width = x.shape[-2:]
-    half = torch.tensor([width / 2, height / 2], device=x.device)
+    half = x.new_tensor([width / 2, height / 2])
     units = torch.cat([matrix[..., :2] * half, matrix[..., 2:]], dim=-1) / half[:, None]
     grid = F.affine_grid(units, list(x.shape), align_corners=False)
     return F.grid_sample(x, grid, padding_mode="zeros", align_corners=False)
@@ -226,7 +227,7 @@ def mild(x: Tensor, seeds: Tensor, purpose: int, view: int) -> Tensor:
         return x
     u = philox.uniform(seeds, purpose, view, 16).T
     signed = 2 * u - 1
-    size = torch.tensor([x.shape[-1], x.shape[-2]], device=x.device)
+    size = u.new_tensor([x.shape[-1], x.shape[-2]])
     shift = torch.round(0.04 * size * signed[1:3].T)
     x = warp(x, rotation(torch.deg2rad(5 * signed[0]), 1 + 0.08 * signed[3], shift))
     factors = (*(1 + 0.08 * signed[4:7]), 0.02 * signed[7])
@@ -248,7 +249,7 @@ def _wide(rows: Tensor) -> Tensor:
 
 def _gray(x: Tensor) -> Tensor:
     """(n, 3, H, W) → (n, 1, H, W)."""
-    weights = torch.tensor(_GRAY, device=x.device)
+    weights = x.new_tensor(_GRAY)
     return (x * weights[:, None, None]).sum(dim=1, keepdim=True)
 
 

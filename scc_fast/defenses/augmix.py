@@ -49,7 +49,7 @@ def _chain(x: Tensor, draws: Tensor) -> Tensor:
     for at in range(LONGEST):
         which, level, sign = draws[:, 1 + 3 * at : 4 + 3 * at].unbind(dim=1)
         kind = (len(OPERATIONS) * which).long().masked_fill(length <= at, -1)
-        x = operate(x, kind, 0.1 + 0.9 * level, torch.where(sign > 0.5, -1.0, 1.0))
+        x = operate(x, kind, 0.1 + 0.9 * level, 1 - 2 * (sign > 0.5).float())
     return x
 
 

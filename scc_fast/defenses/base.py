@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from scc_fast._plain import plain
 from scc_fast.api import Defender
 from scc_fast.config import MethodConfig, method_config
 from scc_fast.engine import calls
@@ -143,8 +144,7 @@ class Defense(ABC):
 
     def run(self, x: Tensor, seeds: Tensor) -> Outcome:
         """The defense on x (B, 3, H, W) in [0, 1], unchecked, without gradients or autocast."""
-        plain = torch.autocast(x.device.type, enabled=False)
-        with torch.inference_mode(False), torch.no_grad(), plain:
+        with plain(x.device):
             found = self.repair(x, seeds)
             logits = found.read(self.features(found))
         return Outcome(logits, found.delta, found.drift, found.flagged)

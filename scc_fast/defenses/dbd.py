@@ -90,7 +90,7 @@ def median(x: Tensor, size: int = 5) -> Tensor:
 
 def blur(x: Tensor, weights: tuple[float, ...]) -> Tensor:
     """Separable blur of x (B, 3, H, W), reflected at the border."""
-    return weighted_blur(x, torch.tensor(weights, device=x.device).expand(len(x), -1))
+    return weighted_blur(x, x.new_tensor(weights).expand(len(x), -1))
 
 
 class DBD(Sighted):

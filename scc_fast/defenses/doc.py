@@ -121,7 +121,7 @@ class DOC(Defense):
         for probe in range(self.config.probes):
             noise = 2 * ops.philox_uniform(seeds, PROBES, probe, numel, backend=backend) - 1
             if self.config.probe_noise == "sign":
-                noise = torch.where(noise < 0, -1.0, 1.0)
+                noise = 1 - 2 * (noise < 0).float()
             pictures.append(x + self.config.epsilon * noise.view_as(x))
         return torch.stack(pictures)
 

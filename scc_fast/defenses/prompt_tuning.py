@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from scc_fast._plain import default_device
 from scc_fast.models import FrozenModel, OpenCLIPModel, TransformersModel, frozen_twin
 
 
@@ -53,7 +54,8 @@ class Context:
         place = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
         self.count, self.at_once = count, at_once
         self.group = torch.tensor([place[prompt] for prompt in prompts], device=model.device)
-        self._ids, self._attention, (self._first, length) = _tokens(model, list(place), count)
+        with default_device():
+            self._ids, self._attention, (self._first, length) = _tokens(model, list(place), count)
         reach = self._first + torch.arange(count, device=model.device)
         self._tuned = reach < self._first + length[:, None]  # (U, count)
         self._local = threading.local()
@@ -123,7 +125,7 @@ class Context:
             self._ids = full[0][:, :size]
             self._attention = None if full[1] is None else full[1][:, :size]
             self._tower, width = _tower(model, size, self._hook, need)
-            start = torch.zeros(1, self.count, width, device=want.device)
+            start = want.new_zeros(1, self.count, width)
             try:
                 base = self.features(start)[0]
             except RuntimeError:  # a tower that takes no shorter rows

@@ -13,8 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from scc_fast._plain import plain
 from scc_fast.config import python_number, shown, whole
 from scc_fast.engine import serve
+from scc_fast.engine.opaque import NO_GRAPH, check_caller, transformed
 from scc_fast.images import check_dense, to_batch
 from scc_fast.models import VisionLanguage
 from scc_fast.reference import philox
@@ -59,14 +61,20 @@ class Callee(Protocol):
         ...
 
 
+@torch.compiler.disable(reason=NO_GRAPH)
 def call(
     callee: Callee, images: Any, seeds: Seeds, *, is_normalized: bool, clamp: bool
 ) -> DefenseResult:
     """Defend a batch; arguments and result as for Defender.__call__."""
+    check_caller()
+    if transformed():
+        raise TypeError(
+            "a Defender is called on pictures, outside torch.func's transforms: what they can "
+            "transform is DefendedCLIP"
+        )
     started = time.perf_counter()
     device = callee.model.device
-    plain = torch.autocast(device.type, enabled=False)
-    with torch.inference_mode(False), torch.no_grad(), plain:
+    with plain(device):
         x = to_batch(images, callee.model, is_normalized=is_normalized, clamp=clamp)
         if isinstance(images, Tensor) and x.data_ptr() == images.data_ptr():
             x = x.clone()  # the result keeps its inputs; the caller may reuse the buffer
@@ -134,7 +142,8 @@ def _given_seeds(seeds: Any) -> Tensor:
         if not all(-(1 << 63) <= number < 1 << 64 for number in numbers):
             raise ValueError(f"seeds must fit into 64 bits, got {shown(seeds)}")
         half = 1 << 63
-        return torch.tensor([(n + half) % (2 * half) - half for n in numbers], dtype=torch.int64)
+        signed = [(n + half) % (2 * half) - half for n in numbers]
+        return torch.tensor(signed, dtype=torch.int64, device="cpu")
     array = np.asarray(seeds) if hasattr(seeds, "__array__") else np.empty(0, object)
     if array.dtype.kind not in "iu":
         raise TypeError(wrong)
@@ -142,9 +151,10 @@ def _given_seeds(seeds: Any) -> Tensor:
 
 
 def _host_seeds(seeds: int | None, batch: int) -> Tensor:
+    if not batch:  # which frombuffer refuses
+        return torch.empty(0, dtype=torch.int64, device="cpu")
     if seeds is None:
-        drawn = bytearray(secrets.token_bytes(8 * batch))
-        return torch.frombuffer(drawn, dtype=torch.int64) if batch else torch.empty(0).long()
+        return torch.frombuffer(bytearray(secrets.token_bytes(8 * batch)), dtype=torch.int64)
     return _hashed(seeds, batch)
 
 

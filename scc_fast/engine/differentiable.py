@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from scc_fast import ops
 from scc_fast.config import IDENTITY
 from scc_fast.engine.methods import Setting, Sight
+from scc_fast.engine.opaque import opaque, transformed
 
 
 class Encode:
@@ -28,6 +29,9 @@ class Encode:
         self._setting, self._at_once = setting, at_once
 
     def __call__(self, pixels: Tensor) -> Tensor:
+        if transformed():
+            unused = torch.zeros(len(pixels), dtype=torch.int64, device=pixels.device)
+            return opaque(lambda pixels, _: self(pixels), pixels, unused)
         parts = pixels.split(self._at_once)
         if torch.is_grad_enabled() and pixels.requires_grad:
             return torch.cat([_Encoded.apply(part, self._setting) for part in parts])

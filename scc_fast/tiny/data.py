@@ -56,11 +56,11 @@ def seeds(split: str, indices: Tensor) -> Tensor:
 
 def generate(split: str, indices: range | Tensor) -> tuple[Tensor, Tensor]:
     """Pictures (n, 3, 64, 64) float32 in [0, 1] on the 8-bit grid, and labels (n,) int64."""
-    keys = seeds(split, torch.as_tensor(indices))
+    keys = seeds(split, torch.as_tensor(indices, device="cpu"))
     u = philox.uniform(keys, philox.DATA, 0, 32)
     labels = (u[:, 0] * len(class_names())).long()
     if len(labels) == 0:
-        return torch.zeros(0, 3, SIZE, SIZE), labels
+        return artworks().new_zeros(0, 3, SIZE, SIZE), labels
     foreground = _place(artworks()[labels], u[:, 1:6])
     picture = foreground[:, :3] + (1 - foreground[:, 3:]) * _background(keys, u[:, 6:20])
     return (_jitter(picture, u[:, 20:23]) * 255).round() / 255, labels
@@ -70,7 +70,7 @@ def _place(artwork: Tensor, u: Tensor) -> Tensor:
     """Scale 0.55-0.98, rotate +-14 degrees, flip half the time, shift: one affine resampling."""
     scale = 0.55 + 0.43 * u[:, 0]
     angle = (2 * u[:, 1] - 1) * math.radians(14)
-    mirror = torch.where(u[:, 2] < 0.5, -1.0, 1.0)
+    mirror = 1 - 2 * (u[:, 2] < 0.5).float()
     room = (1.12 - scale).clamp(min=0.06)[:, None]
     shift = (2 * u[:, 3:5] - 1) * room
     cos, sin = angle.cos() / scale, angle.sin() / scale
@@ -87,7 +87,8 @@ def _background(keys: Tensor, u: Tensor) -> Tensor:
     angle = u[:, 1] * 2 * math.pi
     period, phase = 6 + 14 * u[:, 2], u[:, 3]
     first, second = u[:, 4:7], u[:, 7:10]
-    y, x = torch.meshgrid(torch.arange(SIZE) + 0.5, torch.arange(SIZE) + 0.5, indexing="ij")
+    side = torch.arange(SIZE, dtype=torch.float32, device=keys.device) + 0.5
+    y, x = torch.meshgrid(side, side, indexing="ij")
     along = x * angle.cos() + y * angle.sin()
     across = y * angle.cos() - x * angle.sin()
     ramp = (along / (SIZE * math.sqrt(2)) + 0.5).clamp(0, 1)

@@ -53,7 +53,7 @@ def _emoji(split: str | None) -> Source:
         raise ValueError(f"split: emoji has {' and '.join(_EMOJI_SPLITS)}, got {split!r}")
     names = tiny.class_names()
     # As tiny.generate() draws them; it would take seconds to paint what only its labels are asked
-    u = philox.uniform(seeds(split, torch.arange(_EMOJI_COUNT)), philox.DATA, 0, 1)
+    u = philox.uniform(seeds(split, torch.arange(_EMOJI_COUNT, device="cpu")), philox.DATA, 0, 1)
     labels = (u[:, 0] * len(names)).long()
 
     def picture(index: int) -> Image.Image:

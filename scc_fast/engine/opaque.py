@@ -1,0 +1,103 @@
+"""A function of pictures that PyTorch's transforms take as a whole.
+
+torch.func cannot look into what optimises when it is called or runs outside autograd; but the
+gradient at given pictures is a function of these too, and both of the pictures one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+# Of pictures and their seeds, image by image; differentiable under autograd.
+Function = Callable[[Tensor, Tensor], Tensor]
+
+NO_GRAPH = (
+    "a defense cannot be traced, scripted or exported, for it optimises for each image when it is "
+    "called: keep the object and call it"
+)
+_FORWARD = (
+    "a defense has no forward-mode derivatives (torch.func.jvp, jacfwd, hessian, dual numbers): "
+    "use torch.func.grad, vjp or jacrev"
+)
+_TWICE = "a defense has first derivatives alone under torch.func: use torch.func.grad, vjp, jacrev"
+
+
+def check_caller() -> None:
+    """Refuses who would keep the graph of one call, and forward-mode derivatives."""
+    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+        raise TypeError(NO_GRAPH)
+    if forward_ad._current_level >= 0:
+        raise TypeError(_FORWARD)
+
+
+def transformed() -> bool:
+    """Whether a torch.func transform is at work."""
+    return torch._C._are_functorch_transforms_active()  # as torch.autograd.Function asks
+
+
+def opaque(function: Function, x: Tensor, seeds: Tensor) -> Tensor:
+    """function(x, seeds), which torch.func's grad, vjp, jacrev and vmap go around."""
+    result: Tensor = _Value.apply(function, x, seeds)
+    return result
+
+
+class _Opaque(torch.autograd.Function):
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise TypeError(_FORWARD)
+
+    @classmethod
+    def rows(cls, info: Any, dims: Any, function: Function, *given: Tensor) -> tuple[Tensor, int]:
+        """vmap's rows as one batch."""
+        held = [
+            one.expand(info.batch_size, *one.shape) if dim is None else one.movedim(dim, 0)
+            for one, dim in zip(given, dims[1:], strict=True)
+        ]
+        found = cls.apply(function, *(one.flatten(0, 1) for one in held))
+        return found.unflatten(0, held[0].shape[:2]), 0
+
+
+class _Value(_Opaque):
+    @staticmethod
+    def forward(function: Function, x: Tensor, seeds: Tensor) -> Tensor:
+        with torch.no_grad():
+            return function(x, seeds)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        ctx.function, *given = inputs
+        ctx.save_for_backward(*given)
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[None, Tensor, None]:
+        return None, _Slope.apply(ctx.function, *ctx.saved_tensors, slope), None
+
+    @staticmethod
+    def vmap(info: Any, dims: Any, *given: Any) -> tuple[Tensor, int]:
+        return _Value.rows(info, dims, *given)
+
+
+class _Slope(_Opaque):
+    @staticmethod
+    def forward(function: Function, x: Tensor, seeds: Tensor, slope: Tensor) -> Tensor:
+        check_caller()
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            return torch.autograd.grad(function(leaf, seeds), leaf, slope)[0]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> Any:
+        raise TypeError(_TWICE)
+
+    @staticmethod
+    def vmap(info: Any, dims: Any, *given: Any) -> tuple[Tensor, int]:
+        return _Slope.rows(info, dims, *given)
