@@ -10,7 +10,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from torch import Tensor
 
-from scc_fast.config import METHODS, nearest
+from scc_fast.config import MethodConfig, nearest
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -103,7 +103,9 @@ def _advice(given: str, known: Sequence[str]) -> str:
     name = _CALLED.get(given, given)
     if name in known:
         return f"it is called {name}="
-    fields = {field.name for kind in METHODS.values() for field in dataclasses.fields(kind)}
+    fields = {
+        field.name for kind in MethodConfig.__subclasses__() for field in dataclasses.fields(kind)
+    }
     if name in fields:
         whose = "" if "config" in known else " of Defender()"
         return f'it is a field of the method\'s config{whose}: config={{"{name}": ...}}'

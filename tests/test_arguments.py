@@ -28,6 +28,7 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
     "a field": (lambda: defender(epsilon=0.1), r'Defender.*config=\{"epsilon"'),
     "a field's other name": (lambda: defender(eps=0.1), r'config=\{"epsilon"'),
     "a field of another method": (lambda: defender(method="ttc", steps=2), r'config=\{"steps"'),
+    "a field of r_tpt": (lambda: defender(view_count=3), r'config=\{"view_count"'),
     "views": (lambda: defender(views="paper"), r'config=\{"views"'),
     "device": (lambda: defender(device="cpu"), r"device= belongs to load_model\(\)"),
     "batch_size": (lambda: defender(batch_size=8), "it is called max_batch="),
@@ -155,7 +156,7 @@ def test_extreme_settings_are_refused_in_few_words(config: Any) -> None:
 def test_a_shift_as_far_as_it_may_be_shows_nothing_of_the_picture() -> None:
     far = [View(), View(shift=(2**40, -(2**40)))]
     logits = {
-        backend: defender(method="tte", config={"views": far}, backend=backend)(X).logits
+        backend: defender(method="views", config={"views": far}, backend=backend)(X).logits
         for backend in ("auto", "reference")
     }
     torch.testing.assert_close(logits["auto"], logits["reference"], atol=1e-3, rtol=1e-4)
