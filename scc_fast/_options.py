@@ -42,7 +42,7 @@ def classes(labels: str | None, model: str) -> list[str]:
     found = [part.strip() for part in parts if part.strip()]
     if len(set(found)) < 2:
         raise typer.BadParameter(
-            f"--labels must name at least two different classes, got {labels!r}"
+            f"--labels must name at least two different classes, got {names.shown(labels)}"
         )
     return found
 
@@ -65,7 +65,7 @@ def batches(text: str) -> tuple[int, ...]:
     """The sizes of "1,8,64"."""
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
-        raise typer.BadParameter(f"--batch must be sizes such as 1,8,64; got {text!r}")
+        raise typer.BadParameter(f"--batch must be sizes such as 1,8,64; got {names.shown(text)}")
     return tuple(sorted({int(part) for part in parts}))
 
 
@@ -87,7 +87,7 @@ def engine_suits(engine: str, distributed: bool) -> None:
     """Refuse another engine than local and ray, and what is ray's alone where it does not run."""
     if engine not in ("local", "ray"):
         raise typer.BadParameter(
-            f"--engine must be local or ray, got {engine!r}"
+            f"--engine must be local or ray, got {names.shown(engine)}"
             f"{names.nearest(engine, ('local', 'ray'))}"
         )
     if engine == "local" and distributed:

@@ -166,7 +166,7 @@ class FrozenModel:
             raise TypeError(f"prompts: a list of strings is needed, got {type(prompts).__name__}")
         for prompt in prompts:
             if not isinstance(prompt, str):
-                raise TypeError(f"prompts: every one must be a string, got {prompt!r}")
+                raise TypeError(f"prompts: every one must be a string, got {shown(prompt)}")
         if batch_size < 1:
             raise ValueError(f"batch_size: must be at least 1, got {batch_size}")
         place = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}

@@ -91,25 +91,25 @@ def parse_attack(spec: str, epsilon: float) -> Attack:
     fields = {field.name: field for field in dataclasses.fields(kind)}
     known = [field for field in fields if field != "epsilon"]
     if colon:
-        raise ValueError(f"attack {spec!r}: {stray!r} must be FIELD=VALUE")
+        raise ValueError(f"attack {shown(spec)}: {shown(stray)} must be FIELD=VALUE")
     if digits and "steps" not in known:
-        raise ValueError(f"attack {spec!r}: {name} has no steps; it has {', '.join(known)}")
+        raise ValueError(f"attack {shown(spec)}: {name} has no steps; it has {', '.join(known)}")
     given: dict[str, Any] = {"steps": int(digits)} if digits else {}
     for part in parts:
         key, _, text = part.partition("=")
         if key not in known:
             hint = "the budget is given apart; " if key == "epsilon" else ""
             raise ValueError(
-                f"attack {shown(spec)}: {hint}{key!r} must be one of {', '.join(known)}"
+                f"attack {shown(spec)}: {hint}{shown(key)} must be one of {', '.join(known)}"
                 f"{nearest(key, known)}"
             )
         if key in given:
-            raise ValueError(f"attack {spec!r}: {key} is given twice")
+            raise ValueError(f"attack {shown(spec)}: {key} is given twice")
         given[key] = text if isinstance(fields[key].default, str) else _value(text)
     try:
         return kind(epsilon=epsilon, **given)
     except ValueError as error:
-        raise ValueError(f"attack {spec!r}: {error}") from None
+        raise ValueError(f"attack {shown(spec)}: {error}") from None
 
 
 def _named(head: str) -> tuple[str, str]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from scc_fast.attacks.base import prepared
 from scc_fast.attacks.pgd import PGD
+from scc_fast.config import shown
 from scc_fast.defenses.base import Defense
 from scc_fast.defenses.served import Undefended
 from scc_fast.models import VisionLanguage, load_spec, parse_model
@@ -47,8 +48,8 @@ class Transfer(PGD):
         if pretrained is None and not brings and not Path(name).expanduser().is_dir():
             # load_model() would take random weights, which fool nobody.
             raise ValueError(
-                f"transfer: source {self.source!r} is no folder and names no weights; an open_clip "
-                f'name needs them: "{name}@openai", or whichever tag or file it is'
+                f"transfer: source {shown(self.source)} is no folder and names no weights; an "
+                f'open_clip name needs them: "{name}@openai", or whichever tag or file it is'
             )
 
     @property

@@ -63,19 +63,21 @@ def parse_defense(spec: str) -> tuple[str, dict[str, Any]]:
     if brace:
         if parts:
             raise ValueError(
-                f"defense {spec!r}: fields must be either :FIELD=VALUE or in {{…}}, got both"
+                f"defense {shown(spec)}: fields must be either :FIELD=VALUE or in {{…}}, got both"
             )
         try:
             return name, json.loads(brace + rest)
         except json.JSONDecodeError as error:
-            raise ValueError(f"defense {spec!r}: {brace + rest!r} is not JSON: {error}") from None
+            raise ValueError(
+                f"defense {shown(spec)}: {shown(brace + rest)} is not JSON: {error}"
+            ) from None
     config: dict[str, Any] = {}
     for part in parts:
         key, equals, text = part.partition("=")
         if not equals or not key:
-            raise ValueError(f"defense {spec!r}: {part!r} must be FIELD=VALUE")
+            raise ValueError(f"defense {shown(spec)}: {shown(part)} must be FIELD=VALUE")
         if key in config:
-            raise ValueError(f"defense {spec!r}: {key} is given twice")
+            raise ValueError(f"defense {shown(spec)}: {key} is given twice")
         try:
             config[key] = json.loads(text)
         except json.JSONDecodeError:

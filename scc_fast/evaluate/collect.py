@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from scc_fast.config import format_epsilon, parse_epsilon
+from scc_fast.config import format_epsilon, parse_epsilon, shown
 
 FORMAT = 1
 CLEAN, WORST = "clean", "worst"
@@ -147,7 +147,7 @@ class _Fields:
     def __init__(self, path: Path, where: str, value: Any) -> None:
         self.path, self.where = path, where
         if not isinstance(value, dict):
-            raise self.wrong(f"must be an object, got {_short(value)}")
+            raise self.wrong(f"must be an object, got {shown(value)}")
         self.value = value
 
     def wrong(self, what: str) -> ValueError:
@@ -163,7 +163,7 @@ class _Fields:
         # bool is an int, and NaN a float, but neither is a number here.
         good = type(value) is kind or (kind in (dict, list) and isinstance(value, kind))
         if not good or (isinstance(value, float) and not math.isfinite(value)):
-            raise self.wrong(f"{name!r} must be {kind.__name__}, got {_short(value)}")
+            raise self.wrong(f"{name!r} must be {kind.__name__}, got {shown(value)}")
         return value  # type: ignore[no-any-return]
 
     def optional(self, name: str, kind: type[T], default: T) -> T:
@@ -176,17 +176,12 @@ class _Fields:
         return _Fields(self.path, f"{self.where}.{name}".strip("."), self.get(name, dict))
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
 def _run(path: Path) -> Run:
     top = _Fields(path, "", _load(path))
     version = top.value.get("format")
     if version != FORMAT or isinstance(version, bool):
         raise ValueError(
-            f"{path}: format must be {FORMAT}, got {_short(version)}; it is not what this version "
+            f"{path}: format must be {FORMAT}, got {shown(version)}; it is not what this version "
             "of scc-fast evaluate writes"
         )
     run = top.inside("run")
@@ -292,7 +287,7 @@ def _budget(row: _Fields, attack: str) -> str:
     try:
         return format_epsilon(parse_epsilon(value))  # type: ignore[arg-type]
     except ValueError:
-        raise row.wrong(f"eps must be a budget such as '4/255', got {_short(value)}") from None
+        raise row.wrong(f"eps must be a budget such as '4/255', got {shown(value)}") from None
 
 
 def _count(row: _Fields, name: str) -> Count | None:

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from scc_fast.config import parse_epsilon
+from scc_fast.config import parse_epsilon, shown
 from scc_fast.evaluate.on_ray import Driver, OnRay
 from scc_fast.evaluate.rows import Row
 from scc_fast.evaluate.runner import Asked, Run
@@ -49,7 +49,7 @@ def listed(name: str, text: str) -> tuple[str, ...]:
             parts[-1] += letter
     parts = [part.strip() for part in parts if part.strip()]
     if not parts:
-        raise ValueError(f"{name} must be a list such as none,scc; got {text!r}")
+        raise ValueError(f"{name} must be a list such as none,scc; got {shown(text)}")
     return tuple(parts)
 
 
@@ -67,7 +67,7 @@ def seeds_of(text: str) -> tuple[int, ...]:
         return found
     except ValueError:
         raise ValueError(
-            f"--seeds must be whole numbers in [0, 2^32) such as 0,1,2; got {text!r}"
+            f"--seeds must be whole numbers in [0, 2^32) such as 0,1,2; got {shown(text)}"
         ) from None
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from scc_fast import attacks
 from scc_fast.attacks import Attack
-from scc_fast.config import format_epsilon
+from scc_fast.config import format_epsilon, shown
 from scc_fast.defenses import parse_defense
 from scc_fast.evaluate.rows import Row, check_attack, format_rows, row_of, worst_of
 from scc_fast.evaluate.store import (
@@ -106,7 +106,7 @@ class Run:
                 continue
             if not attacks.parse_attack(spec, 4 / 255).suits(self.worker.defense("none")):
                 raise ValueError(
-                    f"attack {spec!r} cannot be made here: {self.worker.data.name} has "
+                    f"attack {shown(spec)} cannot be made here: {self.worker.data.name} has "
                     f"{len(set(self.worker.data.prompts))} different classes"
                 )
             plain += [(spec, epsilon) for epsilon in asked.eps]

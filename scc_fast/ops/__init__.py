@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from scc_fast import _extension
+from scc_fast.config import shown
 
 BACKENDS = ("reference", "cpp", "triton")
 
@@ -125,13 +126,13 @@ def choose(op: str, kind: str, backend: str | None) -> str:
 @functools.cache
 def _choose(op: str, kind: str, backend: str | None) -> str:
     if backend is not None and backend not in BACKENDS:
-        raise ValueError(f"{op}: backend must be None or one of {BACKENDS}, got {backend!r}")
+        raise ValueError(f"{op}: backend must be None or one of {BACKENDS}, got {shown(backend)}")
     why_not = backends_of(op, kind)
     if backend is None:
         ranking = _PREFERENCE.get(kind, ("reference",))
         return next(name for name in ranking if why_not[name] is None)
     if why_not[backend] is not None:
-        raise RuntimeError(f"{op}: backend {backend!r} is not available: {why_not[backend]}")
+        raise RuntimeError(f"{op}: backend {shown(backend)} is not available: {why_not[backend]}")
     return backend
 
 

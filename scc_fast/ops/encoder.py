@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from scc_fast.config import shown
 from scc_fast.ops import define
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -195,7 +196,7 @@ def _check_add_norm(
     for name, tensor in (("weight", weight), ("bias", bias)):
         _check_tensor("add_norm", name, tensor, x, x.shape[-1:], DTYPES[:1])
     if not isinstance(epsilon, int | float) or not 0 <= epsilon < math.inf:
-        raise ValueError(f"add_norm: epsilon must be a finite number >= 0, got {epsilon!r}")
+        raise ValueError(f"add_norm: epsilon must be a finite number >= 0, got {shown(epsilon)}")
 
 
 def _check_add_norm_back(
@@ -225,7 +226,7 @@ def _check_gelu(x: Tensor, bias: Tensor | None, kind: str, op: str = "gelu") -> 
             raise ValueError(f"{op}: x must have a dimension for the bias, got shape ()")
         _check_tensor(op, "bias", bias, x, width, (x.dtype, torch.float32))
     if kind not in KINDS:
-        raise ValueError(f"{op}: kind must be one of {KINDS}, got {kind!r}")
+        raise ValueError(f"{op}: kind must be one of {KINDS}, got {shown(kind)}")
 
 
 def _check_gelu_back(gradient: Tensor, x: Tensor, bias: Tensor | None, kind: str) -> None:

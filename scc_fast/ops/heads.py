@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from scc_fast.config import shown
 from scc_fast.ops import define
 from scc_fast.reference import heads as reference
 from scc_fast.reference.heads import Classes
@@ -133,7 +134,7 @@ def pseudo_label(
     """
     _check_classes("pseudo_label", features, table)
     if not isinstance(temperature, int | float) or not 0 < temperature < float("inf"):
-        raise ValueError(f"pseudo_label: temperature must be above 0, got {temperature!r}")
+        raise ValueError(f"pseudo_label: temperature must be above 0, got {shown(temperature)}")
     scalars = (float(table.scale), float(table.bias), float(temperature))
     return _pseudo(features.device, backend, features, table.text, table.count, *scalars)
 

@@ -11,6 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from scc_fast.config import shown
 from scc_fast.ops import define
 from scc_fast.reference import philox as reference
 
@@ -73,7 +74,7 @@ def _check(op: str, seeds: Tensor, purpose: int, view: int, numel: int) -> None:
         raise ValueError(f"{op}: seeds must be (B,), got shape {tuple(seeds.shape)}")
     for name, value in (("purpose", purpose), ("view", view), ("numel", numel)):
         if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
-            raise TypeError(f"{op}: {name} must be an int, got {value!r}")
+            raise TypeError(f"{op}: {name} must be an int, got {shown(value)}")
         if value < 0:
             raise ValueError(f"{op}: {name} must be >= 0, got {value}")
     for name, value in (("purpose", purpose), ("view", view)):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scc_fast.config import View
+from scc_fast.config import View, shown
 from scc_fast.ops import define
 from scc_fast.ops.views import as_views, check_gradient, check_pixels, check_views
 from scc_fast.reference import step as reference
@@ -63,7 +63,7 @@ def pgd_step_(
             )
     for name, value in (("alpha", alpha), ("epsilon", epsilon), ("weight", weight)):
         if not isinstance(value, int | float) or not 0 <= value < math.inf:
-            raise ValueError(f"pgd_step_: {name} must be a finite number >= 0, got {value!r}")
+            raise ValueError(f"pgd_step_: {name} must be a finite number >= 0, got {shown(value)}")
     for name, tensor in (("delta", delta), ("weighted", weighted)):
         if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"pgd_step_: {name} is written in place and must not require grad")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scc_fast.config import View
+from scc_fast.config import View, shown
 from scc_fast.ops import define
 from scc_fast.reference import views as reference
 
@@ -132,11 +132,11 @@ def check_views(
     if seeds.device != x.device:
         raise ValueError(f"{op}: seeds must be on {x.device}, got {seeds.device}")
     if not isinstance(views, list | tuple) or not all(isinstance(view, View) for view in views):
-        raise TypeError(f"{op}: views must be a list or tuple of View, got {views!r}")
+        raise TypeError(f"{op}: views must be a list or tuple of View, got {shown(views)}")
     if not views:
         raise ValueError(f"{op}: views must hold at least one view, got none")
     if not isinstance(patch, int) or isinstance(patch, bool):
-        raise TypeError(f"{op}: patch must be an int, got {patch!r}")
+        raise TypeError(f"{op}: patch must be an int, got {shown(patch)}")
     if not 0 <= patch <= min(x.shape[-2:]):
         raise ValueError(f"{op}: patch must be in [0, {min(x.shape[-2:])}], got {patch}")
     plan = [number for view in views for number in (int(view.flip), *view.shift)]
@@ -176,9 +176,9 @@ def _channels(op: str, name: str, values: Channels) -> list[float]:
     # Dynamo traces a comparison of symbolic floats, not math.isfinite.
     good = all(isinstance(value, int | float) and abs(value) < math.inf for value in given)
     if len(given) != 3 or not good:
-        raise ValueError(f"{op}: {name} must be three numbers, got {values!r}")
+        raise ValueError(f"{op}: {name} must be three numbers, got {shown(values)}")
     if name == "std" and min(given) <= 0:
-        raise ValueError(f"{op}: std must be above 0, got {values!r}")
+        raise ValueError(f"{op}: std must be above 0, got {shown(values)}")
     return [float(value) for value in given]
 
 

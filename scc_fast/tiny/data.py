@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from scc_fast.config import shown
 from scc_fast.reference import philox
 
 ASSETS = Path(__file__).parent / "assets"
@@ -48,7 +49,7 @@ def artworks() -> Tensor:
 def seeds(split: str, indices: Tensor) -> Tensor:
     """The Philox keys of the given pictures of a split; no key serves two splits."""
     if split not in SPLITS:
-        raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
+        raise ValueError(f"split must be one of {SPLITS}, got {shown(split)}")
     if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < 1 << 40:
         raise ValueError(f"indices must be in [0, 2^40), got {indices.min()} to {indices.max()}")
     return indices.to(torch.int64) + (SPLITS.index(split) << 40)

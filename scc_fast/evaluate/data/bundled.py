@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from scc_fast import tiny
+from scc_fast.config import shown
 from scc_fast.evaluate.data.source import Source
 from scc_fast.images import to_pil
 from scc_fast.reference import philox
@@ -28,7 +29,7 @@ def read_bundled(name: str, split: str | None) -> Source:
 def _digits(split: str | None) -> Source:
     """1797 handwritten digits of 8x8 pixels with 17 levels, brought to 8 bits by rounding."""
     if split not in (None, "all"):
-        raise ValueError(f"split: digits has one split, 'all', got {split!r}")
+        raise ValueError(f"split: digits has one split, 'all', got {shown(split)}")
     try:
         from sklearn.datasets import load_digits  # type: ignore[import-untyped]
     except ImportError as error:
@@ -50,7 +51,7 @@ def _digits(split: str | None) -> Source:
 def _emoji(split: str | None) -> Source:
     split = split or "test"
     if split not in _EMOJI_SPLITS:
-        raise ValueError(f"split: emoji has {' and '.join(_EMOJI_SPLITS)}, got {split!r}")
+        raise ValueError(f"split: emoji has {' and '.join(_EMOJI_SPLITS)}, got {shown(split)}")
     names = tiny.class_names()
     # As tiny.generate() draws them; it would take seconds to paint what only its labels are asked
     u = philox.uniform(seeds(split, torch.arange(_EMOJI_COUNT, device="cpu")), philox.DATA, 0, 1)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from scc_fast.config import shown
 from scc_fast.evaluate.data.bundled import EMOJI_SIZE, read_bundled
 from scc_fast.evaluate.data.catalogue import Entry, find
 from scc_fast.evaluate.data.class_names import knows, resolve
@@ -308,7 +309,7 @@ def _draw(count: int, n_samples: int | None, seed: int, name: str, mixed: bool) 
     n_samples = count if n_samples is None else n_samples
     for argument, value in (("n_samples", n_samples), ("seed", seed)):
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-            raise TypeError(f"{argument}: a whole number is needed, got {value!r}")
+            raise TypeError(f"{argument}: a whole number is needed, got {shown(value)}")
     if not 1 <= n_samples <= count:
         raise ValueError(
             f"n_samples: {name} has {count} pictures, so 1 to {count}; got {n_samples}"

@@ -13,6 +13,7 @@ from typing import Any
 
 from PIL import Image
 
+from scc_fast.config import shown
 from scc_fast.evaluate.data.source import MissingData, Source
 
 # What torchvision's ImageFolder takes for a picture
@@ -181,7 +182,9 @@ def read_split_file(name: str, folder: Path, split: str) -> Source | None:
         return None
     names = {label: word for rows in entries.values() for _, label, word in rows}
     if sorted(names) != list(range(len(names))):
-        raise ValueError(f"{path}: labels should count from 0 without gaps, got {sorted(names)}")
+        raise ValueError(
+            f"{path}: labels should count from 0 without gaps, got {shown(sorted(names))}"
+        )
     inner = folder / path.stem.removeprefix("split_")
     base = inner if inner.is_dir() else folder
     samples = [(str(base / file), label) for file, label, _ in entries[split]]
@@ -191,5 +194,5 @@ def read_split_file(name: str, folder: Path, split: str) -> Source | None:
 def _entry(row: Any) -> tuple[str, int, str]:
     file, label, word = row
     if not isinstance(file, str) or not isinstance(word, str):
-        raise TypeError(f"got {row!r}")
+        raise TypeError(f"got {shown(row)}")
     return file, operator.index(label) if not isinstance(label, str) else int(label), word

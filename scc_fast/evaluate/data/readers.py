@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from scc_fast.config import shown
 from scc_fast.evaluate.data.catalogue import Entry, find, known
 from scc_fast.evaluate.data.imagefolder import class_folders, read_folder, read_split_file
 from scc_fast.evaluate.data.source import MissingData, Source
@@ -86,7 +87,7 @@ def read(name: str, root: Path, split: str | None = None, download: bool = False
         raise ValueError(f"dataset: {entry.name} has no files to read; it is bundled")
     name = entry.name
     if not isinstance(root, str | Path):
-        raise TypeError(f"root should be a path, got {root!r}")
+        raise TypeError(f"root should be a path, got {shown(root)}")
     root = Path(root).expanduser().absolute()  # workers may run in another folder
     splits = _candidates(entry, split)
     layout = LAYOUTS.get(name)
@@ -117,7 +118,7 @@ def _candidates(entry: Entry, split: str | None) -> tuple[str, ...]:
         return (entry.split,) if entry.split == "test" else (entry.split, "test")
     allowed = sorted({*_SPLITS, *(LAYOUTS[name].splits if name in LAYOUTS else ())})
     if split not in allowed:
-        raise ValueError(f"split should be None or one of {', '.join(allowed)}; got {split!r}")
+        raise ValueError(f"split should be None or one of {', '.join(allowed)}; got {shown(split)}")
     return (split, *_SAME_SPLIT.get((name, split), ()))
 
 
@@ -162,7 +163,7 @@ def _how_to_get(
     name, medical = entry.name, entry.group == "medical"
     layout, hub, split = LAYOUTS.get(name), _HUB.get(name), splits[0]
     mine = [part for part in splits if layout and part in layout.splits]
-    lines = [f"{name}, split {split!r}, is not under {root}. Looked for:"]
+    lines = [f"{name}, split {shown(split)}, is not under {root}. Looked for:"]
     if layout and mine:
         missing = ", ".join(map(str, layout.missing(root, mine[0])[:3]))
         lines.append(f"  torchvision's files: missing {missing}")

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from scc_fast.config import shown
 from scc_fast.evaluate.data.imagefolder import decode, position
 from scc_fast.evaluate.data.source import MissingData, Source
 
@@ -71,7 +72,9 @@ def read_webdataset(name: str, folder: Path, split: str) -> Source:
     """
     kind = folder / "dataset_type.txt"
     if kind.is_file() and (word := kind.read_text().strip().lower()) != "classification":
-        raise ValueError(f"{kind} should say classification, got {word!r}: it has no single labels")
+        raise ValueError(
+            f"{kind} should say classification, got {shown(word)}: it has no single labels"
+        )
     classes = _classes(folder)
     shards = _shards(folder / split)
     labels: list[int] = []
@@ -105,7 +108,7 @@ def _shards(folder: Path) -> list[Path]:
     if count.is_file():
         text = count.read_text().strip()
         if not text.isdigit() or int(text) == 0:
-            raise ValueError(f"{count} should hold the number of shards, got {text!r}")
+            raise ValueError(f"{count} should hold the number of shards, got {shown(text)}")
         wanted = int(text)
     else:
         stems = [path.stem for path in folder.glob("*.tar")]
