@@ -21,6 +21,7 @@ from scc_fast.api import image_seeds
 from scc_fast.attacks import Attack
 from scc_fast.config import format_epsilon
 from scc_fast.defenses import Defense, make_defense
+from scc_fast.defenses.parts import whole
 from scc_fast.evaluate.data import Dataset, open_dataset
 from scc_fast.models import VisionLanguage, load_spec
 
@@ -54,6 +55,9 @@ class Setting:
     precision: str = "auto"
     engine: str = "auto"
     device: str | None = None
+
+    def __post_init__(self) -> None:
+        whole("batch", self.batch, 1, 1_000_000)
 
 
 @dataclass(frozen=True)
@@ -201,7 +205,8 @@ class Worker:
 
     def batches(self, limit: int | None = None) -> Iterator[tuple[int, int]]:
         """(place, images) of each batch of the first `limit` images."""
-        last, size = min(len(self.data), limit or len(self.data)), self.setting.batch
+        last = len(self.data) if limit is None else min(len(self.data), limit)
+        size = self.setting.batch
         for start in range(0, last, size):
             yield start // size, min(size, last - start)
 

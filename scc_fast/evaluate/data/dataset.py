@@ -306,6 +306,8 @@ def _draw(count: int, n_samples: int | None, seed: int, name: str, mixed: bool) 
 
     The first of them are a fair draw, too: whoever can afford no more takes these.
     """
+    if count == 0:
+        raise ValueError(f"{name}: none of the pictures found has a valid label")
     n_samples = count if n_samples is None else n_samples
     for argument, value in (("n_samples", n_samples), ("seed", seed)):
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
