@@ -58,7 +58,7 @@ def test_a_batch_of_a_run() -> None:
 
 @pytest.mark.parametrize("batch", [0, -1, 1.5, True])
 def test_a_run_s_batch_holds_a_picture(batch: Any) -> None:
-    with pytest.raises(ValueError, match=r"batch must be a whole number in \[1, 1000000\], got"):
+    with pytest.raises(ValueError, match="batch must be a whole number >= 1, got"):
         Setting(batch=batch)
 
 

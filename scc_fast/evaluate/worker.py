@@ -19,9 +19,8 @@ import scc_fast
 from scc_fast import attacks
 from scc_fast.api import image_seeds
 from scc_fast.attacks import Attack
-from scc_fast.config import format_epsilon
+from scc_fast.config import format_epsilon, whole
 from scc_fast.defenses import Defense, make_defense
-from scc_fast.defenses.parts import whole
 from scc_fast.evaluate.data import Dataset, open_dataset
 from scc_fast.models import VisionLanguage, load_spec
 
@@ -57,7 +56,7 @@ class Setting:
     device: str | None = None
 
     def __post_init__(self) -> None:
-        whole("batch", self.batch, 1, 1_000_000)
+        object.__setattr__(self, "batch", whole("batch", self.batch, 1))
 
 
 @dataclass(frozen=True)
