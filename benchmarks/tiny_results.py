@@ -138,15 +138,23 @@ def gather(out: Path) -> None:
     test = next(f for f in folders if "validation" not in f.name)
     write_json(STORED / "gates.json", gates(test))
     sweeps(STORED, PAGE.parent / "results-sweeps.png")
-    with tempfile.TemporaryDirectory() as folder:  # the methods alone, without their variants
-        found = json.loads((STORED / test.name / "results.json").read_text())
-        found["rows"] = [row for row in found["rows"] if row["defense"] in TABLE]
-        write_json(Path(folder) / "results.json", found)
-        shutil.copyfile(STORED / test.name / "timings.json", Path(folder) / "timings.json")
+    report()
+    write_page(STORED)
+
+
+def report() -> None:
+    """The report and the page's figures, of the methods alone, without their variants."""
+    with tempfile.TemporaryDirectory() as folder:
+        for file in STORED.glob("*test*/results.json"):
+            found = json.loads(file.read_text())
+            found["rows"] = [row for row in found["rows"] if row["defense"] in TABLE]
+            run = Path(folder) / file.parent.name
+            run.mkdir()
+            write_json(run / "results.json", found)
+            shutil.copyfile(file.parent / "timings.json", run / "timings.json")
         make_report(Path(folder), STORED / "report")
     for name in ("pareto", "adaptive", "epsilon"):
         shutil.copyfile(STORED / "report" / f"{name}.png", PAGE.parent / f"results-{name}.png")
-    write_page(STORED)
 
 
 def bits(folder: Path, attack: str, defense: str) -> tuple[str, str, list[float]]:
@@ -222,6 +230,8 @@ def tables(stored: Path) -> dict[str, list[str]]:
     """The page's tables, by name, as lines of Markdown."""
     files = stored.glob("*/results.json")
     runs = {path.parent.name: json.loads(path.read_text()) for path in files}
+    # Where two runs have a row, that of the larger one counts.
+    runs = dict(sorted(runs.items(), key=lambda run: int(run[1]["run"]["dataset"]["n"])))
     test, swept = (
         {
             (r["defense"], r["attack"].split(":")[0], r["eps"]): Row(**r)
