@@ -110,9 +110,9 @@ def draw(groups: Sequence[Group], out: Path) -> list[Figure]:
             Figure(
                 out / "epsilon.png",
                 "Robust accuracy against the budget",
-                "Zero is the clean accuracy. One panel for an attack that does not know the "
-                "defense, one for the worst of all, image by image. Bars are 95 % intervals, or "
-                "the standard deviation over seeds.",
+                "Zero is the clean accuracy; lines join budgets between which none is left out. "
+                "One panel for an attack that does not know the defense, one for the worst of all, "
+                "image by image. Bars are 95 % intervals, or the standard deviation over seeds.",
             )
         )
     paired = [p for p in panels if any(pt.adaptive.measured for pt in points(p))]
@@ -286,7 +286,10 @@ def _sweep(group: Group) -> Measure | None:
 
 
 def _lines(panel: Panel) -> dict[str, list[tuple[float, Cell]]]:
-    """{defense: (budget in 1/255, accuracy)} of each that has more than one point."""
+    """{defense: (budget in 1/255, accuracy)} of each that has more than one point.
+
+    A budget that was not measured is there with an empty cell, where the line breaks.
+    """
     group, found = panel.group, {}
     for defense in group.defenses():
         line = [(0.0, pooled(group.clean(defense)))]
@@ -296,8 +299,7 @@ def _lines(panel: Panel) -> dict[str, list[tuple[float, Cell]]]:
                 is_bare = group.first(defense).method == "none"
                 some = group.worst(defense, eps) or (some if is_bare else ())
             line.append((255 * parse_epsilon(eps), pooled(some)))
-        line = [(x, cell) for x, cell in line if cell.measured]
-        if len(line) > 1 and not is_ablation(group.first(defense)):
+        if sum(cell.measured for _, cell in line) > 1 and not is_ablation(group.first(defense)):
             found[_name(group, defense)] = line
     pairs = ((defense, eps) for defense in group.defenses() for eps in group.budgets())
     known = any(group.worst(*pair) for pair in pairs)
@@ -309,7 +311,7 @@ def _epsilon(axis: Any, panel: Panel) -> None:
         spans = [_bounds(cell) for _, cell in line]
         axis.errorbar(
             [x for x, _ in line],
-            [cell.value for _, cell in line],
+            [math.nan if cell.value is None else cell.value for _, cell in line],
             yerr=[[down for down, _ in spans], [up for _, up in spans]],
             color=_COLOURS[index % len(_COLOURS)],
             marker=_MARKERS[index % len(_MARKERS)],
@@ -318,7 +320,7 @@ def _epsilon(axis: Any, panel: Panel) -> None:
             elinewidth=0.8,
             label=name,
         )
-    budgets = sorted({x for line in _lines(panel).values() for x, _ in line})
+    budgets = sorted({x for line in _lines(panel).values() for x, cell in line if cell.measured})
     axis.set_xticks(budgets, [f"{x:g}" for x in budgets])
     axis.set(xlabel="budget ε, in 1/255", ylabel="accuracy, %", ylim=(-3, 103))
     _title(axis, f"{panel.where}, {_WORST if panel.adaptive else panel.attack.title}")

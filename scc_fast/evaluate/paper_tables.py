@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Container, Mapping, Sequence
 
 from scc_fast.evaluate import paper
@@ -40,8 +41,18 @@ ADAPTIVE_NOTE = (
 def method_title(method: str, spec: str) -> str:
     """ "SCC" of "scc", "SCC (semantic=false)" of "scc:semantic=false"."""
     title = METHODS[method].title if method in METHODS else method
-    rest = spec.partition(":")[2]
-    return f"{title} ({rest.replace(':', ', ')})" if rest else title
+    rest = ", ".join(settings_of(spec))
+    return f"{title} ({rest})" if rest else title
+
+
+def settings_of(spec: str) -> list[str]:
+    """The parts of a spec, ["semantic=false"], written with colons or as JSON."""
+    head, brace, rest = spec.partition("{")
+    try:
+        config = json.loads(brace + rest) if brace else {}
+    except json.JSONDecodeError:
+        return [brace + rest]
+    return head.split(":")[1:] + [f"{name}={json.dumps(value)}" for name, value in config.items()]
 
 
 def is_ablation(one: Measure) -> bool:
@@ -377,6 +388,5 @@ def _on(switch: bool) -> str:
 
 def _others(spec: str) -> str:
     """What a spec sets beside the two switches."""
-    parts = spec.split(":")[1:]
-    rest = [part for part in parts if part.split("=")[0] not in ("semantic", "spatial")]
+    rest = [part for part in settings_of(spec) if part.split("=")[0] not in ("semantic", "spatial")]
     return ", ".join(rest) or "–"
