@@ -143,6 +143,7 @@ def test_ops_of_a_defense_are_ops() -> None:
     assert set(methods.OPS) <= set(ops.names())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [64, 80], ids=["fits", "resized"])
 @pytest.mark.parametrize("mode", ["through", "bpda", "identity"])
 @pytest.mark.parametrize("views", ["geometric", "paper"])
