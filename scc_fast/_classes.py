@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 import threading
@@ -17,14 +18,18 @@ from torch import Tensor, nn
 
 from scc_fast._arguments import listed
 from scc_fast.config import shown
+from scc_fast.engine.snapshot import not_finite, structure
+from scc_fast.engine.trust import Surroundings
 from scc_fast.images import check_dense
 from scc_fast.models import VisionLanguage, load_model, missing_members
 
 LOCK = threading.RLock()
+_LARGEST_SCALE = 1e6
 _NAMED: dict[str, VisionLanguage] = {}
-_Wrapped = tuple[tuple[tuple[int, int], ...], VisionLanguage]
-_WRAPPED: weakref.WeakKeyDictionary[nn.Module, _Wrapped] = weakref.WeakKeyDictionary()
-_Text = dict[tuple[tuple[str, ...], Any], Tensor]
+_WRAPPED: weakref.WeakKeyDictionary[nn.Module, tuple[Any, VisionLanguage]] = (
+    weakref.WeakKeyDictionary()
+)
+_Text = tuple[tuple[str, ...], Surroundings, Tensor]
 _TEMPLATE = re.compile(r"\{\w*\}")
 _TEXT: weakref.WeakKeyDictionary[Any, _Text] = weakref.WeakKeyDictionary()
 
@@ -37,19 +42,24 @@ def as_model(model: Any) -> VisionLanguage:
                 _NAMED[model] = load_model(model)
             return _NAMED[model]
         if isinstance(model, nn.Module) and missing_members(model):
-            weights = weights_of(model)
+            now = _layout(model)
             known = _WRAPPED.get(model)
-            if known is None or known[0] != weights:  # trained or moved since: embed anew
-                known = _WRAPPED[model] = weights, load_model(model)
+            if known is None or now is None or known[0] != now:
+                known = _WRAPPED[model] = now, load_model(model)
             return known[1]
     return load_model(model)
 
 
-def weights_of(module: Any) -> tuple[tuple[int, int], ...]:
-    """Where the weights of a module are, and how often they have been written (not by `.data`)."""
-    if not isinstance(module, nn.Module):
-        return ()
-    return tuple((p.data_ptr(), p._version) for p in (*module.parameters(), *module.buffers()))
+def _layout(module: nn.Module) -> Any:
+    """A module's structure and where its weights lie, which a twin shares; None: cannot be told."""
+    found = structure(module)
+    if found is None:
+        return None
+    skeleton, tensors = found
+    try:
+        return skeleton, [(t.data_ptr(), t.dtype, t.device, t.shape, t.stride()) for t in tensors]
+    except RuntimeError:  # tensors without memory of their own
+        return None
 
 
 def checked(classes: Iterable[str] | None) -> tuple[str, ...] | None:
@@ -106,21 +116,32 @@ def _callers_level() -> int:
     return level
 
 
-def embedded(model: VisionLanguage, classes: tuple[str, ...] | None, given: Any) -> Tensor:
-    """The (K, D) float32 unit embeddings of `classes`, or `given` checked and scaled."""
+def embedded(
+    model: VisionLanguage,
+    snapshot: VisionLanguage,
+    classes: tuple[str, ...] | None,
+    given: Any,
+) -> Tensor:
+    """The (K, D) float32 unit embeddings of `classes`, or `given` checked and scaled.
+
+    Those of `classes` are kept with the snapshot that has just been taken of the model, whose key
+    covers the text side too; a model that is its own snapshot is embedded every time.
+
+    Raises:
+        ValueError: embeddings that are not finite; says why.
+    """
     if (classes is None) == (given is None):
         raise ValueError("give exactly one of classes= and text_features=")
     if classes is not None:
+        if snapshot is model:
+            return _embedded(model, classes)
         with LOCK:
-            try:
-                known = _TEXT.setdefault(model, {})
-            except TypeError:  # a model that cannot be a key is embedded every time
-                known = {}
-            key = classes, weights_of(getattr(model, "module", None))
-            if key not in known:
-                known.clear()  # one class list per model bounds the memory
-                known[key] = model.encode_text(classes).to(model.device)
-            return known[key]
+            known = _TEXT.get(snapshot)  # one class list bounds the memory
+            if known is None or known[0] != classes or not known[1].hold():
+                text = _embedded(model, classes)
+                module: Any = getattr(model, "module", None)
+                known = _TEXT[snapshot] = classes, Surroundings(module), text
+            return known[2]
     return _unit_rows(given, model.embed_dim).to(model.device)
 
 
@@ -153,3 +174,35 @@ def _unit_rows(given: Any, dim: int) -> Tensor:
     if len(bad):
         raise ValueError(f"text_features must be finite and not zero, row {int(bad[0, 0])} is not")
     return nn.functional.normalize(values / largest, dim=-1).float()
+
+
+def _embedded(model: VisionLanguage, classes: tuple[str, ...]) -> Tensor:
+    text = model.encode_text(classes).to(model.device)
+    if bool(text.isfinite().all()):
+        return text
+    module = getattr(model, "module", None)
+    bad = not_finite(module) if isinstance(module, nn.Module) else ""
+    why = (
+        f"{bad} holds NaN or infinity"
+        if bad
+        else f"its text tower overflows in {getattr(model, 'dtype', 'its precision')}; "
+        'load it with precision="fp32"'
+    )
+    raise ValueError(f"model: the text embeddings of {model.name} are not finite: {why}")
+
+
+def scale_of(model: VisionLanguage) -> tuple[float, float]:
+    """The logit scale and bias.
+
+    Raises:
+        ValueError: numbers that no model was trained to.
+    """
+    scale, bias = float(model.logit_scale), float(model.logit_bias)
+    if not 0 < scale <= _LARGEST_SCALE:
+        raise ValueError(
+            f"model: the logit scale of {model.name} must be a number in (0, {_LARGEST_SCALE:g}], "
+            f"got {scale}; its parameter holds the logarithm"
+        )
+    if not math.isfinite(bias):
+        raise ValueError(f"model: the logit bias of {model.name} must be finite, got {bias}")
+    return scale, bias

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,8 +36,9 @@ from scc_fast.engine.differentiable import Encode
 from scc_fast.engine.encoder import Modules
 from scc_fast.engine.plan import Plan, plan_of
 from scc_fast.engine.serve import Engine, Stage
+from scc_fast.engine.snapshot import snapshot_of
 from scc_fast.images import to_batch
-from scc_fast.models import with_progress
+from scc_fast.models import VisionLanguage, with_progress
 from scc_fast.reference import baselines, heads, step
 from scc_fast.reference.heads import Classes
 from scc_fast.reference.scc import scc
@@ -59,8 +59,14 @@ _MOVES = ("to", "cpu", "cuda", "float", "double", "half", "bfloat16", "type", "t
 class Defender:
     """A defense prepared once for a model and its classes, and called often.
 
-    Thread-safe: a call shares nothing with another but frozen weights and text embeddings. The
-    weights are taken as they are now: make another Defender after training or moving the model.
+    Thread-safe: a call shares nothing with another but frozen weights and text embeddings.
+
+    It stands on a snapshot of the model: image tower, text embeddings and logit scale as they are
+    now, on every engine, with gradients and without. What is written to the model later does not
+    reach it; refresh() takes it anew. That is one more copy of the image tower in memory, which
+    Defenders of one model with the same weights share, and a reading of all weights: see
+    engine/snapshot.py. A model of the caller's own class that is no adapter of load_model's, but
+    has its members, cannot be taken: its encode_image is called as it then is.
 
     Args:
         model: what load_model() returns, or anything it accepts.
@@ -93,7 +99,10 @@ class Defender:
 
     Raises:
         ValueError, TypeError: naming the argument, what came and what would be right.
-        RuntimeError: an explicitly requested precision, backend or engine is not to be had.
+        ValueError: weights, text embeddings or a logit scale that are not finite.
+        RuntimeError: an explicitly requested precision, backend or engine is not to be had. A call
+            raises it too, where the runner was asked for by name and does not stand for the
+            modules any more, because a hook was added or a method replaced.
     """
 
     @torch.compiler.disable
@@ -111,45 +120,90 @@ class Defender:
         engine: str = "auto",
         max_batch: int | None = None,
     ) -> None:
+        self._given = model, text_features
         self.model = _classes.as_model(model)
         self.method = one_of("method", method, (*METHODS, *DEFENSES))
         _warn_of_views(method, config)
         self.config = self._configured(config)
-        self._defense: Defense | None = None
         one_of("precision", precision, ("auto", *serve.PRECISIONS))
         backend = "auto" if backend is None else backend
         one_of("backend", backend, ("auto", *ops.BACKENDS))
-        asked = None if backend == "auto" else backend
-        self.backend = methods.served_by(self.model.device, asked)
         one_of("engine", engine, serve.ENGINES)
-        self._engine = Engine(self.model, engine, precision, asked, self.backend)
-        self.engine, self.precision = self._engine.name, self._engine.precision
         if max_batch is not None:
             max_batch = whole("max_batch", max_batch, 1, 2**31, " of pictures")
+        self._asked = precision, backend, engine, max_batch
         self.classes = _classes.checked(classes)
-        with plain(self.model.device):
-            text = _classes.embedded(self.model, self.classes, text_features)
-            self._classes = Classes(text, self.model.logit_scale, self.model.logit_bias)
-            self._mean, self._std = (
-                torch.tensor(three, dtype=torch.float32, device=self.model.device)
-                for three in (self.model.mean, self.model.std)
-            )
-            table = ops.ClassTable.of(self._classes)
-        self._reference = Setting(self.encode, self._classes, self._mean)
-        self.setting = methods.Setting.of(self.model, self._engine.encoder, table, asked)
-        self.max_batch = self._default_max_batch() if max_batch is None else max_batch
-        self.gate_encoder: Encode | None = None
+        self.snapshot = snapshot_of(self.model)
+        with plain(self.snapshot.device):
+            text = _classes.embedded(self.model, self.snapshot, self.classes, text_features)
+            self._classes = Classes(text, *_classes.scale_of(self.snapshot))
+        self._judge: Defender | None = None
         original = getattr(self.model, "original", None)
         if original is not None and self.has_gate:
             # Of a fine-tuned encoder the gate looks through the one that it was tuned from (TTC).
             alike: dict[str, Any] = {"precision": precision, "backend": backend, "engine": engine}
-            judge = Defender(original, text_features=text, method="none", **alike)
-            self.gate_encoder = Encode(judge.setting)
+            self._judge = Defender(original, text_features=text, method="none", **alike)
+        self._build()
+
+    def _build(self) -> None:
+        """Make what runs on the snapshot and the classes; it is not copied or pickled."""
+        precision, backend, engine, max_batch = self._asked
+        model, asked = self.model, None if backend == "auto" else backend
+        self.backend = methods.served_by(self.snapshot.device, asked)
+        self._engine = Engine(self.snapshot, engine, precision, asked, self.backend)
+        self.engine, self.precision = self._engine.name, self._engine.precision
+        with plain(self.snapshot.device):
+            mean, std = (
+                torch.tensor(three, dtype=torch.float32, device=self.snapshot.device)
+                for three in (model.mean, model.std)
+            )
+            table = ops.ClassTable.of(self._classes)
+        pixels = Pixels(self.snapshot, model.image_size, mean, std)
+        self._reference = Setting(pixels, self._classes, mean)
+        insists = engine if engine in ("runner", "graph") else ""
+        self.setting = methods.Setting.of(
+            model, self._engine.encoder, table, asked, Modules(self.snapshot), insists
+        )
+        self._defense: Defense | None = None
+        self.max_batch = self._default_max_batch() if max_batch is None else max_batch
+        self.gate_encoder = None if self._judge is None else Encode(self._judge.setting)
         self._defense = self._made()
         if self._defense is not None:
             if engine == "graph":
                 self._refuse("engine='graph'")
             self.engine = self._defense.serves(self.model.image_size)
+
+    def __getstate__(self) -> dict[str, Any]:
+        made = ("_engine", "_reference", "setting", "gate_encoder", "_defense")
+        return {name: value for name, value in vars(self).items() if name not in made}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._build()
+
+    def refresh(self) -> None:
+        """Take the model's weights, text embeddings and logit scale as they are now.
+
+        What was given to the constructor is given again. Calls of other threads end on the old
+        ones.
+
+        Raises:
+            ValueError, TypeError, RuntimeError: as the constructor; the Defender stays as it was.
+        """
+        model, text_features = self._given
+        precision, backend, engine, max_batch = self._asked
+        fresh = Defender(
+            model,
+            self.classes,
+            text_features=text_features,
+            method=self.method,
+            config=self.config,
+            precision=precision,
+            backend=backend,
+            engine=engine,
+            max_batch=max_batch,
+        )
+        vars(self).update(vars(fresh))
 
     def __repr__(self) -> str:
         return (
@@ -167,7 +221,8 @@ class Defender:
 
     def variant(self, config: MethodConfig, method: str | None = None) -> Defender:
         """The same encoder and classes with another config, or another method."""
-        other = copy.copy(self)
+        other = object.__new__(type(self))
+        vars(other).update(vars(self))  # copy.copy() would build the engine anew
         other.method = self.method if method is None else method
         other.config = other._configured(config)
         other._defense = other._made()
@@ -210,11 +265,14 @@ class Defender:
         """The K text embeddings in use, (K, D) float32, unit length."""
         return self._classes.text
 
+    @property
+    def table(self) -> Classes:
+        """The text embeddings with the logit scale and bias."""
+        return self._classes
+
     def encode(self, pixels: Tensor) -> Tensor:
         """Embeddings (B, D), not normalised, of pixels (B, 3, H, W) in [0, 1]: φ, then f."""
-        return self.model.encode_image(
-            preprocess(pixels, self.model.image_size, self._mean, self._std)
-        )
+        return self._reference.encode(pixels)
 
     def views(self, size: int) -> tuple[View, ...]:
         """The views this method averages over, for images whose shorter side is `size`."""
@@ -253,7 +311,9 @@ class Defender:
 
     def serves(self, size: tuple[int, int]) -> str:
         """The engine that serves pictures (height, width)."""
-        return (self._engine if self._defense is None else self._defense).serves(size)
+        if self._defense is not None:
+            return self._defense.serves(size)
+        return "eager" if self.setting.mistrust else self._engine.serves(size)
 
     def out_of_memory(self, x: Tensor) -> RuntimeError:
         """What a call raises where x, one of its pieces, did not fit."""
@@ -336,7 +396,7 @@ class Defender:
             if self.backend == "reference":
                 features = look(self._reference, x, seeds, views)
             else:
-                modules = replace(self.setting, encoder=Modules(self.model))  # under autograd
+                modules = replace(self.setting, encoder=Modules(self.snapshot))  # under autograd
                 features = methods.Sight(modules, x, seeds, views).look(None)
             return heads.logits(features, self._classes)
 
@@ -429,6 +489,19 @@ class Defender:
         except RuntimeError:  # a model whose cost cannot be counted
             return 64
         return self.max_batch
+
+
+@dataclass(frozen=True, eq=False)
+class Pixels:
+    """A snapshot's encoder as a function of pixels (B, 3, H, W) in [0, 1]: φ, then f."""
+
+    snapshot: VisionLanguage
+    size: tuple[int, int]
+    mean: Tensor
+    std: Tensor
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        return self.snapshot.encode_image(preprocess(pixels, self.size, self.mean, self.std))
 
 
 @explained

@@ -97,10 +97,9 @@ class FrozenModel:
         templates: Sequence[str] = ("{}",),
     ) -> None:
         self.module = frozen_twin(model)
-        self.device = next(self.module.parameters()).device
-        if device is not None and torch.device(device) != self.device:
+        held = next(self.module.parameters()).device
+        if device is not None and torch.device(device) != held:
             self.module = self.module.to(device)
-            self.device = next(self.module.parameters()).device
         self.name, self.source, self.tokenizer = name, source, tokenizer
         self.image_size = preprocess.image_size
         self.mean, self.std = preprocess.mean, preprocess.std
@@ -108,15 +107,21 @@ class FrozenModel:
         self.fill_color, self.resize_edge = preprocess.fill_color, preprocess.resize_edge
         self.defaults = copy.deepcopy(dict(defaults or {}))
         self.flip, self.templates = bool(flip), tuple(templates)
+        self.read()
+        self.embed_dim = int(self.encode_text(["a"]).shape[1])  # proves that the tokenizer fits
+
+    def read(self) -> None:
+        """Take device, dtype, logit scale and bias from the module as it is now."""
+        self.device = next(self.module.parameters()).device
         scale, bias = (getattr(self.module, key, None) for key in ("logit_scale", "logit_bias"))
         if not isinstance(scale, Tensor):
-            raise ValueError(f"model: {type(model).__name__} has no logit_scale parameter")
+            raise ValueError(f"model: {type(self.module).__name__} has no logit_scale parameter")
         self.logit_scale = float(scale.detach().float().exp())
         self.logit_bias = float(bias.detach().float()) if isinstance(bias, Tensor) else 0.0
+        self.as_read = self.logit_scale, self.logit_bias  # who sets others by hand means them
         # The patch convolution decides: reduced precisions keep some parameters in float32
         dtypes = [p.dtype for p in self._vision().parameters() if p.ndim == 4]
         self.dtype = dtypes[0] if dtypes else next(self._vision().parameters()).dtype
-        self.embed_dim = int(self.encode_text(["a"]).shape[1])  # proves that the tokenizer fits
 
     def __repr__(self) -> str:
         height, width = self.image_size

@@ -105,9 +105,7 @@ class Defense(ABC):
         self.config: Any = method_config(self.bare.model.defaults, self.name, config, self.Config)
         self.model, self.classes = self.bare.model, self.bare.classes
         self.text_features = self.bare.text_features
-        self.table = heads.Classes(
-            self.text_features, self.model.logit_scale, self.model.logit_bias
-        )
+        self.table = self.bare.table
         self.encode = Encode(self.bare.setting)
 
     # -------------------------------------------------------------- what a method says of itself
@@ -181,6 +179,11 @@ class Defense(ABC):
     def method(self) -> str:
         """The method's name, as results have it."""
         return self.name
+
+    @property
+    def precision(self) -> str:
+        """That of the encoder's products."""
+        return self.bare.precision
 
     @property
     def backend(self) -> str:

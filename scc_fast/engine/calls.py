@@ -40,6 +40,11 @@ class Callee(Protocol):
         ...
 
     @property
+    def precision(self) -> str:
+        """That of the encoder's products."""
+        ...
+
+    @property
     def backend(self) -> str:
         """Who serves the ops."""
         ...
@@ -91,12 +96,31 @@ def call(
                     raise
                 raise callee.out_of_memory(piece) from error
             parts.append(_result(callee, outcome, piece, key))
-    result = DefenseResult.concatenate(parts)
+        result = DefenseResult.concatenate(parts)
+        finite = result.logits.isfinite().all().to("cpu", non_blocking=True)  # not read yet
     if x.is_cuda:  # the stream, not the device: another thread may be capturing on it
         torch.cuda.current_stream(x.device).synchronize()
+    if not finite:
+        raise not_finite(result.logits, callee.model, callee.precision)
     done = time.perf_counter()
     result.timings.update(input=loaded - started, defense=done - loaded, total=done - started)
     return result
+
+
+def not_finite(logits: Tensor, model: VisionLanguage, precision: str) -> ValueError:
+    """What is raised where logits (B, K) hold NaN or infinity.
+
+    Weights and text embeddings were seen to be finite, so the encoder left its precision's range.
+    """
+    index = int((~logits.isfinite().all(dim=-1)).nonzero()[0])
+    held = getattr(model, "dtype", torch.float32)
+    instead = {"fp16": 'precision="bf16" or "fp32"', "bf16": 'precision="fp32"'}.get(precision)
+    if instead is None:
+        why = "its encoder gives values that are not finite, though in float32"
+    else:
+        load = "load the model with " if held.itemsize < 4 else "use "
+        why = f"its encoder overflows in {precision}: {load}{instead}"
+    return ValueError(f"model: logits of {model.name} for image {index} are not finite: {why}")
 
 
 def image_seeds(seeds: Seeds, batch: int, device: torch.device | str = "cpu") -> Tensor:

@@ -32,11 +32,11 @@ class Encode:
         if transformed():
             unused = torch.zeros(len(pixels), dtype=torch.int64, device=pixels.device)
             return opaque(lambda pixels, _: self(pixels), pixels, unused)
-        parts = pixels.split(self._at_once)
+        parts, setting = pixels.split(self._at_once), self._setting.now()
         if torch.is_grad_enabled() and pixels.requires_grad:
-            return torch.cat([_Encoded.apply(part, self._setting) for part in parts])
+            return torch.cat([_Encoded.apply(part, setting) for part in parts])
         with torch.no_grad():
-            return torch.cat([_sight(self._setting, part).look(None)[0] for part in parts])
+            return torch.cat([_sight(setting, part).look(None)[0] for part in parts])
 
 
 def _sight(setting: Setting, pixels: Tensor) -> Sight:

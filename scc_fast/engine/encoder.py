@@ -16,8 +16,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from scc_fast._classes import weights_of
-from scc_fast.engine.towers import module_of, tower_of
+from scc_fast.engine.tower_parts import UnknownPartError
+from scc_fast.engine.towers import adapter_of, tower_of
+from scc_fast.engine.trust import Trust
 from scc_fast.engine.vit import Tower, has_onednn, narrow, take
 from scc_fast.models import VisionLanguage
 
@@ -86,7 +87,7 @@ class Modules:
         self.dtype = held = getattr(model, "dtype", torch.float32)
         self._autocast = None if dtype in (None, held) else dtype
         self.products = dtype or held
-        self._name = model.name
+        self.model = model
         self._encode: Callable[[Tensor], Tensor] = model.encode_image
 
     def look(self, pictures: Tensor) -> Tensor:
@@ -101,7 +102,7 @@ class Modules:
             features = self.look(leaf)
         if not features.requires_grad:
             raise RuntimeError(
-                f"model: encode_image of {self._name} passes no gradient to its pixels, which "
+                f"model: encode_image of {self.model.name} passes no gradient to its pixels, which "
                 f"scc and ttc need; is there a no_grad or a detach() in it?"
             )
         other = None if beside is None else self.look(beside)
@@ -133,12 +134,17 @@ class Compiled(Modules):
 
 
 class Runner:
-    """Our runner, where the model has a standard vision transformer."""
+    """Our runner, where the model has a standard vision transformer.
+
+    Args:
+        tower: the runner itself.
+        trust: whether it stands for the model's modules.
+    """
 
     name = "runner"
 
-    def __init__(self, tower: Tower) -> None:
-        self.tower, self.patch = tower, tower.size
+    def __init__(self, tower: Tower, trust: Trust) -> None:
+        self.tower, self.trust, self.patch = tower, trust, tower.size
         self.dtype = self.products = tower.dtype
         self.graphs: Any = None
 
@@ -161,47 +167,54 @@ class Runner:
 
 # --------------------------------------------------------------------------------------- the choice
 
-_Known = tuple[Any, dict[torch.dtype, Runner]]
-_KNOWN: weakref.WeakKeyDictionary[Any, _Known] = weakref.WeakKeyDictionary()
+_KNOWN: weakref.WeakKeyDictionary[Any, tuple[Trust, dict[torch.dtype, Runner]]] = (
+    weakref.WeakKeyDictionary()
+)
 _LOCK = threading.RLock()
 
 
 def encoder_of(model: VisionLanguage, engine: str, dtype: torch.dtype) -> Encoder:
     """The encoder that serves `engine` ("auto", "eager", "compile", "runner", "graph") in `dtype`.
 
-    A runner is kept as long as its model, so that weights are packed and graphs captured once, and
-    all Defenders round alike; made anew where the weights have changed since (not by `.data`).
+    Args:
+        model: a snapshot. A runner is kept as long as it, so that weights are packed and graphs
+            captured once, and all Defenders round alike.
 
     Raises:
         RuntimeError: an engine asked for by name cannot serve this model; says why.
     """
     if engine == "compile":
         return Compiled(model, dtype)
-    # On the model's own storage, and so cheap: asked every time, for hooks may have come since.
-    found = "" if engine == "eager" else tower_of(model, getattr(model, "dtype", torch.float32))
-    if isinstance(found, Tower):
-        return _kept(model, found, dtype)
+    if engine == "eager":
+        return Modules(model, dtype)
+    found = _runner(model, dtype)
+    if isinstance(found, Runner):
+        return found
     if engine == "runner":
-        raise RuntimeError(
-            f'engine=\'runner\' cannot serve {model.name}: {found}; use engine="eager" or "auto"'
-        )
+        raise RuntimeError(not_served(model, engine, found))
     return Modules(model, dtype)
 
 
-def _kept(model: VisionLanguage, found: Tower, dtype: torch.dtype) -> Runner:
-    def make() -> Runner:
-        tower = found if found.dtype == dtype else tower_of(model, dtype)
-        assert isinstance(tower, Tower)  # what is known does not depend on the dtype
-        return Runner(tower)
+def not_served(model: VisionLanguage, engine: str, reason: str) -> str:
+    """What is said where an engine was asked for by name."""
+    return f'engine={engine!r} cannot serve {model.name}: {reason}; use engine="eager" or "auto"'
 
-    weights = weights_of(module_of(model))
+
+def _runner(model: VisionLanguage, dtype: torch.dtype) -> Runner | str:
+    """The runner of a snapshot, or why it has none."""
+    try:
+        adapter_of(model)
+    except UnknownPartError as reason:
+        return str(reason)
     with _LOCK:
-        try:
-            known = _KNOWN.get(model)
-            if known is None or known[0] != weights:
-                known = _KNOWN[model] = weights, {}
-        except TypeError:  # a model that cannot be a key is prepared every time
-            return make()
-        if dtype not in known[1]:
-            known[1][dtype] = make()
-        return known[1][dtype]
+        if model not in _KNOWN:
+            _KNOWN[model] = Trust(model), {}
+        trust, runners = _KNOWN[model]
+        reason = trust.reason(model)
+        if reason:
+            return reason
+        if dtype not in runners:
+            tower = tower_of(model, dtype)
+            assert isinstance(tower, Tower)  # what is known does not depend on the dtype
+            runners[dtype] = Runner(tower, trust)
+        return runners[dtype]

@@ -226,7 +226,7 @@ class Graphs:
         if size not in slots:
             if self._pool is None:
                 self._pool = Pool(x.device)
-            fixed = replace(setting, table=self._sets[key][0].table)
+            fixed = replace(setting, table=self._sets[key][0].table, modules=None)
             try:
                 slots[size] = Slot(fixed, key, size, x, self._pool)
             except RuntimeError as error:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from scc_fast import ops
 from scc_fast.config import IDENTITY, MethodConfig, RNConfig, SCCConfig, TTCConfig, View
-from scc_fast.engine.encoder import Encoder, Way
+from scc_fast.engine.encoder import Encoder, Modules, Runner, Way, not_served
 from scc_fast.models import VisionLanguage
 from scc_fast.reference import philox, step
 from scc_fast.reference.ttc import Outcome
@@ -54,25 +54,62 @@ def _unmarked(part: str) -> None:
 class Setting:
     """What a method works with: the frozen encoder, the classes, and who serves the ops.
 
-    It does not hold the model, with which encoders and their graphs are kept.
+    Args:
+        encoder: f.
+        size: (height, width) of the encoder's pictures.
+        mean, std: the model's normalisation.
+        table: the classes.
+        backend: who serves the ops; None: the best.
+        modules: f by the model's modules, for where the runner cannot stand for them. It holds the
+            model, with which encoders and their graphs are kept: a graph must not hold it.
+        insists: the engine that was asked for by name.
+        mark: told the parts of a pass.
     """
 
     encoder: Encoder
-    size: tuple[int, int]  # (height, width) of the encoder's pictures
-    mean: tuple[float, ...]  # the model's normalisation
+    size: tuple[int, int]
+    mean: tuple[float, ...]
     std: tuple[float, ...]
     table: ops.ClassTable
     backend: str | None = None
+    modules: Modules | None = None
+    insists: str = ""
     mark: Mark = _unmarked
+
+    def now(self) -> Setting:
+        """This one, on the modules where something has changed that the runner does not see.
+
+        Raises:
+            RuntimeError: the runner was asked for by name; says what has changed.
+        """
+        reason = self.mistrust
+        if not reason or self.modules is None:
+            return self
+        if self.insists:
+            raise RuntimeError(not_served(self.modules.model, self.insists, reason))
+        return replace(self, encoder=self.modules)
+
+    @property
+    def mistrust(self) -> str:
+        """Why the runner does not stand for the modules any more; "" where it does, or is none."""
+        if self.modules is None or not isinstance(self.encoder, Runner):
+            return ""
+        return self.encoder.trust.reason(self.modules.model)
 
     @classmethod
     def of(
-        cls, model: VisionLanguage, encoder: Encoder, table: ops.ClassTable, backend: str | None
+        cls,
+        model: VisionLanguage,
+        encoder: Encoder,
+        table: ops.ClassTable,
+        backend: str | None,
+        modules: Modules | None = None,
+        insists: str = "",
     ) -> Setting:
-        """That of a model."""
+        """That of a model, whose snapshot has `encoder` and `modules`."""
         height, width = model.image_size
         mean, std = (tuple(map(float, values)) for values in (model.mean, model.std))
-        return cls(encoder, (height, width), mean, std, table, backend)
+        return cls(encoder, (height, width), mean, std, table, backend, modules, insists)
 
 
 @dataclass(frozen=True, eq=False)

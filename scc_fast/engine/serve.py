@@ -64,7 +64,7 @@ class Engine:
     """Runs the methods for one model in one precision.
 
     Args:
-        model: the model.
+        model: the snapshot.
         engine: one of ENGINES.
         precision: "auto" or one of PRECISIONS.
         backend: of the ops; None takes the best.
@@ -144,7 +144,8 @@ class Engine:
         views: Sequence[View],
     ) -> Outcome:
         """The method on x (B, 3, H, W) in [0, 1] with seeds (B,), without gradients."""
-        if self._is_captured((x.shape[-2], x.shape[-1])):
+        setting = setting.now()
+        if self._is_captured((x.shape[-2], x.shape[-1])) and setting.encoder is self.encoder:
             known = config if isinstance(config, SCCConfig | TTCConfig | RNConfig) else None
             return self.encoder.graphs.run(setting, x, seeds, views, known)
         return methods.run(Sight(setting, x.contiguous(), seeds, views), config)
@@ -159,7 +160,7 @@ class Engine:
     ) -> list[Stage]:
         """The parts of one call, and how long each took; without graphs."""
         clock = _Recorder(x.device)
-        sight = Sight(replace(setting, mark=clock.mark), x.contiguous(), seeds, views)
+        sight = Sight(replace(setting.now(), mark=clock.mark), x.contiguous(), seeds, views)
         clock.mark("")
         methods.run(sight, config)
         return clock.stages(plan_of(config, len(views)))

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 from scc_fast import ops
 from scc_fast.engine.vit import (
@@ -83,7 +84,8 @@ _COMMON = {
     "torch.nn.modules.sparse.Embedding",
 }
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+GLOBAL_HOOKS: list[dict[int, Any]] = [getattr(torch_module, f"_global{name}") for name in HOOKS]
 
 
 def unchanged(part: nn.Module, path: str) -> None:
@@ -105,7 +107,7 @@ def examine(tower: nn.Module, path: str, own: Iterable[str]) -> None:
         name = name_of(part)
         require(name in known, f"{where} is a {name}, which the runner does not know")
         unchanged(part, where)
-        require(not any(getattr(part, key) for key in _HOOKS), f"{where} ({name}) has a hook")
+        require(not any(getattr(part, key) for key in HOOKS), f"{where} ({name}) has a hook")
         require(not part.training, f"{where} ({name}) is in training mode")
     for below, tensor in tower.named_parameters():
         where = f"{path}.{below}"

@@ -10,7 +10,14 @@ from typing import Any
 
 import torch
 
-from scc_fast.engine.tower_parts import UnknownPartError, expect, name_of, require, unchanged
+from scc_fast.engine.tower_parts import (
+    GLOBAL_HOOKS,
+    UnknownPartError,
+    expect,
+    name_of,
+    require,
+    unchanged,
+)
 from scc_fast.engine.towers_open_clip import open_clip_tower
 from scc_fast.engine.towers_transformers import clip_tower, siglip_tower
 from scc_fast.engine.vit import Tower
@@ -32,9 +39,10 @@ def tower_of(model: Any, dtype: torch.dtype = torch.float32) -> Tower | str:
     model has them apart.
     """
     try:
-        module = module_of(model)
+        module = adapter_of(model).module
         expect(module, *_FAMILIES)
         unchanged(module, "model")
+        require(not any(GLOBAL_HOOKS), "torch has a hook for all modules")
         return _FAMILIES[name_of(module)](module, model.image_size, dtype)
     except UnknownPartError as reason:
         return str(reason)
@@ -42,13 +50,18 @@ def tower_of(model: Any, dtype: torch.dtype = torch.float32) -> Tower | str:
         return f"its library is not of a release that the runner knows: {reason}"
 
 
-def module_of(model: Any) -> Any:
-    """The module that a model encodes with; a wrapper may hand on an adapter's encode_image."""
+def adapter_of(model: Any) -> FrozenModel:
+    """The adapter that a model encodes with; a wrapper may hand on an adapter's encode_image.
+
+    Raises:
+        UnknownPartError: it encodes in another way; says how.
+    """
     encode = getattr(model, "encode_image", None)
     ours = getattr(encode, "__func__", None) is FrozenModel.encode_image
     require(ours, f"{name_of(model)} has an encode_image of its own")
     adapter: Any = getattr(encode, "__self__", None)
     plain = type(adapter) in (OpenCLIPModel, TransformersModel)
     require(plain, f"{name_of(adapter)} is not an adapter of scc_fast's")
-    require("_image_features" not in vars(adapter), "its _image_features was replaced")
-    return adapter.module
+    for name in ("encode_image", "_image_features"):
+        require(name not in vars(adapter), f"its {name} was replaced")
+    return adapter
