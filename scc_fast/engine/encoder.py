@@ -204,8 +204,8 @@ def _runner(model: VisionLanguage, dtype: torch.dtype) -> Runner | str:
     """The runner of a snapshot, or why it has none."""
     try:
         adapter_of(model)
-    except UnknownPartError as reason:
-        return str(reason)
+    except UnknownPartError as unknown:
+        return str(unknown)
     with _LOCK:
         if model not in _KNOWN:
             _KNOWN[model] = Trust(model), {}

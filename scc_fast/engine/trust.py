@@ -7,6 +7,7 @@ method that was replaced on a class, shows on a random picture.
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from itertools import chain
 from typing import Any
 
@@ -28,7 +29,7 @@ class Surroundings:
     def __init__(self, *modules: nn.Module) -> None:
         parts = chain.from_iterable(module.modules() for module in modules)
         kinds = {kind for part in parts for kind in type(part).__mro__} - {object}
-        places = [*map(vars, kinds), vars(F), *GLOBAL_HOOKS]
+        places: list[Mapping[Any, Any]] = [*map(vars, kinds), vars(F), *GLOBAL_HOOKS]
         self._seen = [(place, dict(place)) for place in places]
 
     def hold(self) -> bool:
