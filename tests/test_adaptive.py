@@ -336,6 +336,7 @@ def test_within_the_ball_and_the_box(kind: type[Attack], epsilon: float) -> None
     assert (moved > 0.4 * epsilon).float().mean() > 0.3
 
 
+@pytest.mark.slow
 def test_who_knows_the_defense_does_more_to_it() -> None:
     x, y = drawn(4)
     scc = defense("scc")
