@@ -58,6 +58,15 @@ def parse_model(spec: str) -> ModelSpec:
     return ModelSpec(name, pretrained or None, encoder or None)
 
 
+def without_folders(spec: str) -> str:
+    """A model's one-line name with its files' and folders' names alone, to be read."""
+    model, pretrained, encoder = parse_model(spec)
+    if model.startswith(("local-dir:", "/", "~", ".")):
+        model = Path(model.removeprefix("local-dir:")).name
+    pretrained = f"@{Path(pretrained).name}" if pretrained else ""
+    return model + pretrained + (f"+{Path(encoder).name}" if encoder else "")
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """The module inside torch.compile's and the data-parallel wrappers."""
     model = getattr(model, "_orig_mod", model)
@@ -119,7 +128,7 @@ def with_image_encoder(model: nn.Module, state: Mapping[str, Tensor], source: Pa
     own = tower.state_dict()
     state = plain(state, own)
     what = f"image_encoder: {located(source)}"
-    if any(key.startswith("visual.") for key in state):
+    if any(".visual." in f".{key}" for key in state):
         raise ValueError(f"{what} is a whole model: pass it as pretrained=; {_READS}")
     if wrong := misfit(state, own):
         raise ValueError(

@@ -154,5 +154,7 @@ def need_transformers() -> None:
 
 def short(error: BaseException | None) -> str:
     text = " ".join(str(error).split())
+    if "weights_only" in text:  # torch's advice to switch it off would let a file run code
+        text = "it is damaged, or holds other objects than tensors, numbers, strings and containers"
     name = type(error).__name__
     return f"{name}: {text[:300]}{'...' if len(text) > 300 else ''}" if text else name

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from scc_fast._hub import short
+from scc_fast.config import shown
 
 # Where training scripts put the model's own beside an optimizer's, the likeliest first
 _NESTS = ("state_dict", "model_state_dict", "model", "module", "net", "weights")
@@ -39,7 +40,10 @@ def located(path: str | Path) -> str:
 
 
 def as_path(path: str | Path, argument: str) -> Path:
-    """A caller's path with its "~"; ValueError where the system takes no such path."""
+    """A caller's path with its "~"; TypeError or ValueError where it cannot be one."""
+    if not isinstance(path, str | Path) or not str(path):
+        kind = ValueError if isinstance(path, str) else TypeError
+        raise kind(f"{argument}: a path is needed, got {shown(path)}")
     try:
         found = Path(path).expanduser()
         found.exists()
@@ -128,8 +132,9 @@ def content(path: Path, what: str) -> Any:
     # What the caller allows by themselves has to stay when the context takes its own back
     safe = [entry for entry in wanted if entry not in torch.serialization.get_safe_globals()]
     try:
-        with torch.serialization.safe_globals(safe):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        # By its handle: torch.load() takes a path that ends in .safetensors for such a file
+        with torch.serialization.safe_globals(safe), path.open("rb") as file:
+            return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         refused = re.search(r"(?:GLOBAL|[Uu]nsupported class) (\S+)", str(error))
         if refused and isinstance(error, pickle.UnpicklingError):
@@ -193,7 +198,8 @@ def plain(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, T
     """A state dict by the names of a model's own, without what wrappers put before and beside.
 
     Dropped are "module.", "_orig_mod." and their like at any place; a beginning that all names
-    share, such as "model." or "visual.", while none of the names is the model's; and counts.
+    share, such as "model." or "visual.", while none of the names is the model's; and counts. Names
+    that are not the model's even so stay as they are.
     """
     found = {
         key if key in own else ".".join(p for p in key.split(".") if p not in _WRAPPERS): key
@@ -205,7 +211,7 @@ def plain(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, T
     while own.keys().isdisjoint(found):
         heads = {key.partition(".")[0] for key in found}
         if len(heads) != 1 or any("." not in key for key in found):
-            break
+            return dict(state)
         found = {key.partition(".")[2]: value for key, value in found.items()}
     counts = {k: v for k, v in own.items() if k.rpartition(".")[2] in _COUNTS}
     return {**counts, **{key: state[name] for key, name in found.items()}}
@@ -223,7 +229,7 @@ def misfit(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
         if key in state and state[key].shape != value.shape
     ]
     hint = ""
-    if any(key.startswith(("vision_model.", "text_model.")) for key in others):
+    if any("vision_model." in key or "text_model." in key for key in others):
         hint = "; these are transformers' names: pass the folder with its config.json as model"
     elif others and all(f"visual.{key}" in own for key in others):
         hint = "; an image tower alone is passed as image_encoder="

@@ -35,6 +35,7 @@ from scc_fast._state_dicts import (
     located,
     misfit,
     plain,
+    some,
     state_dict,
 )
 from scc_fast.config import nearest, shown
@@ -123,6 +124,8 @@ def from_name(
             f"precision: one of {', '.join(_DTYPES)} is needed, got {shown(precision)}"
             f"{nearest(precision, _DTYPES)}"
         )
+    if pretrained is not None:
+        as_path(pretrained, "pretrained")  # or a tag, which could be one
     prefix, _, rest = name.partition(":")
     local = name == "tiny" or (prefix in ("hf-hub", "local-dir") and rest)
     if local and pretrained is not None:
@@ -141,7 +144,7 @@ def from_name(
     clean = name.replace("/", "-")
     if clean in open_clip.list_models():
         return _from_architecture(clean, pretrained, tokenizer, cache_dir, precision)
-    if name and (folder := as_path(name, "model")).is_dir():
+    if (folder := as_path(name, "model")).is_dir():
         return from_folder(folder, tokenizer, processor, precision, cache_dir=cache_dir)
     raise ValueError(f"model: {_no_model(name, open_clip.list_models())}")
 
@@ -324,6 +327,33 @@ def _check_quickgelu(
         )
 
 
+def activation(module: nn.Module) -> str:
+    """The activations of a model's blocks by name, such as "QuickGELU"."""
+    kinds = {type(part).__name__ for part in module.modules()}
+    names = sorted(kind.removesuffix("Activation") for kind in kinds if "GELU" in kind)
+    return "+".join(dict.fromkeys(names)) or "no GELU"
+
+
+def check_activation(config: Any, source: str) -> None:
+    """Warn of a CLIP of transformers whose activation is not that of its weights.
+
+    OpenAI's were trained with QuickGELU and LAION's with GELU, which their repositories' names say.
+    """
+    towers = (getattr(config, "vision_config", None), getattr(config, "text_config", None))
+    found = {getattr(tower, "hidden_act", None) for tower in towers}
+    origin = re.search(r"openai/clip-vit|laion/clip-vit", source.lower().replace("--", "/"))
+    if getattr(config, "model_type", "") != "clip" or not (origin or len(found) > 1):
+        return
+    trained = "gelu" if origin and origin[0].startswith("laion") else "quick_gelu"
+    if found != {trained}:
+        _warn(
+            f"QuickGELU mismatch: {source} computes {' and '.join(sorted(map(str, found)))}, its "
+            f"weights were trained with {trained if origin else 'one activation'}: results will be "
+            "worse; correct hidden_act in the text_config and vision_config of its config.json",
+            stacklevel=4,
+        )
+
+
 def _create(
     name: str,
     weights: Path | None,
@@ -363,6 +393,12 @@ def _create(
         raise ValueError(f"{what}: {short(error)}") from error
     if state is not None:
         _fill(module, state, f"{what}: it")
+        if "input_resolution" in state and activation(module) == "GELU":  # of OpenAI's archives
+            _warn(
+                f"QuickGELU mismatch: {name} computes GELU, OpenAI's weights were trained with "
+                f"QuickGELU: results will be worse; load {name + '-quickgelu'!r}",
+                stacklevel=6,
+            )
     return module
 
 
@@ -473,6 +509,10 @@ def _from_transformers_folder(
     need_transformers()
     import transformers
 
+    for file in sorted([*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin")]):
+        kind, what = "safetensors" if file.suffix == ".safetensors" else "torch", located(file)
+        if (found := kind_of(file, f"model: {what}")) != kind:
+            raise ValueError(f"model: {what} is of {found}, not of {kind} as its name says")
     try:
         model, report = transformers.AutoModel.from_pretrained(
             folder, local_files_only=True, output_loading_info=True
@@ -486,9 +526,14 @@ def _from_transformers_folder(
         ) from error
     missing = [key for key in report["missing_keys"] if not key.endswith("position_ids")]
     if missing:
+        others = sorted(report["unexpected_keys"])
+        open_clip = any(key.startswith("visual.") for key in others)
         raise ValueError(
-            f"model: weights in {str(folder)!r} lack {len(missing)} tensors, such as {missing[0]}"
+            f"model: weights in {located(folder)} lack {len(missing)} tensors, such as {missing[0]}"
+            + (f"; they have {some(others)} besides" if others else "")
+            + ("; these are open_clip's names: pass the file as pretrained=" if open_clip else "")
         )
+    check_finite(model.state_dict(), f"model: weights in {located(folder)}")
     found = from_object(model.to(_DTYPES[precision]), tokenizer, processor)
     found.name, found.source = folder.name, str(folder)
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -350,11 +351,34 @@ def _progress() -> Iterator[Progress]:
         yield bar
 
 
+class _Printed(logging.Handler):
+    """Prints what the library logs, such as the line on a model that was loaded."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        out.print(record.getMessage(), markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def _log_printed() -> Iterator[None]:
+    log, handler = logging.getLogger("scc_fast"), _Printed()
+    before = log.level, log.propagate
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False  # other libraries give the root logger a handler, too
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(before[0])
+        log.propagate = before[1]
+
+
 def main(argv: list[str] | None = None) -> None:
     """Entry point: exits 0 done, 1 failed (one clear line on stderr) or 2 wrong usage."""
     arguments = sys.argv[1:] if argv is None else argv
     try:
-        app(arguments, prog_name="scc-fast")
+        with _log_printed():
+            app(arguments, prog_name="scc-fast")
     except Exception as error:
         if "--debug" in arguments:
             raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ from scc_fast._preprocess import Preprocess, Triple, triple
 from scc_fast._state_dicts import as_path
 from scc_fast.config import shown
 
+_LOG = logging.getLogger("scc_fast")
 Tokenizer = Callable[..., Any]
 T = TypeVar("T")
 
@@ -297,6 +299,8 @@ def load_model(
         TypeError, ValueError: an argument that cannot be right.
         RuntimeError: weights that cannot be reached; says where it looked.
 
+    What was resolved goes to the logger "scc_fast" as one line at INFO.
+
     Example:
         >>> model = load_model("ViT-B-32-quickgelu", pretrained="openai")  # doctest: +SKIP
     """
@@ -333,6 +337,7 @@ def load_model(
             adapter = TransformersModel
             config = cast(Any, found.module).config
             preprocess = Preprocess.from_transformers(found.image_processor, config)
+            _weights.check_activation(config, found.source)
         else:
             preprocess = Preprocess.from_open_clip(found.module, found.preprocess)
         extra = {**found.extras, **({} if flip is None else {"flip": flip})}
@@ -343,12 +348,27 @@ def load_model(
         parts = (preprocess, found.tokenizer)
         loaded = adapter(found.module, *parts, name=name, source=source, device=device, **extra)
         if tower is None or state is None:
+            _LOG.info(_resolved(loaded))
             return loaded
         module = with_image_encoder(loaded.module, state, tower)
         name, source = f"{name}+{tower.name}", f"{tower} over {source}"
         tuned = adapter(module, *parts, name=name, source=source, **extra)
         tuned.original = loaded
+        _LOG.info(_resolved(tuned))
         return tuned
+
+
+def _resolved(model: FrozenModel) -> str:
+    """One line of what a model is made of."""
+    numbers = (f"({', '.join(f'{v:.3g}' for v in values)})" for values in (model.mean, model.std))
+    mean, std = numbers
+    tokenizer = getattr(model.tokenizer, "__name__", type(model.tokenizer).__name__)
+    return (
+        f"model {model.name} ({type(model.module).__name__}): weights {model.source}; "
+        f"{_weights.activation(model.module)}; {model.image_size[0]}x{model.image_size[1]} pixels, "
+        f"{model.interpolation}, {model.resize_mode}, mean {mean}, std {std}; "
+        f"tokenizer {tokenizer}; {str(model.dtype).removeprefix('torch.')} on {model.device}"
+    )
 
 
 def load_spec(spec: str, device: torch.device | str | None = None) -> VisionLanguage:

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from scc_fast import attacks
+from scc_fast._checkpoints import without_folders
 from scc_fast.attacks import Attack
 from scc_fast.config import format_epsilon, shown
 from scc_fast.defenses import parse_defense
@@ -92,8 +93,9 @@ class Run:
         self.worker = Worker(setting) if worker is None else worker
         data = self.worker.data
         count, seed = f"n{len(data)}", f"seed{setting.seed}"
-        parts = [setting.model, data.name, data.split, data.protocol, count, seed]
-        self.store = Store(out / slug("-".join(parts)), self.worker.facts())
+        parts = "-".join(["", data.name, data.split, data.protocol, count, seed])
+        name = slug(without_folders(setting.model) + parts, setting.model + parts)
+        self.store = Store(out / name, self.worker.facts())
 
     # ----------------------------------------------------------------------------- what is to do
 

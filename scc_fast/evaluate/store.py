@@ -63,12 +63,13 @@ def locked(folder: Path, wait: bool) -> Iterator[None]:
         yield
 
 
-def slug(text: str) -> str:
-    """A file name that tells `text` from others."""
+def slug(text: str, whole: str = "") -> str:
+    """A file name that reads as `text` and tells `whole`, if it is more, from others."""
     plain = re.sub(r"[^A-Za-z0-9.=-]+", "_", text).strip("_.")
-    if plain == text:
+    whole = whole or text
+    if plain == whole:
         return plain
-    return f"{plain[:60]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    return f"{plain[:100]}-{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
 
 
 def owner_folder(owner: str | None) -> str:
