@@ -511,8 +511,8 @@ def _from_transformers_folder(
 
     for file in sorted([*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin")]):
         kind, what = "safetensors" if file.suffix == ".safetensors" else "torch", located(file)
-        if (found := kind_of(file, f"model: {what}")) != kind:
-            raise ValueError(f"model: {what} is of {found}, not of {kind} as its name says")
+        if (held := kind_of(file, f"model: {what}")) != kind:
+            raise ValueError(f"model: {what} is of {held}, not of {kind} as its name says")
     try:
         model, report = transformers.AutoModel.from_pretrained(
             folder, local_files_only=True, output_loading_info=True

@@ -65,6 +65,7 @@ def test_near_misses(call: Any, message: str) -> None:
         ("doctor --plan ttcc", "'--plan': .*did you mean 'ttc'"),
         ("evaluate --engine rya", "--engine .*did you mean 'ray'"),
         ("evaluate --defense sccc", "defense .*did you mean 'scc'"),
+        ("evaluate --attack adaptve", "attack .*did you mean 'adaptive'"),
         ("evaluate --attack pdg10", "attack .*did you mean 'pgd'"),
     ],
 )

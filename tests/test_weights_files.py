@@ -195,11 +195,11 @@ def test_weights_of_something_else(tmp_path: Path, tiny: Any, small: Callable[..
     tuned = partial(load_model, "tiny", image_encoder=file)
     refused(tuned, "image_encoder", file, "is a whole model: pass it as pretrained=")
     long = str(tmp_path / ("x" * 300))
-    for argument in ("pretrained", "image_encoder"):
-        with pytest.raises(ValueError, match=rf"^{argument}: .* is no path: "):
-            load_model("ViT-B-32", device="cpu", **{argument: long})
-        with pytest.raises(ValueError, match=rf"^{argument}: .* is no path: "):
-            load_model("ViT-B-32", device="cpu", **{argument: "~no-such-user/x.pt"})
+    for path in (long, "~no-such-user/x.pt"):
+        for options in ({"pretrained": path}, {"image_encoder": path}):
+            given: Any = options
+            with pytest.raises(ValueError, match=rf"^{next(iter(options))}: .* is no path: "):
+                load_model("ViT-B-32", device="cpu", **given)
 
 
 def test_names_are_kept_where_wrappers_do_not_matter() -> None:
@@ -241,9 +241,10 @@ def test_names_of_no_model(name: str, message: str) -> None:
 
 @pytest.mark.parametrize("argument", ["pretrained", "image_encoder"])
 def test_paths_that_are_none(argument: str) -> None:
+    path: Any
     for path, error in (("", ValueError), (3, TypeError), ({"a": torch.ones(9)}, TypeError)):
         with pytest.raises(error, match=rf"^{argument}: a path is needed, got "):
-            load_model("ViT-B-32", device="cpu", **{argument: path})  # type: ignore[arg-type]
+            load_model("ViT-B-32", device="cpu", **{argument: path})
 
 
 def test_a_file_is_no_model(tmp_path: Path) -> None:
@@ -311,6 +312,20 @@ def save_transformers(folder: Path) -> Any:
         return {"input_ids": torch.full((len(prompts), 8), 3)}
 
     return None, tokenize
+
+
+def test_the_activation_of_openais_archives(
+    tmp_path: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = json.loads((ASSETS / "open_clip_config.json").read_text())["model_cfg"]
+    plain_gelu = {**config, "quick_gelu": False}
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "gelu", plain_gelu)
+    torch.save({**whole(tiny), "input_resolution": torch.tensor(64)}, tmp_path / "w.pt")
+    with pytest.warns(
+        UserWarning, match="QuickGELU mismatch: gelu computes GELU.*'gelu-quick"
+    ) as w:
+        load_model("gelu", tmp_path / "w.pt", tokenizer=tiny.tokenizer, device="cpu")
+    assert w[0].filename == __file__  # the caller's line
 
 
 def test_folders_of_transformers(tmp_path: Path, tiny: Any) -> None:

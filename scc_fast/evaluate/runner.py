@@ -18,7 +18,7 @@ from torch import Tensor
 from scc_fast import attacks
 from scc_fast._checkpoints import without_folders
 from scc_fast.attacks import Attack
-from scc_fast.config import format_epsilon, shown
+from scc_fast.config import format_epsilon, nearest, shown
 from scc_fast.defenses import parse_defense
 from scc_fast.evaluate.rows import Row, check_attack, format_rows, row_of, worst_of
 from scc_fast.evaluate.store import (
@@ -395,7 +395,12 @@ def _in_order(
 
 def _plainly(spec: str) -> str:
     """One spelling for all specs of the same attack."""
-    return spec if spec in (CLEAN, ADAPTIVE) else attacks.parse_attack(spec, 4 / 255).spec
+    if spec in (CLEAN, ADAPTIVE):
+        return spec
+    try:
+        return attacks.parse_attack(spec, 4 / 255).spec
+    except ValueError as error:
+        raise ValueError(f"{error}{nearest(spec, (ADAPTIVE,))}") from None
 
 
 def _settings(spec: str, epsilon: float) -> dict[str, Any]:
