@@ -87,14 +87,14 @@ def checked(classes: Iterable[str] | None) -> tuple[str, ...] | None:
         warnings.warn(
             f"classes has duplicates ({shown(twice)} is there {count} times): they get equal "
             "logits and never count as each other's negative",
-            stacklevel=_callers_level(),
+            stacklevel=callers_level(),
         )
     template = next(filter(_TEMPLATE.search, prompts), None)
     if template is not None:
         warnings.warn(
             f"classes holds the template {shown(template)}; prompts are used as they are: fill it "
             "with each class's name",
-            stacklevel=_callers_level(),
+            stacklevel=callers_level(),
         )
     return tuple(prompts)
 
@@ -109,9 +109,11 @@ def _hint(classes: Any) -> str:
     return ""
 
 
-def _callers_level() -> int:
+def callers_level() -> int:
+    """The `stacklevel` of a warning that points at who called scc_fast, past torch's wrappers."""
     level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals["__name__"].startswith("scc_fast."):
+    ours = ("scc_fast.", "torch.")
+    while frame.f_back is not None and frame.f_globals["__name__"].startswith(ours):
         level, frame = level + 1, frame.f_back
     return level
 

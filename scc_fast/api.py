@@ -536,7 +536,7 @@ def _warn_of_views(method: str, config: Any) -> None:
             'method="tte" is the published TTE (arXiv 2107.14110); the average of SCC\'s views, '
             'which it was, is method="views"; config={} silences this',
             DeprecationWarning,
-            stacklevel=3,
+            stacklevel=_classes.callers_level(),
         )
 
 
