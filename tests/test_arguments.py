@@ -15,7 +15,7 @@ from scc_fast import DefendedCLIP, Defender, View, defend, recommended
 from scc_fast.attacks import ATTACKS
 from scc_fast.config import METHODS, MethodConfig, whole, within
 from scc_fast.defenses import DEFENSES, make_defense
-from test_api import FIVE, model_of
+from toys import FIVE, model_of
 
 X = torch.rand(1, 3, 32, 32)
 

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from scc_fast import DefendedCLIP, Defender, defend, image_seeds, tiny
 from scc_fast._classes import checked
 from scc_fast.images import to_batch
-from test_api import FIVE, defender_of, model_of
+from toys import FIVE, defender_of, model_of
 
 MODEL: Any = SimpleNamespace(
     image_size=(8, 8),

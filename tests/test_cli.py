@@ -40,6 +40,7 @@ def truncated(tmp_path: Path) -> Path:
 # demo
 
 
+@pytest.mark.slow
 def test_demo(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = Demo.plan
 
