@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from scc_fast._objects import unwrap
 from scc_fast._state_dicts import content, located, misfit, plain, state_dict
 
 _TOWER = "vision_encoder_state_dict"
@@ -67,14 +68,6 @@ def without_folders(spec: str) -> str:
     return model + pretrained + (f"+{Path(encoder).name}" if encoder else "")
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside torch.compile's and the data-parallel wrappers."""
-    model = getattr(model, "_orig_mod", model)
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        model = cast(nn.Module, model.module)
-    return model
-
-
 def frozen_twin(model: nn.Module) -> nn.Module:
     """Copy of ``model`` in eval mode, without gradients, on the same storage.
 
@@ -82,8 +75,6 @@ def frozen_twin(model: nn.Module) -> nn.Module:
     cloned, because autograd cannot save them for the backward pass to the pixels. Hooks are kept.
     """
     model = unwrap(model)
-    if isinstance(model, torch.jit.ScriptModule):
-        raise TypeError("model: a TorchScript module cannot be used; load it with jit=False")
     if any(p.is_meta for p in model.parameters()):
         raise ValueError("model: has parameters on the meta device; load its weights first")
 
@@ -104,7 +95,13 @@ def frozen_twin(model: nn.Module) -> nn.Module:
         except Exception as error:
             raise ValueError(f"model: {type(model).__name__} cannot be copied: {error}") from error
     twin.eval()
-    for module in twin.modules():
+    for module in list(twin.modules()):
+        for name, child in module.named_children():
+            if (inner := unwrap(child)) is not child:
+                setattr(module, name, inner)
+        config: Any = getattr(module, "config", None)
+        if getattr(config, "return_dict", True) is False:  # tuples are for tracing
+            config.return_dict = True
         for flag in ("grad_checkpointing", "gradient_checkpointing"):
             if getattr(module, flag, False):  # recomputing saves memory only for weight gradients
                 setattr(module, flag, False)

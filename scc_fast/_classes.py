@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-import sys
 import threading
-import warnings
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -17,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from scc_fast._arguments import listed
+from scc_fast._warn import warn
 from scc_fast.config import shown
 from scc_fast.engine.snapshot import not_finite, structure
 from scc_fast.engine.trust import Surroundings
@@ -84,17 +83,15 @@ def checked(classes: Iterable[str] | None) -> tuple[str, ...] | None:
     if not more:
         raise ValueError(f"classes must hold at least two different prompts, got {shown(prompts)}")
     if count > 1:
-        warnings.warn(
+        warn(
             f"classes has duplicates ({shown(twice)} is there {count} times): they get equal "
-            "logits and never count as each other's negative",
-            stacklevel=callers_level(),
+            "logits and never count as each other's negative"
         )
     template = next(filter(_TEMPLATE.search, prompts), None)
     if template is not None:
-        warnings.warn(
+        warn(
             f"classes holds the template {shown(template)}; prompts are used as they are: fill it "
-            "with each class's name",
-            stacklevel=callers_level(),
+            "with each class's name"
         )
     return tuple(prompts)
 
@@ -107,15 +104,6 @@ def _hint(classes: Any) -> str:
     if hasattr(classes, "shape"):
         return "; embeddings are given as text_features="
     return ""
-
-
-def callers_level() -> int:
-    """The `stacklevel` of a warning that points at who called scc_fast, past torch's wrappers."""
-    level, frame = 1, sys._getframe(1)
-    ours = ("scc_fast.", "torch.")
-    while frame.f_back is not None and frame.f_globals["__name__"].startswith(ours):
-        level, frame = level + 1, frame.f_back
-    return level
 
 
 def embedded(

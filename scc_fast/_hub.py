@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scc_fast.config import shown
+
 _NEEDS_TRANSFORMERS = 'transformers is not installed; run: pip install "scc_fast[transformers]"'
 CLIP_VOCABULARY = 49408  # the merges that open_clip ships; the number names the vocabulary
 _PROBE_SECONDS = 10.0
@@ -129,6 +131,11 @@ def named_folder(name: str, folder: Path | None) -> Path | None:
 
 def split_processor(processor: Any, tokenizer: Any, path: str) -> tuple[Any, Callable[..., Any]]:
     """(image processor or None, tokenizer) of a transformers processor, a pair, or loose parts."""
+    if isinstance(tokenizer, str):
+        raise TypeError(
+            "tokenizer: a name is for open_clip's models; a transformers model takes the tokenizer "
+            f"itself, AutoTokenizer.from_pretrained({shown(tokenizer)})"
+        )
     if isinstance(processor, (tuple, list)) and len(processor) == 2:
         image, text = processor
     else:
@@ -140,7 +147,7 @@ def split_processor(processor: Any, tokenizer: Any, path: str) -> tuple[Any, Cal
     if not callable(text) or (image is not None and not hasattr(image, "image_mean")):
         raise TypeError(
             "processor: a transformers processor or (image_processor, tokenizer) is needed, got "
-            f"{type(processor).__name__}"
+            f"{type(processor).__name__} {shown(processor)}"
         )
     return image, text
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from scc_fast._objects import unwrap
 from scc_fast.config import shown
 
 Triple = tuple[float, float, float]
@@ -33,7 +34,7 @@ class Preprocess:
     @staticmethod
     def from_open_clip(model: Any, config: Mapping[str, Any]) -> Preprocess:
         """From ``preprocess_cfg`` of an open_clip model; what it lacks is open_clip's default."""
-        visual = model.visual
+        visual: Any = unwrap(model.visual)
         size = getattr(visual, "image_size", getattr(visual, "input_resolution", None))
         size = config.get("size") if size is None else size
         if size is None:

@@ -15,7 +15,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from scc_fast._checkpoints import unwrap
 from scc_fast._hub import (
     CLIP_VOCABULARY,
     build_tokenizer,
@@ -27,6 +26,7 @@ from scc_fast._hub import (
     stand_in_tokenizer,
     transformers_folder,
 )
+from scc_fast._objects import is_transformers, model_in, unwrap
 from scc_fast._state_dicts import (
     as_path,
     check_finite,
@@ -65,25 +65,14 @@ class Found:
     extras: dict[str, Any] = field(default_factory=dict)  # flip, templates, defaults
 
 
-def from_object(model: nn.Module, tokenizer: Any, processor: Any) -> Found:
-    """Wrap an open_clip or transformers model object."""
-    model = unwrap(model)
+def from_object(model: Any, tokenizer: Any, processor: Any) -> Found:
+    """Wrap an open_clip or transformers model, or what PyTorch put around one."""
+    model = model_in(model)
     name = type(model).__name__
-    if hasattr(model, "get_image_features") and hasattr(model, "get_text_features"):
-        kind = getattr(getattr(model, "config", None), "model_type", "")
-        if kind == "siglip2":
-            raise TypeError(
-                "model: Siglip2Model takes patches, not pixels (NaFlex); load a fixed-resolution "
-                'SigLIP 2 checkpoint (model_type "siglip") or the open_clip one'
-            )
+    if is_transformers(model):
         path = getattr(model, "name_or_path", "") or "the checkpoint"
         image, text = split_processor(processor, tokenizer, path)
         return Found(model, text, name, f"object ({path})", "transformers", image_processor=image)
-    if not (hasattr(model, "encode_image") and hasattr(model, "encode_text")):
-        raise TypeError(
-            f"model: {name} is neither an open_clip model (encode_image, encode_text) nor a "
-            "transformers one (get_image_features, get_text_features)"
-        )
     if isinstance(tokenizer, str):
         tokenizer = build_tokenizer(_text_of(tokenizer), None, None)
     elif tokenizer is None:
@@ -95,8 +84,9 @@ def from_object(model: nn.Module, tokenizer: Any, processor: Any) -> Found:
         tokenizer = build_tokenizer(
             {"context_length": getattr(model, "context_length", 77)}, None, None
         )
-    config = dict(getattr(model.visual, "preprocess_cfg", None) or {})
-    trunk = getattr(getattr(model.visual, "trunk", None), "pretrained_cfg", None) or {}
+    visual = unwrap(cast(nn.Module, model.visual))
+    config = dict(getattr(visual, "preprocess_cfg", None) or {})
+    trunk = getattr(getattr(visual, "trunk", None), "pretrained_cfg", None) or {}
     declared, usual = config.get("mean"), trunk.get("mean")
     siglip = getattr(model, "logit_bias", None) is not None
     if siglip and declared and usual and tuple(declared) != tuple(usual):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from torch import Tensor
 from scc_fast import _classes, ops
 from scc_fast._arguments import explained
 from scc_fast._plain import plain
+from scc_fast._warn import warn
 from scc_fast.config import (
     METHODS,
     MethodConfig,
@@ -532,11 +532,10 @@ def _warn_of_views(method: str, config: Any) -> None:
     """Tell who may still mean the average of SCC's views by "tte"."""
     old = isinstance(config, dict) and not {"views", "sigma"}.isdisjoint(config)
     if method == "tte" and (config is None or old or isinstance(config, ViewsConfig)):
-        warnings.warn(
+        warn(
             'method="tte" is the published TTE (arXiv 2107.14110); the average of SCC\'s views, '
             'which it was, is method="views"; config={} silences this',
             DeprecationWarning,
-            stacklevel=_classes.callers_level(),
         )
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
@@ -22,13 +23,22 @@ from scc_fast._checkpoints import (
     read_image_encoder,
     with_image_encoder,
 )
+from scc_fast._objects import check_features
 from scc_fast._plain import default_device, default_dtype, plain
 from scc_fast._preprocess import Preprocess, Triple, triple
 from scc_fast._state_dicts import as_path
+from scc_fast._tokens import (
+    TextSize,
+    Tokenizer,
+    check_tokenizer,
+    cut_prompts,
+    open_clip_ids,
+    transformers_inputs,
+)
+from scc_fast._warn import warn
 from scc_fast.config import shown
 
 _LOG = logging.getLogger("scc_fast")
-Tokenizer = Callable[..., Any]
 T = TypeVar("T")
 
 
@@ -110,20 +120,41 @@ class FrozenModel:
         self.defaults = copy.deepcopy(dict(defaults or {}))
         self.flip, self.templates = bool(flip), tuple(templates)
         self.read()
-        self.embed_dim = int(self.encode_text(["a"]).shape[1])  # proves that the tokenizer fits
+        self.embed_dim = self._proved()
 
     def read(self) -> None:
         """Take device, dtype, logit scale and bias from the module as it is now."""
         self.device = next(self.module.parameters()).device
         scale, bias = (getattr(self.module, key, None) for key in ("logit_scale", "logit_bias"))
-        if not isinstance(scale, Tensor):
-            raise ValueError(f"model: {type(self.module).__name__} has no logit_scale parameter")
+        if not isinstance(scale, Tensor) or scale.numel() != 1:
+            raise ValueError(
+                f"model: {type(self.module).__name__} has no single logit_scale parameter"
+            )
         self.logit_scale = float(scale.detach().float().exp())
         self.logit_bias = float(bias.detach().float()) if isinstance(bias, Tensor) else 0.0
         self.as_read = self.logit_scale, self.logit_bias  # who sets others by hand means them
         # The patch convolution decides: reduced precisions keep some parameters in float32
         dtypes = [p.dtype for p in self._vision().parameters() if p.ndim == 4]
         self.dtype = dtypes[0] if dtypes else next(self._vision().parameters()).dtype
+
+    def _proved(self) -> int:
+        """The embeddings' length D, when tokenizer and towers have been seen to fit together."""
+        what = "its text tower"
+        try:
+            with plain(self.device):
+                text = self.encode_text(["a"])
+                what = "its image tower"
+                image = self.encode_image(torch.zeros(1, 3, *self.image_size, device=self.device))
+        except (RuntimeError, AttributeError) as error:
+            raise ValueError(
+                f"model: {what} ({type(self.module).__name__}) fails: {shown(error)}; where types "
+                "of weights are mixed, model.float(), .half() or .bfloat16() makes them one"
+            ) from error
+        if image.shape != text.shape:
+            raise ValueError(
+                f"model: embeds pictures in {image.shape[1]} numbers and texts in {text.shape[1]}"
+            )
+        return text.shape[1]
 
     def __repr__(self) -> str:
         height, width = self.image_size
@@ -133,10 +164,18 @@ class FrozenModel:
     def _vision(self) -> nn.Module:
         raise NotImplementedError
 
+    def text_size(self) -> TextSize:
+        """What the text tower takes."""
+        raise NotImplementedError
+
+    def text_inputs(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """What the text tower is called with, on the CPU: "input_ids" and perhaps a mask."""
+        raise NotImplementedError
+
     def _image_features(self, pixels: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def _text_features(self, prompts: list[str]) -> Tensor:
+    def _text_features(self, inputs: dict[str, Tensor]) -> Tensor:
         raise NotImplementedError
 
     def encode_image(self, pixels: Tensor) -> Tensor:
@@ -156,7 +195,8 @@ class FrozenModel:
             )
         if pixels.shape[0] == 0:
             return pixels.new_zeros(0, self.embed_dim, dtype=torch.float32)
-        return self._image_features(pixels.to(self.dtype)).float()
+        features = self._image_features(pixels.to(self.dtype))
+        return check_features(features, len(pixels), "its image tower").float()
 
     def encode_text(self, prompts: Sequence[str], batch_size: int = 256) -> Tensor:
         """Text embeddings of unit length. Equal prompts get embeddings equal to the bit.
@@ -179,26 +219,28 @@ class FrozenModel:
         place = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
         with plain(self.device):
             parts = [] if place else [torch.zeros(0, self.embed_dim, device=self.device)]
-            items = list(place)
+            items, cut = list(place), []
             firsts = range(0, len(items), batch_size)
             for first in with_progress(firsts, "prompts"):
                 batch = items[first : first + batch_size]
-                features = self._text_features(batch).float()
+                inputs = self.text_inputs(batch)
+                cut += cut_prompts(batch, inputs["input_ids"], self._ids)
+                features = self._text_features({k: v.to(self.device) for k, v in inputs.items()})
+                features = check_features(features, len(batch), "its text tower").float()
                 parts.append(nn.functional.normalize(features, dim=-1))
+            if cut:
+                more = f" (and {len(cut) - 1} more)" if len(cut) > 1 else ""
+                warn(
+                    f"prompts: {shown(cut[0])}{more} is longer than the {self.text_size().length} "
+                    f"tokens that {self.name} reads; the rest is not seen"
+                )
             result = torch.cat(parts)
             if len(place) == len(prompts):
                 return result
             return result[torch.tensor([place[p] for p in prompts], device=self.device)]
 
-    def _ids(self, ids: Any, vocabulary: int | None) -> Tensor:
-        # Checked on the CPU: on a GPU an index out of range ends the process's CUDA context
-        if not isinstance(ids, Tensor):
-            raise TypeError(f"tokenizer: must return a tensor of ids, got {type(ids).__name__}")
-        if vocabulary is not None and ids.numel() and int(ids.max()) >= vocabulary:
-            raise ValueError(
-                f"tokenizer: gives id {int(ids.max())}, but the model's vocabulary has {vocabulary}"
-            )
-        return ids.to(self.device)
+    def _ids(self, prompts: Sequence[str]) -> Tensor:
+        return self.text_inputs(prompts)["input_ids"]
 
     def info(self) -> dict[str, Any]:
         """Everything declared about the model, as plain values (for ``scc-fast doctor``)."""
@@ -225,11 +267,22 @@ class OpenCLIPModel(FrozenModel):
     def _image_features(self, pixels: Tensor) -> Tensor:
         return cast(Tensor, cast(Any, self.module).encode_image(pixels, **self._plain))
 
-    def _text_features(self, prompts: list[str]) -> Tensor:
+    def text_size(self) -> TextSize:
         module = cast(Any, self.module)
-        size = getattr(getattr(module, "text", module), "vocab_size", None)
-        ids = self._ids(self.tokenizer(prompts), getattr(module, "vocab_size", size))
-        return cast(Tensor, module.encode_text(ids, **self._plain))
+        text = getattr(module, "text", module)
+        vocabulary, length = (
+            getattr(module, name, getattr(text, name, None))
+            for name in ("vocab_size", "context_length")
+        )
+        # Towers of transformers take shorter rows, too
+        return TextSize(vocabulary, length, fixed=hasattr(text, "positional_embedding"))
+
+    def text_inputs(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        return {"input_ids": open_clip_ids(self.tokenizer, prompts, self.text_size())}
+
+    def _text_features(self, inputs: dict[str, Tensor]) -> Tensor:
+        encode = cast(Any, self.module).encode_text
+        return cast(Tensor, encode(inputs["input_ids"], **self._plain))
 
 
 class TransformersModel(FrozenModel):
@@ -237,27 +290,62 @@ class TransformersModel(FrozenModel):
 
     kind = "transformers"
 
+    def __init__(self, model: nn.Module, *args: Any, **options: Any) -> None:
+        super().__init__(model, *args, **options)
+        if self._config.model_type not in ("clip", "siglip"):
+            self._check_logits()
+
+    @property
+    def _config(self) -> Any:
+        return cast(Any, self.module).config
+
+    def _check_logits(self) -> None:
+        """ValueError for a kind whose own logits are not those of its features, as CLIP's are."""
+        kind, prompts = type(self.module).__name__, ["a", "a b"]
+        size = 3, *self.image_size
+        pixels = torch.linspace(-1, 1, math.prod(size), device=self.device).reshape(1, *size)
+        inputs = {k: v.to(self.device) for k, v in self.text_inputs(prompts).items()}
+        try:
+            with plain(self.device):
+                output = self.module(pixel_values=pixels.to(self.dtype), **inputs)
+                own = output.logits_per_image.float()
+                image = nn.functional.normalize(self.encode_image(pixels), dim=-1)
+                ours = self.logit_scale * image @ self.encode_text(prompts).T + self.logit_bias
+        except Exception as error:
+            raise ValueError(
+                f"model: {kind} does not score pictures and texts as CLIP does: {shown(error)}"
+            ) from error
+        near = (1e-3 if self.dtype == torch.float32 else 0.05) * self.logit_scale
+        if own.shape != ours.shape or not bool((own - ours).abs().max() <= near):
+            raise ValueError(
+                f"model: {kind}'s own logits are not those of its features; CLIPModel, "
+                "SiglipModel and those made like them are taken"
+            )
+
     def _vision(self) -> nn.Module:
         return cast(nn.Module, self.module.vision_model)
 
     def _image_features(self, pixels: Tensor) -> Tensor:
         return _as_tensor(cast(Any, self.module).get_image_features(pixel_values=pixels))
 
-    def _text_features(self, prompts: list[str]) -> Tensor:
-        module = cast(Any, self.module)
-        text = module.config.text_config
-        # SigLIP was trained on padded text; a fixed length also makes rows independent of a batch
-        tokens = self.tokenizer(
-            prompts,
-            padding="max_length",
-            truncation=True,
-            max_length=text.max_position_embeddings,
-            return_tensors="pt",
-        )
-        inputs = {"input_ids": self._ids(tokens["input_ids"], text.vocab_size)}
-        if module.config.model_type != "siglip" and "attention_mask" in tokens:
-            inputs["attention_mask"] = tokens["attention_mask"].to(self.device)
-        return _as_tensor(module.get_text_features(**inputs))
+    def text_size(self) -> TextSize:
+        text = self._config.text_config
+        length = text.max_position_embeddings
+        # RoBERTa's positions begin after the padding's
+        for name, part in cast(Any, self.module).text_model.named_modules():
+            if name.endswith("position_embeddings") and isinstance(part, nn.Embedding):
+                length -= 0 if part.padding_idx is None else part.padding_idx + 1
+        # SigLIP reads the last position
+        return TextSize(text.vocab_size, length, fixed=self._config.model_type == "siglip")
+
+    def text_inputs(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        inputs = transformers_inputs(self.tokenizer, prompts, self.text_size())
+        if self._config.model_type == "siglip":  # trained on padded text without a mask
+            inputs.pop("attention_mask", None)
+        return inputs
+
+    def _text_features(self, inputs: dict[str, Tensor]) -> Tensor:
+        return _as_tensor(cast(Any, self.module).get_text_features(**inputs))
 
 
 def load_model(
@@ -307,25 +395,21 @@ def load_model(
     device = None if device is None else _devices.find(device)
     options = {"mean": mean, "std": std}
     overrides: dict[str, Any] = {k: triple(v, k) for k, v in options.items() if v is not None}
-    missing = missing_members(model)
-    if not isinstance(model, (str, Path)) and not missing:
+    if not isinstance(model, (str, Path)) and not missing_members(model):
         return cast(VisionLanguage, model)
-    if not isinstance(model, (str, Path, nn.Module)):
-        raise TypeError(
-            f"model: a name, a folder or a model is needed, got {type(model).__name__}; as a "
-            f"VisionLanguage it lacks {', '.join(missing)}"
-        )
+    check_tokenizer(tokenizer)
     # Initialisation draws from torch's global generator, whose state is put back
     own = torch.random.fork_rng(devices=[])
     with torch.inference_mode(False), own, default_dtype(), default_device():
         tower = None if image_encoder is None else as_path(image_encoder, "image_encoder")
         state = None if tower is None else read_image_encoder(tower)
-        if isinstance(model, nn.Module):
+        if not isinstance(model, (str, Path)):
+            found = _weights.from_object(model, tokenizer, processor)
             if pretrained is not None or precision != "fp32" or tower is not None:
                 raise ValueError(
-                    "pretrained, precision, image_encoder: only for names, not for a model object"
+                    "pretrained, precision, image_encoder: only for names, not for a model object; "
+                    "its precision is that of its weights, such as model.bfloat16()"
                 )
-            found = _weights.from_object(model, tokenizer, processor)
         else:
             found = _weights.from_name(
                 str(model), pretrained, tokenizer, processor, cache_dir, precision
@@ -388,10 +472,7 @@ def load_spec(spec: str, device: torch.device | str | None = None) -> VisionLang
 
 def _as_tensor(output: Any) -> Tensor:
     # transformers 4 returns the projected tensor, 5 an object that holds it
-    output = output if isinstance(output, Tensor) else getattr(output, "pooler_output", None)
-    if not isinstance(output, Tensor):
-        raise TypeError("model: its features are neither a tensor nor have a pooler_output")
-    return output
+    return cast(Tensor, getattr(output, "pooler_output", output))
 
 
 def with_progress(items: Sequence[T], what: str) -> Iterator[T]:

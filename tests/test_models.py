@@ -550,7 +550,7 @@ def test_wrong_objects_and_parts() -> None:
     with pytest.raises(ValueError, match="not for a model object"):
         load_model(small_open_clip(), "openai", tokenizer=small_tokenizer)
     with pytest.raises(TypeError, match="TorchScript"):
-        frozen_twin(torch.jit.script(nn.Linear(1, 1)))
+        load_model(torch.jit.script(nn.Linear(1, 1)))
     with torch.device("meta"):
         empty = small_open_clip()
     with pytest.raises(ValueError, match="meta device"):

@@ -23,7 +23,6 @@ from tower_models import clip_model, load, open_clip_model, refused, siglip_mode
         ({"patch_dropout": 0.5}, "PatchDropout"),
         ({"pool_type": "avg"}, "pool_type='avg'"),
         ({"attentional_pool": True}, "AttentionalPooler"),
-        ({"output_tokens": True}, "output_tokens=True"),
         ({"block_type": "custom"}, "CustomResidualAttentionBlock"),
         ({"qk_norm": True}, "CustomResidualAttentionBlock"),
         ({"layers": 0}, "no blocks"),
@@ -37,6 +36,9 @@ def test_open_clip_variants(vision: dict[str, Any], why: str) -> None:
 def test_open_clip_parts() -> None:
     model = load(open_clip_model())
     visual = model.module.visual
+    visual.output_tokens = True
+    refused(model, "output_tokens=True")
+    visual.output_tokens = False
     block = visual.transformer.resblocks[0]
     for owner, name, new in (
         (visual, "conv1", nn.Conv2d(3, 64, 8, stride=8, padding=4)),
@@ -83,7 +85,9 @@ def test_timm_variants(trunk: dict[str, Any], why: str) -> None:
 
 def test_timm_parts() -> None:
     refused(load(timm_model(proj="mlp")), "Mlp")
-    refused(load(timm_model(proj="linear", num_classes=8)), "its head is made of ")
+    two = load(timm_model(proj="linear"))
+    two.module.visual.trunk.head = nn.Linear(64, 64)
+    refused(two, "its head is made of ")
     for options, why in (
         ({"latent_len": 2}, "2 queries"),
         ({"qk_norm": True}, "q_norm"),
@@ -120,11 +124,11 @@ def test_timm_parts() -> None:
 )
 def test_timm_dropouts(path: str, name: str) -> None:
     """They are known, and something else in their place is not passed over."""
-    model: Any = timm_model()
-    part = model.visual.trunk.get_submodule(path)
+    model = load(timm_model())
+    part = model.module.visual.trunk.get_submodule(path)
     assert type(getattr(part, name)) is nn.Dropout
     setattr(part, name, nn.Linear(64, 64))
-    refused(load(model), f"has {name}: torch.nn.modules.linear.Linear")
+    refused(model, f"has {name}: torch.nn.modules.linear.Linear")
 
 
 @pytest.mark.parametrize("make", [clip_model, siglip_model])

@@ -146,21 +146,8 @@ def _tokens(
 ) -> tuple[Tensor, Tensor | None, tuple[int, Tensor]]:
     """Ids (U, T), attention mask (U, T) or None, and (first content token, their numbers (U,))."""
     texts = [*prompts, "", "a", "zebra"]
-    if isinstance(model, TransformersModel):
-        text = cast(Any, model.module).config.text_config
-        found = model.tokenizer(
-            texts,
-            padding="max_length",
-            truncation=True,
-            max_length=text.max_position_embeddings,
-            return_tensors="pt",
-        )
-        ids, attention = found["input_ids"], found.get("attention_mask")
-        if cast(Any, model.module).config.model_type == "siglip":
-            attention = None
-    else:
-        ids, attention = model.tokenizer(texts), None
-    ids = ids.to(model.device)
+    inputs = {key: value.to(model.device) for key, value in model.text_inputs(texts).items()}
+    ids, attention = inputs["input_ids"], inputs.get("attention_mask")
     starts = bool((ids[-2:, 0] == ids[-3, 0]).all())
     first = int(starts)
     ends = ids == ids[-3, first]
@@ -168,7 +155,7 @@ def _tokens(
     if first + count > ids.shape[1]:
         raise ValueError(f"context must be at most {ids.shape[1] - first} tokens, got {count}")
     kept = len(prompts)
-    mask = None if attention is None else attention.to(model.device)[:kept]
+    mask = None if attention is None else attention[:kept]
     return ids[:kept], mask, (first, length[:kept].clamp_min(0))
 
 
