@@ -111,7 +111,7 @@ def test_a_part_in_another_type() -> None:
         logits(text_only, tokenizer=small_tokenizer), want, atol=0.2, rtol=0.05
     )
     model.visual.transformer.double()
-    with pytest.raises(ValueError, match=r"visual.transformer.*torch.float64.*model.float\(\)"):
+    with pytest.raises(TypeError, match=r"visual.transformer.*torch.float64.*model.float\(\)"):
         load_model(model, tokenizer=small_tokenizer)
     model.visual.transformer.half()
     with pytest.raises(ValueError, match=r"model: its image tower .* fails: .*model.float\(\)"):
