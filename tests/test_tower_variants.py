@@ -86,7 +86,7 @@ def test_timm_variants(trunk: dict[str, Any], why: str) -> None:
 def test_timm_parts() -> None:
     refused(load(timm_model(proj="mlp")), "Mlp")
     two = load(timm_model(proj="linear"))
-    two.module.visual.trunk.head = nn.Linear(64, 64)
+    two.module.visual.trunk.head = nn.Linear(64, 64).eval()
     refused(two, "its head is made of ")
     for options, why in (
         ({"latent_len": 2}, "2 queries"),
@@ -127,7 +127,7 @@ def test_timm_dropouts(path: str, name: str) -> None:
     model = load(timm_model())
     part = model.module.visual.trunk.get_submodule(path)
     assert type(getattr(part, name)) is nn.Dropout
-    setattr(part, name, nn.Linear(64, 64))
+    setattr(part, name, nn.Linear(64, 64).eval())
     refused(model, f"has {name}: torch.nn.modules.linear.Linear")
 
 
