@@ -6,10 +6,10 @@ import sys
 import warnings
 
 
-def warn(message: str) -> None:
-    """A UserWarning at the first line outside scc_fast, and what torch.compiler puts between."""
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
+    """A warning at the first line outside scc_fast, past torch's wrappers."""
     level, frame = 1, sys._getframe(1)
-    inside = ("scc_fast.", "torch._dynamo.")
+    inside = ("scc_fast.", "torch.")
     while frame.f_back is not None and frame.f_globals["__name__"].startswith(inside):
         level, frame = level + 1, frame.f_back
-    warnings.warn(message, UserWarning, stacklevel=level + 1)
+    warnings.warn(message, category, stacklevel=level + 1)
