@@ -132,7 +132,7 @@ def parse_epsilon(value: Any) -> float:
         raise ValueError(f'epsilon must be a number such as "4/255", got {shown(value)}')
     if not 0 <= number < 1:
         raise ValueError(
-            f"epsilon must be in [0, 1): pixels are in [0,1]; write 4/255, got {number}"
+            f"epsilon must be in [0, 1): pixels are in [0,1]; write 4/255, got {shown(value)}"
         )
     return number
 
