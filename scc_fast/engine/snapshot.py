@@ -3,7 +3,7 @@
 Snapshots are shared: a model whose structure and bytes are those of a snapshot that somebody still
 uses gets that one. Neither where weights lie nor how often torch counted them as written says that
 they are the same: fused optimisers, `.data` and an EMA's swap write uncounted. So all bytes are
-read, at about 0.5 GB/s on one CPU core and at the memory's rate on a GPU (benchmarks/NOTES.md).
+read, at about 1 GB/s on one CPU core: half a second for ViT-B/32 (benchmarks/NOTES.md).
 """
 
 from __future__ import annotations
@@ -102,7 +102,9 @@ def not_finite(module: nn.Module) -> str:
     if not plain:
         return ""
     # A sum that is finite has no other terms.
-    sums = torch.stack([t.sum(dtype=torch.float64).to(plain[0][1].device) for _, t, _ in plain])
+    first = plain[0][1].device
+    wide = torch.promote_types
+    sums = torch.stack([t.sum(dtype=wide(t.dtype, torch.float32)).to(first) for _, t, _ in plain])
     for i in (~sums.isfinite()).nonzero().flatten().tolist():
         name, tensor, holds = plain[i]
         if not bool(holds(tensor).all()):
