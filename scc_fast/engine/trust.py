@@ -107,7 +107,7 @@ def difference(model: Any, tower: Tower) -> str:
             return f"its modules fail on a random picture: {shown(error)}"
     exact = tower.dtype == torch.float32
     bound = (1e-3 if model.device.type == "cpu" else 1e-2) if exact else 0.1  # TF32 on a GPU
-    for what, ours, theirs in (("features", features, own), ("gradient", back, own_back)):
+    for what, ours, theirs in (("features", features, own.detach()), ("gradient", back, own_back)):
         off = float((ours - theirs).norm() / theirs.norm().clamp_min(1e-12))
         if off > bound:  # not where nothing is finite, of which a call says more
             return (
