@@ -43,7 +43,7 @@ _PLACES = {
         "max_batch",
     ),
     "the call, defender(images, ...)": ("images", "seeds", "is_normalized", "clamp"),
-    "DefendedCLIP()": ("gradient",),
+    "DefendedCLIP()": ("gradient", "seed"),
 }
 
 
@@ -103,13 +103,13 @@ def _advice(given: str, known: Sequence[str]) -> str:
     name = _CALLED.get(given, given)
     if name in known:
         return f"it is called {name}="
+    for place, names in _PLACES.items():
+        if name in names:
+            return f"{name}= belongs to {place}"
     fields = {
         field.name for kind in MethodConfig.__subclasses__() for field in dataclasses.fields(kind)
     }
     if name in fields:
         whose = "" if "config" in known else " of Defender()"
         return f'it is a field of the method\'s config{whose}: config={{"{name}": ...}}'
-    for place, names in _PLACES.items():
-        if name in names:
-            return f"{name}= belongs to {place}"
     return f"it has {', '.join(known)}{nearest(given, known)}"

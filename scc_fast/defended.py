@@ -92,6 +92,7 @@ class DefendedCLIP(nn.Module):
         raise TypeError(NO_GRAPH)
 
     @torch.compiler.disable(reason=NO_GRAPH)
+    @explained
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, K), differentiable with respect to images where gradients are on."""
         check_caller()

@@ -52,6 +52,10 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "with classes": (lambda: DefendedCLIP(model_of("open_clip"), FIVE), "defender must be a Def"),
     "seeds of a module": (lambda: DefendedCLIP(defender(), seeds=0), "it is called seed="),
+    "seeds of a module's call": (
+        lambda: DefendedCLIP(defender())(X, seeds=0),
+        r"forward.* seed= belongs to DefendedCLIP\(\)",
+    ),
     "recommended": (lambda: recommended("tiny", FIVE, budget=3), "did you mean 'budget_ms'"),
     "an array for a choice": (lambda: defender(method=np.array(["scc", "ttc"])), "method must be"),
 }
