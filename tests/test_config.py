@@ -49,7 +49,7 @@ def test_defaults_are_those_of_method_md() -> None:
 REFUSED: list[tuple[type[MethodConfig], dict[str, Any], tuple[str, ...]]] = [
     (SCCConfig, {"epsilon": 4}, ("epsilon", "got 4", "4/255", "[0,1]")),
     (RNConfig, {"epsilon": 8}, ("epsilon", "got 8", "4/255")),
-    (RNConfig, {"epsilon": "8"}, ("epsilon", "got 8", "4/255")),
+    (RNConfig, {"epsilon": "8"}, ("epsilon", "got '8'", "4/255")),
     (RNConfig, {"epsilon": "four"}, ("epsilon", "'four'", "4/255")),
     (RNConfig, {"epsilon": None}, ("epsilon", "None", "4/255")),
     (RNConfig, {"epsilon": float("nan")}, ("epsilon", "nan")),
