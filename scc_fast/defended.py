@@ -28,7 +28,9 @@ class DefendedCLIP(nn.Module):
     - "bpda": the gradient at the defended pixels, passed on as if the repair were the identity.
     - "identity": the undefended model's gradient at x, beside defended logits.
 
-    torch.compile goes around it, and so do torch.func's grad, vjp, jacrev and vmap.
+    torch.compile goes around it, and so do torch.func's grad, vjp, jacrev and vmap. What changes
+    `encoder`, the Defender's snapshot (functional_call, pruning, quantisation, hooks), counts with
+    gradients and without. Its state dict takes no other weights than it holds.
 
     Args:
         defender: the prepared defense.
@@ -61,7 +63,7 @@ class DefendedCLIP(nn.Module):
         self.seed = None if seed is None else whole("seed", seed, -(1 << 63), (1 << 64) - 1)
         self.clamp = clamp
         # Registered so that tools which ask for parameters, modes or the device find the encoder.
-        self.encoder = getattr(defender.model, "module", None)
+        self.encoder = getattr(defender.snapshot, "module", None)
         self.eval()
 
     def __repr__(self) -> str:
@@ -87,6 +89,17 @@ class DefendedCLIP(nn.Module):
                     "(load_model(device=, precision=)) and make another Defender"
                 )
         return self
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        """Refuses other weights than its own: its text embeddings were not made with them."""
+        for name, held in self.state_dict().items():
+            given = state_dict.get(prefix + name, held)
+            if given.shape != held.shape or not torch.equal(given.to(held), held):
+                raise ValueError(
+                    f"state_dict: {name} is not that of the Defender, on which a DefendedCLIP "
+                    "stands: load it into the model, then make another Defender and DefendedCLIP"
+                )
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def __prepare_scriptable__(self) -> Any:  # what torch.jit.script asks first
         raise TypeError(NO_GRAPH)
