@@ -3,7 +3,7 @@
 Snapshots are shared: a model whose structure and bytes are those of a snapshot that somebody still
 uses gets that one. Neither where weights lie nor how often torch counted them as written says that
 they are the same: fused optimisers, `.data` and an EMA's swap write uncounted. So all bytes are
-read, at about 1 GB/s on one CPU core: half a second for ViT-B/32 (benchmarks/NOTES.md).
+read: 0.3 s for ViT-B/32 on one CPU core, more on a busy one (benchmarks/NOTES.md).
 """
 
 from __future__ import annotations
