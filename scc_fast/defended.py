@@ -108,7 +108,7 @@ class DefendedCLIP(nn.Module):
     @explained
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, K), differentiable with respect to images where gradients are on."""
-        check_caller()
+        check_caller(images)
         if transformed():
             x = images[None] if images.ndim == 3 else images
             return opaque(lambda x, seeds: self._answer(self._batch(x), seeds), x, self._seeds(x))

@@ -228,12 +228,11 @@ def test_what_keeps_a_graph_of_one_call_is_refused() -> None:
         lambda: torch.jit.script(nn.Sequential(robust)),
         lambda: torch.export.export(robust, (x,)),
         lambda: torch.export.export(robust, (x,), strict=True),
+        lambda: torch.fx.symbolic_trace(robust),
     ]
     for make in makers:
         with pytest.raises(Exception, match="cannot be traced, scripted or exported"):
             make()
-    with pytest.raises(TypeError, match="images"):
-        torch.fx.symbolic_trace(robust)
 
 
 # --------------------------------------------------------------------- moves, copies and processes
@@ -287,23 +286,14 @@ def test_copies_answer_alike() -> None:
         torch.testing.assert_close(gradient_of(other, x), gradient_of(robust, x))
 
 
-def _answer(robust: DefendedCLIP, x: Tensor, pipe: Any) -> None:
-    torch.set_num_threads(1)
-    pipe.send(robust(x).tolist())
-
-
 @pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_another_process_answers_alike_after_use(start: str) -> None:
     robust, x = robust_of(), pictures("open_clip", 2)
     expected = robust(x)
     context: Any = multiprocessing.get_context(start)
-    here, there = context.Pipe()
-    process = context.Process(target=_answer, args=(robust, x, there))
-    process.start()
-    assert here.poll(120)
-    torch.testing.assert_close(torch.tensor(here.recv()), expected)
-    process.join(60)
-    assert process.exitcode == 0
+    with context.Pool(1, torch.set_num_threads, (1,)) as pool:
+        found = pool.apply_async(robust, (x,)).get(120)
+        torch.testing.assert_close(found, expected)
 
 
 # -------------------------------------------------------------------------------------------- repr

@@ -71,7 +71,7 @@ def call(
     callee: Callee, images: Any, seeds: Seeds, *, is_normalized: bool, clamp: bool
 ) -> DefenseResult:
     """Defend a batch; arguments and result as for Defender.__call__."""
-    check_caller()
+    check_caller(images)
     if transformed():
         raise TypeError(
             "a Defender is called on pictures, outside torch.func's transforms: what they can "

@@ -27,9 +27,10 @@ _FORWARD = (
 _TWICE = "a defense has first derivatives alone under torch.func: use torch.func.grad, vjp, jacrev"
 
 
-def check_caller() -> None:
+def check_caller(images: object) -> None:
     """Refuses who would keep the graph of one call, and forward-mode derivatives."""
-    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+    traced = torch.jit.is_tracing() or torch.compiler.is_exporting()
+    if traced or isinstance(images, torch.fx.Proxy):
         raise TypeError(NO_GRAPH)
     if forward_ad._current_level >= 0:
         raise TypeError(_FORWARD)
@@ -85,7 +86,7 @@ class _Value(_Opaque):
 class _Slope(_Opaque):
     @staticmethod
     def forward(function: Function, x: Tensor, seeds: Tensor, slope: Tensor) -> Tensor:
-        check_caller()
+        check_caller(x)
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
             return torch.autograd.grad(function(leaf, seeds), leaf, slope)[0]
