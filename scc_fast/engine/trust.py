@@ -66,9 +66,9 @@ class Trust:
     def _holds(self) -> bool:
         return self._seen == (self._weights(), self._state()) and self._surroundings.hold()
 
-    def _weights(self) -> tuple[list[int], list[int]]:
+    def _weights(self) -> tuple[list[int], list[tuple[int, int]]]:
         found = chain.from_iterable(map(dict.values, self._content))
-        return list(map(id, found)), [p._version for p in self._parameters]
+        return list(map(id, found)), [(p._version, p.data_ptr()) for p in self._parameters]
 
     def _state(self) -> tuple[bool, list[int], bool]:
         return any(self._hooks), list(map(len, self._own)), self._own[0]["training"]
