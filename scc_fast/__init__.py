@@ -1,5 +1,8 @@
 """Test-time defense of CLIP-style models against adversarial images."""
 
+from typing import Any as _Any
+
+from scc_fast import defenses as defenses  # registers its methods with Defender
 from scc_fast._version import __version__
 from scc_fast.api import Defender, defend, image_seeds
 from scc_fast.config import (
@@ -12,7 +15,6 @@ from scc_fast.config import (
     ViewsConfig,
 )
 from scc_fast.defended import DefendedCLIP
-from scc_fast.defenses.tte import TTEConfig
 from scc_fast.models import VisionLanguage, load_model
 from scc_fast.presets import PRESETS, Preset, recommended
 from scc_fast.result import DefenseResult
@@ -28,7 +30,6 @@ __all__ = [
     "RNConfig",
     "SCCConfig",
     "TTCConfig",
-    "TTEConfig",
     "View",
     "ViewsConfig",
     "VisionLanguage",
@@ -38,3 +39,16 @@ __all__ = [
     "load_model",
     "recommended",
 ]
+
+
+def __getattr__(name: str) -> _Any:
+    if name != "TTEConfig":
+        raise AttributeError(f"module 'scc_fast' has no attribute {name!r}")
+    import warnings
+
+    warnings.warn(
+        "scc_fast.TTEConfig was the config of SCC's views averaged, which is ViewsConfig now",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    return ViewsConfig

@@ -22,7 +22,7 @@ from defense_toys import (
     toyed,
 )
 from scc_fast import image_seeds, tiny
-from scc_fast.defenses.tte import TTE, TTEConfig, crop_origins
+from scc_fast.defenses.tte import TTE, EnsembleConfig, crop_origins
 from toys import model_of
 
 SEEDS = image_seeds(0, 2)
@@ -184,9 +184,11 @@ def test_what_an_attacker_differentiates() -> None:
 
 
 def test_config() -> None:
-    assert TTEConfig() == TTEConfig(crops=4, flip=None, seed=0, blur=False, published=False)
-    config = TTEConfig(crops=2, seed=-3, published=True)
-    assert TTEConfig.from_json(config.to_json()) == config
+    assert EnsembleConfig() == EnsembleConfig(
+        crops=4, flip=None, seed=0, blur=False, published=False
+    )
+    config = EnsembleConfig(crops=2, seed=-3, published=True)
+    assert EnsembleConfig.from_json(config.to_json()) == config
     for wrong, told in [
         ({"crops": -1}, r"crops must be a whole number in \[0, 64\], got -1"),
         ({"crops": 2.0}, "crops must be a whole number"),
@@ -196,7 +198,7 @@ def test_config() -> None:
         ({"flip": "no"}, "flip must be True, False or None"),
     ]:
         with pytest.raises(ValueError, match=told):
-            TTEConfig(**wrong)
+            EnsembleConfig(**wrong)
     with pytest.raises(ValueError, match=r"crops must be at most 4 for pictures.*padded by 1"):
         tte(crops=5).views(torch.zeros(1, 3, 8, 8), SEEDS[:1])
 

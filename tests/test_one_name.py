@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+import scc_fast
 from scc_fast import DefendedCLIP, Defender, ViewsConfig, image_seeds, tiny
 from scc_fast.cli import main
 from scc_fast.config import METHODS
@@ -82,7 +83,7 @@ def test_configs_reach_the_method() -> None:
     assert torch.equal(ours(x, 0).logits, theirs(x, 0).logits)
     assert not torch.equal(ours(x, 0).logits, named("tte")(x, 0).logits)
     assert named("tte", config=ours.config).config == ours.config
-    with pytest.raises(ValueError, match=r"TTEConfig has no field 'epsilon'; it has crops"):
+    with pytest.raises(ValueError, match=r"EnsembleConfig has no field 'epsilon'; it has crops"):
         named("tte", config={"epsilon": 0.1})
     with pytest.raises(TypeError, match=r"config must be a HDConfig for method='hd', got Views"):
         named("hd", config=ViewsConfig())
@@ -128,13 +129,20 @@ def test_the_old_meaning_of_tte_is_told() -> None:
         named("tte", config=None)
     assert seen[0].filename.endswith("toys.py")  # where Defender was called
     for config in ({"views": "paper"}, ViewsConfig()):
-        told = pytest.raises((TypeError, ValueError), match="TTEConfig")
+        told = pytest.raises((TypeError, ValueError), match="EnsembleConfig")
         with pytest.warns(DeprecationWarning, match='method="views"'), told:
             named("tte", config=config)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for method in DEFENSES:
             named(method)
+
+
+def test_the_old_name_of_a_config_warns_for_one_release() -> None:
+    with pytest.warns(DeprecationWarning, match="ViewsConfig"):
+        assert scc_fast.TTEConfig is ViewsConfig
+    with pytest.raises(AttributeError, match="no attribute 'TTTConfig'"):
+        _ = scc_fast.TTTConfig
 
 
 @pytest.mark.parametrize("method", ["ttc", "scc"])

@@ -26,6 +26,7 @@ ROWS = (
     ("defenses",),
     ("defended", "presets"),
     ("api",),
+    ("_classes",),
     ("engine",),
     ("ops",),
     ("reference", "_extension", "kernels"),

@@ -22,7 +22,7 @@ CROP_ORIGINS = 100  # what a number is drawn for, beside those of philox
 
 
 @dataclass(frozen=True)
-class TTEConfig(MethodConfig):
+class EnsembleConfig(MethodConfig):
     """Which transforms TTE averages; the defaults are the paper's best set, 10 pictures.
 
     Identity, mirror, `crops` crops, and as many crops of the mirrored picture. A crop is the
@@ -54,7 +54,7 @@ class TTEConfig(MethodConfig):
 class TTE(Defense):
     """Test-time transformation ensembling: no gradient, no noise, nothing optimised."""
 
-    name, Config = "tte", TTEConfig
+    name, Config = "tte", EnsembleConfig
 
     def __init__(
         self,
