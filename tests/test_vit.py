@@ -121,8 +121,8 @@ VARIANTS: dict[str, Any] = {
     "tanh": lambda: timm_model(act_layer="gelu_tanh"),
     "quick in timm": lambda: timm_model(act_layer="quick_gelu"),
     "no bias of q, k, v": lambda: timm_model(qkv_bias=False),
-    "projection": lambda: timm_model(proj="linear"),
-    "classifier": lambda: timm_model(num_classes=24),
+    "projection": lambda: timm_model(proj="linear", embed_dim=24),
+    "classifier": lambda: timm_model(num_classes=24, embed_dim=24),
     "gelu": lambda: clip_model(hidden_act="gelu"),
     "gelu_new": lambda: clip_model(hidden_act="gelu_new"),
     "gelu_pytorch_tanh": lambda: clip_model(hidden_act="gelu_pytorch_tanh"),
@@ -139,7 +139,7 @@ def test_variants(name: str) -> None:
 
 
 def test_without_a_projection() -> None:
-    model = perturbed(open_clip_model())
+    model = perturbed(open_clip_model(embed_dim=64))
     model.visual.proj = None  # type: ignore[union-attr]
     check(load(model), 2)
 

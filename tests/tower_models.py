@@ -61,16 +61,21 @@ def perturbed(model: nn.Module) -> nn.Module:
     return model
 
 
-def open_clip_model(name: str = "", layers: int = 2, **vision: Any) -> nn.Module:
+def open_clip_model(
+    name: str = "", layers: int = 2, *, embed_dim: int = 48, **vision: Any
+) -> nn.Module:
     """By its name a model of real width, cut; without, a small one."""
-    config: dict[str, Any] = {"embed_dim": 48, "vision_cfg": dict(_VISION), "quick_gelu": True}
+    config: dict[str, Any] = {"embed_dim": embed_dim, "vision_cfg": dict(_VISION)}
+    config["quick_gelu"] = True
     if name:
         config = open_clip.get_model_config(name)
     config["vision_cfg"] |= {"layers": layers, **vision}
     return open_clip.CLIP(**{**config, "text_cfg": _TEXT})
 
 
-def timm_model(name: str = "", layers: int = 2, *, proj: str = "none", **trunk: Any) -> nn.Module:
+def timm_model(
+    name: str = "", layers: int = 2, *, proj: str = "none", embed_dim: int = 0, **trunk: Any
+) -> nn.Module:
     """The same for SigLIP in timm."""
     options = {"num_classes": 0, "global_pool": "map", "depth": layers, **trunk}
     if name:
@@ -79,7 +84,7 @@ def timm_model(name: str = "", layers: int = 2, *, proj: str = "none", **trunk: 
         small = {"img_size": SIDE, "patch_size": 8, "embed_dim": 64, "num_heads": 4}
         made = VisionTransformer(**{**small, "class_token": False, **options})
     vision = {"timm_model_name": "test_vit", "timm_pool": "", "timm_proj": proj}
-    model = open_clip.CustomTextCLIP(made.embed_dim, vision, _TEXT, init_logit_bias=-10.0)
+    model = open_clip.CustomTextCLIP(embed_dim or made.embed_dim, vision, _TEXT, init_logit_bias=-10.0)
     visual = model.visual
     assert isinstance(visual, TimmModel)
     visual.trunk, visual.image_size = made, made.patch_embed.img_size
