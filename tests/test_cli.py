@@ -333,4 +333,4 @@ def test_the_installed_command(tmp_path: Path) -> None:
     assert re.fullmatch(r"model tiny .*: weights bundled .*; .*float32 on \w+\n", done.stdout)
     assert "missing.png" in done.stderr
     assert "Traceback" not in done.stderr
-    assert strict(tmp_path / "r.json") == {"pictures": [], "failed": ["missing.png"]}
+    assert strict(tmp_path / "r.json") == {"rows": [], "failed": ["missing.png"]}

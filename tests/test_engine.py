@@ -265,7 +265,9 @@ def test_half_precision_does_not_underflow(model: Any) -> None:
     tower = tower_of(model, torch.float16)
     assert isinstance(tower, Tower)
     defender = Defender(model, PROMPTS, precision="fp32")
-    setting = dataclasses.replace(defender.setting, encoder=Runner(tower))
+    setting = dataclasses.replace(
+        defender.setting, encoder=Runner(tower, defender.setting.encoder.trust)
+    )
     sight = methods.Sight(setting, x, seeds, (View(),))
     with torch.no_grad():
         begun = methods.begin(sight, 4 / 255)

@@ -109,7 +109,7 @@ def test_an_attack_must_cost_a_tenth_of_what_was_right(kept: int, right: int, fa
 def test_the_terminal_table() -> None:
     assert cell(ROWS[0]) == "95.0 [88.8, 97.8]"
     assert cell(None) == "–"
-    drawn = table(ROWS, "a title", {"none": 2.04})
+    drawn = table(ROWS, "a title", [{"defense": "none", "attack": "clean", "ms_per_image": 2.04}])
     heads = [str(column.header).split("\n") for column in drawn.columns]
     assert heads == [
         ["defense"], ["clean", "n=100"], ["PGD-10", "1/255", "n=100"],

@@ -258,7 +258,10 @@ def test_what_is_captured_asks_the_device_nothing(
         seeds = torch.empty(3, dtype=torch.int64, device="cuda")
         table = on_cuda(defender.setting.table).padded(64, 64)
         setting = dataclasses.replace(
-            defender.setting, encoder=Runner(on_cuda(tower)), table=table, backend="triton"
+            defender.setting,
+            encoder=Runner(on_cuda(tower), defender.setting.encoder.trust),
+            table=table,
+            backend="triton",
         )
         sight = methods.Sight(setting, x, seeds, defender.views(64))
         delta, logits = methods.repair(sight, defender.config, methods.begin(sight, 4 / 255))

@@ -84,7 +84,9 @@ def timm_model(
         small = {"img_size": SIDE, "patch_size": 8, "embed_dim": 64, "num_heads": 4}
         made = VisionTransformer(**{**small, "class_token": False, **options})
     vision = {"timm_model_name": "test_vit", "timm_pool": "", "timm_proj": proj}
-    model = open_clip.CustomTextCLIP(embed_dim or made.embed_dim, vision, _TEXT, init_logit_bias=-10.0)
+    model = open_clip.CustomTextCLIP(
+        embed_dim or made.embed_dim, vision, _TEXT, init_logit_bias=-10.0
+    )
     visual = model.visual
     assert isinstance(visual, TimmModel)
     visual.trunk, visual.image_size = made, made.patch_embed.img_size
