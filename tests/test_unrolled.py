@@ -231,7 +231,7 @@ def test_its_values_are_the_defenses(spec: str) -> None:
     flagged = int(expected.flagged.sum())
     assert (0 < flagged < 3) if "0.035" in spec else flagged == (0 if "tau=0" in spec else 3)
     found = unrolled(target, x.clone().requires_grad_(), keys)
-    # One pixel whose gradient is 0 but for rounding may turn its sign: 7e-4 seen on a CPU with AVX2.
+    # A pixel whose gradient is 0 but for rounding may turn its sign: 7e-4 seen on AVX2.
     torch.testing.assert_close(found.detach(), expected.logits, atol=2e-3, rtol=0)
 
 
