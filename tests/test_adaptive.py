@@ -20,6 +20,8 @@ from scc_fast.attacks.adaptive import balanced, climb, cross_entropy, random_sta
 from scc_fast.defenses import Defense, make_defense
 from scc_fast.defenses.base import Look
 
+pytestmark = pytest.mark.slow  # together more than a minute
+
 EPS = 8 / 255
 ONE_STEP: dict[str, Any] = {"steps": 1, "alpha": 1 / 255, "momentum": 0}
 PLAIN: dict[str, Any] = {"alpha": 1 / 255, "momentum": 0, "warmup": 0, "best": False}

@@ -12,6 +12,8 @@ from scc_fast.engine.differentiable import Encode
 from scc_fast.reference import heads, step
 from toys import FIVE, Tuned, defender_of, made, model_of, pictures
 
+pytestmark = pytest.mark.slow  # together more than a minute
+
 SEEDS = image_seeds(7, 3)
 
 

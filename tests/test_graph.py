@@ -26,6 +26,8 @@ from scc_fast.engine.towers import tower_of
 from scc_fast.reference import step
 from scc_fast.reference.ttc import Outcome
 
+pytestmark = pytest.mark.slow  # together more than a minute
+
 PROMPTS = tiny.prompts()[:40]
 
 

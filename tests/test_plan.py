@@ -20,6 +20,8 @@ from scc_fast.engine.plan import plan_of
 from scc_fast.engine.towers import tower_of
 from scc_fast.engine.vit import Tower
 
+pytestmark = pytest.mark.slow  # together more than a minute
+
 PROMPTS = tiny.prompts()[:20]
 
 

@@ -11,6 +11,8 @@ import torch
 
 from scc_fast.tiny import data, train
 
+pytestmark = pytest.mark.slow  # together more than a minute
+
 SETTINGS = (4, 4, 1e-3)  # steps, batch, peak learning rate
 
 

@@ -23,6 +23,8 @@ from scc_fast.defenses import SCC, TTC, Defense, make_defense
 from scc_fast.reference import heads, philox
 from scc_fast.reference.step import initial_delta
 
+pytestmark = pytest.mark.slow  # together more than a minute
+
 VIEWS = (IDENTITY, View(flip=True))
 SCALE, CLASSES = 5.0, 4
 
