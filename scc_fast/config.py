@@ -57,8 +57,8 @@ def one_of(name: str, value: Any, choices: Sequence[str]) -> str:
 
 def python_number(value: Any) -> Any:
     """A number of NumPy, or an array or tensor without dimensions, as Python's; else as it is."""
-    if isinstance(value, int | float | str):  # all that Dynamo can look at, and the usual case
-        return value if type(value).__module__ != "numpy" else value.item()
+    if type(value) in (bool, int, float, str):  # all that Dynamo can look at, and the usual case
+        return value
     return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
 
 
