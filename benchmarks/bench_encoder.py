@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from scc_fast.bench import measure
-from scc_fast.engine.encoder import PRECISIONS
+from scc_fast.engine.encoder import PRECISIONS, is_native
 from scc_fast.engine.plan import Pass, Plan, cost_of
 from scc_fast.engine.towers import tower_of
 from scc_fast.reference.views import to_patches
@@ -76,6 +76,9 @@ def bench_encoder(benchmark: Any, session: Session, name: str, pictures: int, ba
 
     sides = [side("modules", modules, "eager", None, "fp32")]
     for precision in ("bf16",) if session.kind == "cuda" else ("bf16", "fp32"):
+        if not is_native(PRECISIONS[precision], session.kind):
+            benchmark.extra_info[f"no {precision}"] = "this processor has no arithmetic for it"
+            continue
         tower = tower_of(model, PRECISIONS[precision])
         if isinstance(tower, str):
             pytest.skip(f"no runner for {name}: {tower}")

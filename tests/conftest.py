@@ -33,6 +33,8 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     threads = max(1, torch.get_num_threads() // workers)
     torch.set_num_threads(threads)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    # A pytest that a test starts is no worker: pytest-benchmark would not time anything in it.
+    del os.environ["PYTEST_XDIST_WORKER"], os.environ["PYTEST_XDIST_WORKER_COUNT"]
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist chooses for itself
