@@ -11,6 +11,7 @@ from scc_fast._arguments import explained
 from scc_fast._plain import plain
 from scc_fast.api import Defender, image_seeds
 from scc_fast.config import View, one_of, whole
+from scc_fast.engine.calls import not_finite
 from scc_fast.engine.opaque import NO_GRAPH, check_caller, opaque, transformed
 from scc_fast.images import to_batch
 
@@ -128,7 +129,10 @@ class DefendedCLIP(nn.Module):
         live = torch.is_grad_enabled() and x.requires_grad
         with plain(x.device), torch.set_grad_enabled(live):
             pieces = self.defender.pieces(x, seeds)
-            return torch.cat([self._logits(piece, key, live) for piece, key in pieces])
+            logits = torch.cat([self._logits(piece, key, live) for piece, key in pieces])
+        if not logits.detach().isfinite().all():
+            raise not_finite(logits, self.defender.model, self.defender.precision)
+        return logits
 
     def _logits(self, x: Tensor, seeds: Tensor, live: bool) -> Tensor:
         if not live or self.gradient == "through":

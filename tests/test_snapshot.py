@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import scc_fast
-from scc_fast import Defender
+from scc_fast import DefendedCLIP, Defender
 from scc_fast.engine.snapshot import digest, not_finite
 
 pytestmark = pytest.mark.quick
@@ -258,8 +258,15 @@ def test_an_encoder_that_overflows() -> None:
                 parameter.mul_(1e4)
     module.half()
     for method in ("scc", "none"):
-        with pytest.raises(ValueError, match=r"image 0 are not finite: .*overflows in fp16: load"):
-            Defender(wrapped(module), CLASSES, method=method)(pictures(), 0)
+        defender = Defender(wrapped(module), CLASSES, method=method)
+        calls = [
+            lambda x, call=defender: call(x, 0),
+            DefendedCLIP(defender, seed=0),
+            lambda x, call=defender: DefendedCLIP(call, seed=0)(x.clone().requires_grad_()),
+        ]
+        for call in calls:
+            with pytest.raises(ValueError, match=r"image 0 are not finite: .*overflows in fp16"):
+                call(pictures())
 
 
 def test_a_logit_scale_that_is_none() -> None:
