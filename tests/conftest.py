@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from importlib import util
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +25,23 @@ if not torch.cuda.is_available():
 else:  # convolutions would round to TF32 by default, and differ from run to run
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.deterministic = True
+
+def _mend_interpreter() -> None:
+    """Triton 3.6's interpreter takes a scalar as an array of one element, which NumPy 2.4 refuses."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def mended(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)  # the scope puts back what was there before
+        tensor.__index__ = lambda self: self.handle.data.item()
+
+    interpreter._patch_lang_tensor = mended
+
+
+if "TRITON_INTERPRET" in os.environ and util.find_spec("triton"):
+    if version("triton").startswith("3.6."):
+        _mend_interpreter()
 
 # Fresh memory is NaN, so that an element that a kernel leaves unwritten is seen. This is the mode
 # that fills it; what it asks of torch's own operators is nothing on a CPU.
