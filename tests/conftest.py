@@ -27,7 +27,7 @@ else:  # convolutions would round to TF32 by default, and differ from run to run
     torch.backends.cudnn.deterministic = True
 
 def _mend_interpreter() -> None:
-    """Triton 3.6's interpreter takes a scalar as an array of one element, which NumPy 2.4 refuses."""
+    """Triton 3.6 makes a number of an array of one element, which NumPy 2.4 refuses."""
     from triton.runtime import interpreter
 
     patch = interpreter._patch_lang_tensor
@@ -39,9 +39,9 @@ def _mend_interpreter() -> None:
     interpreter._patch_lang_tensor = mended
 
 
-if "TRITON_INTERPRET" in os.environ and util.find_spec("triton"):
-    if version("triton").startswith("3.6."):
-        _mend_interpreter()
+interpreted = "TRITON_INTERPRET" in os.environ and util.find_spec("triton")
+if interpreted and version("triton").startswith("3.6."):
+    _mend_interpreter()
 
 # Fresh memory is NaN, so that an element that a kernel leaves unwritten is seen. This is the mode
 # that fills it; what it asks of torch's own operators is nothing on a CPU.
