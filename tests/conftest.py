@@ -26,6 +26,7 @@ else:  # convolutions would round to TF32 by default, and differ from run to run
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.deterministic = True
 
+
 def _mend_interpreter() -> None:
     """Triton 3.6 makes a number of an array of one element, which NumPy 2.4 refuses."""
     from triton.runtime import interpreter
