@@ -76,6 +76,7 @@ step() {
     return 1
   fi
   say "$name: started, at most $limit s"
+  : > "$scratch/step.log" # or tail may find none yet
   set -m # a process group, so that an interruption reaches all of it
   (cd "$root" && exec timeout -k 5 "$limit" "$@") > "$scratch/step.log" 2>&1 &
   child=$!

@@ -17,12 +17,11 @@ from rich.progress import Progress
 
 import scc_fast
 from scc_fast import tiny
-from scc_fast.api import Defender
+from scc_fast._files import atomic, write_json
+from scc_fast.api import Defender, make_defense
 from scc_fast.attacks import PGD
 from scc_fast.config import format_epsilon
-from scc_fast.defenses import make_defense
-from scc_fast.evaluate.report import atomic, write_json
-from scc_fast.evaluate.rows import wilson
+from scc_fast.evaluate.results import wilson
 
 RESULTS = Path(__file__).parent / "results" / "cpu"
 CHUNK = 20

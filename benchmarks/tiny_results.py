@@ -23,10 +23,10 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from scc_fast._files import atomic, write_json
 from scc_fast.evaluate import command
-from scc_fast.evaluate.report import atomic, cell, write_json
-from scc_fast.evaluate.report_page import make_report
-from scc_fast.evaluate.rows import Row, wilson
+from scc_fast.evaluate.report import make_report
+from scc_fast.evaluate.results import Row, cell, wilson
 from scc_fast.evaluate.runner import Asked
 from scc_fast.evaluate.worker import Setting, Worker, environment
 
@@ -143,7 +143,7 @@ def gather(out: Path) -> None:
 
 
 def report() -> None:
-    """The report and the page's figures, of the methods alone, without their variants."""
+    """The page's figures are the report's, of the methods alone, without their variants."""
     with tempfile.TemporaryDirectory() as folder:
         for file in STORED.glob("*test*/results.json"):
             found = json.loads(file.read_text())
@@ -152,9 +152,10 @@ def report() -> None:
             run.mkdir()
             write_json(run / "results.json", found)
             shutil.copyfile(file.parent / "timings.json", run / "timings.json")
-        make_report(Path(folder), STORED / "report")
-    for name in ("pareto", "adaptive", "epsilon"):
-        shutil.copyfile(STORED / "report" / f"{name}.png", PAGE.parent / f"results-{name}.png")
+        make_report(Path(folder))
+        for name in ("pareto", "adaptive", "epsilon"):
+            picture = Path(folder) / "report" / f"{name}.png"
+            shutil.copyfile(picture, PAGE.parent / f"results-{name}.png")
 
 
 def bits(folder: Path, attack: str, defense: str) -> tuple[str, str, list[float]]:

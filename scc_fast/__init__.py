@@ -2,9 +2,9 @@
 
 from typing import Any as _Any
 
-from scc_fast import defenses as defenses  # registers its methods with Defender
 from scc_fast._version import __version__
 from scc_fast.api import Defender, defend, image_seeds
+from scc_fast.classifier import DefendedCLIP
 from scc_fast.config import (
     MethodConfig,
     NoneConfig,
@@ -14,19 +14,15 @@ from scc_fast.config import (
     View,
     ViewsConfig,
 )
-from scc_fast.defended import DefendedCLIP
 from scc_fast.models import VisionLanguage, load_model
-from scc_fast.presets import PRESETS, Preset, recommended
 from scc_fast.result import DefenseResult
 
 __all__ = [
-    "PRESETS",
     "DefendedCLIP",
     "Defender",
     "DefenseResult",
     "MethodConfig",
     "NoneConfig",
-    "Preset",
     "RNConfig",
     "SCCConfig",
     "TTCConfig",
@@ -37,18 +33,24 @@ __all__ = [
     "defend",
     "image_seeds",
     "load_model",
-    "recommended",
 ]
 
 
+# Old names, for one release: where each is now.
+_MOVED = {
+    "TTEConfig": ("scc_fast.config", "ViewsConfig"),
+    "PRESETS": ("scc_fast.evaluate.presets", "PRESETS"),
+    "Preset": ("scc_fast.evaluate.presets", "Preset"),
+    "recommended": ("scc_fast.evaluate.presets", "recommended"),
+}
+
+
 def __getattr__(name: str) -> _Any:
-    if name != "TTEConfig":
+    if name not in _MOVED:
         raise AttributeError(f"module 'scc_fast' has no attribute {name!r}")
+    import importlib
     import warnings
 
-    warnings.warn(
-        "scc_fast.TTEConfig was the config of SCC's views averaged, which is ViewsConfig now",
-        DeprecationWarning,
-        stacklevel=2,
-    )
-    return ViewsConfig
+    place, new = _MOVED[name]
+    warnings.warn(f"scc_fast.{name} is {place}.{new} now", DeprecationWarning, stacklevel=2)
+    return getattr(importlib.import_module(place), new)

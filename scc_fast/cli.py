@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from scc_fast import _options as options
-from scc_fast.config import METHODS
-from scc_fast.defenses import DEFENSES
-from scc_fast.engine.serve import ENGINES, PRECISIONS
+from scc_fast.defenses import DEFENSES, PLANNED
+from scc_fast.engine.encoder import PRECISIONS
+from scc_fast.engine.session import ENGINES
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -33,7 +33,7 @@ Json = Annotated[
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Seed = Annotated[int, typer.Option(help="Same seed, same result.")]
 Method = Annotated[str, options.one_of("The defense.", DEFENSES)]
-Planned = Annotated[str, options.one_of("The defense.", METHODS)]  # those that have passes to time
+Planned = Annotated[str, options.one_of("The defense.", PLANNED)]  # those that have passes to time
 Precision = Annotated[str, options.one_of("Of the encoder's products.", ("auto", *PRECISIONS))]
 Device = Annotated[str | None, options.one_of("Default: CUDA where it is.", ("cpu", "cuda"))]
 
@@ -50,9 +50,9 @@ def demo(
     debug: Debug = False,
 ) -> None:
     """Attack the bundled model, defend it, print one table and draw one figure."""
+    from scc_fast._files import write_json
     from scc_fast.evaluate.demo import Demo
-    from scc_fast.evaluate.report import table, write_json
-    from scc_fast.evaluate.rows import timed_rows
+    from scc_fast.evaluate.results import table, timed_rows
 
     options.figure_format(figure)
     show = Demo(n=n, adaptive_n=min(n, adaptive_n), seed=seed)
@@ -155,9 +155,9 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Robust accuracy of defenses under attacks, into a folder that `report` makes tables of."""
+    from scc_fast._files import write_json
     from scc_fast.evaluate import command
-    from scc_fast.evaluate.report import table, write_json
-    from scc_fast.evaluate.rows import timed_rows
+    from scc_fast.evaluate.results import table, timed_rows
 
     options.engine_suits(
         engine, workers is not None or cores != 1 or gpus != 0 or ray_address is not None
@@ -225,7 +225,7 @@ def report(
     debug: Debug = False,
 ) -> None:
     """Tables in the papers' layout, figures and one page from the results below FOLDER."""
-    from scc_fast.evaluate.report_page import make_report
+    from scc_fast.evaluate.report import make_report
 
     for path in make_report(folder, output):
         out.print(str(path), markup=False)
@@ -305,7 +305,7 @@ def doctor(
     pretrained: Annotated[str | None, typer.Option(help="open_clip tag or weights file.")] = None,
     plan: Annotated[
         str | None,
-        options.one_of("Also show the passes of a method and their floor here.", METHODS),
+        options.one_of("Also show the passes of a method and their floor here.", PLANNED),
     ] = None,
     batch: Annotated[int, typer.Option(help="Images that the plan is for.", min=1)] = 1,
     precision: Precision = "auto",
@@ -314,7 +314,7 @@ def doctor(
 ) -> None:
     """Show versions, what was built, and which backend serves each op, with reasons."""
     from scc_fast import doctor as examination
-    from scc_fast.evaluate.report import write_json
+    from scc_fast._files import write_json
 
     if plan is None and (batch != 1 or precision != "auto"):
         raise typer.BadParameter("--batch and --precision are of a plan: add --plan scc")

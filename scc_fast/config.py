@@ -326,26 +326,16 @@ class SCCConfig(MethodConfig):
     flip: bool | None = None
 
 
-METHODS: dict[str, type[MethodConfig]] = {
-    "scc": SCCConfig,
-    "ttc": TTCConfig,
-    "views": ViewsConfig,
-    "rn": RNConfig,
-    "none": NoneConfig,
-}
-
-
 def method_config(
     defaults: Mapping[str, dict[str, Any]],
     method: str,
     config: MethodConfig | dict[str, Any] | None,
-    kind: type[MethodConfig] | None = None,
+    kind: type[MethodConfig],
 ) -> MethodConfig:
     """The config of `method`, from an object, a dict or None, over a model's own defaults.
 
-    `kind` is its class; None: that of Defender's methods.
+    `kind` is its class.
     """
-    kind = kind or METHODS[method]
     if isinstance(config, MethodConfig):
         if not isinstance(config, kind):
             raise TypeError(

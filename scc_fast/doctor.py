@@ -1,4 +1,4 @@
-"""What scc-fast doctor tells: versions, what was built, which backend serves each op and why."""
+"""What scc-fast doctor tells: versions, what was built, who serves each method and op, and why."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import torch
 from scc_fast import _extension, ops
 from scc_fast._version import __version__
 from scc_fast.api import Defender
-from scc_fast.engine.towers import tower_of
+from scc_fast.defenses import DEFENSES
+from scc_fast.engine.vit_from import tower_of
 from scc_fast.models import VisionLanguage
 
 _PACKAGES = (
@@ -47,6 +48,7 @@ def report() -> dict[str, Any]:
             "loaded": _extension.available(),
             "why not": _extension.WHY,
         },
+        "methods": [_method(name) for name in DEFENSES],
         "ops": [row for device in devices for row in _ops(device)],
     }
 
@@ -80,6 +82,19 @@ def plan(
     return f"{head}\n{made.describe(cost, batch, *limits)}\nmemory about {size:.0f} MiB"
 
 
+def _method(name: str) -> dict[str, Any]:
+    """Who serves a method, as published."""
+    defense = DEFENSES[name](DEFENSES[name].Config())
+    engines = ("eager", "compile", "runner", *(("graph",) if defense.captures else ()))
+    return {
+        "method": name,
+        "repairs": defense.repairs,
+        "gate": defense.has_gate,
+        "engines": list(engines),
+        "why no graph": defense.uncaptured,
+    }
+
+
 def _ops(device: str) -> list[dict[str, Any]]:
     rows = []
     for op in ops.names():
@@ -108,6 +123,13 @@ def show(console: Any, found: dict[str, Any]) -> None:
             console.print(table)
     if "plan" in found:
         console.print(found["plan"], markup=False, highlight=False)
+    table = Table(title="methods", title_justify="left")
+    for name in ("method", "repairs", "gate", "engines", "why no graph"):
+        table.add_column(name)
+    for row in found["methods"]:
+        engines, gate = ", ".join(row["engines"]), "yes" if row["gate"] else "no"
+        table.add_row(row["method"], row["repairs"], gate, engines, row["why no graph"])
+    console.print(table)
     table = Table(title="ops", title_justify="left")
     for name in ("op", "device", "served by", "why not the others"):
         table.add_column(name)

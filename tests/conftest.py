@@ -62,11 +62,15 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     """`-n` hands out whole files, so that what a module's tests share is made once."""
     if getattr(config.option, "numprocesses", None) and config.option.dist == "no":
         config.option.dist = "loadfile"
+        config.option.loadscopereorder = False  # by the number of tests; see below
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m is looked at
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What needs a GPU is not there without one, and what has no other marker is quick."""
+    """What needs a GPU is not there without one, and what has no other marker is quick.
+
+    Files with slow tests come first, those with Ray before all: no process then waits at the end.
+    """
     left_out = []
     if not torch.cuda.is_available():
         left_out = [item for item in items if item.get_closest_marker("gpu")]
@@ -76,6 +80,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if not any(item.get_closest_marker(name) for name in NOT_QUICK):
             item.add_marker(pytest.mark.quick)
+    rank: dict[Path, int] = {}
+    for item in items:
+        own = 0 if item.get_closest_marker("ray") else 2 if item.get_closest_marker("quick") else 1
+        rank[item.path] = min(own, rank.get(item.path, 2))
+    items.sort(key=lambda item: rank[item.path])
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from scc_fast import image_seeds, tiny
-from scc_fast.defenses.base import Defense
+from scc_fast import Defender, image_seeds, tiny
+from scc_fast.defenses import Defense
+from scc_fast.engine.batch import Batch
 from scc_fast.reference.heads import Classes
+from scc_fast.reference.ttc import Outcome
 from toys import FIVE, assert_same, model_of
 
 SHAPE = (3, 4, 5)
@@ -52,12 +55,23 @@ class Toy:
 
 
 def toyed(kind: type[Defense], *, scale: float = 9.0, seed: int = 0, **config: Any) -> Any:
-    """A defense with the toy for an encoder, and random classes of its width."""
-    defense: Any = kind(model_of("tiny"), FIVE, config=config)
-    defense.encode = Toy(seed)
+    """A Defender with the toy for an encoder, and random classes of its width."""
+    defender = Defender(model_of("tiny"), FIVE, method=kind.name, config=config)
     text = torch.randn(CLASSES, WIDTH, generator=torch.Generator().manual_seed(seed + 1))
-    defense.table = Classes(F.normalize(text, dim=-1), scale, 0.5)
-    return defense
+    classes = Classes(F.normalize(text, dim=-1), scale, 0.5)
+    defender.session = replace(defender.session, encoded=Toy(seed), classes=classes)
+    return defender
+
+
+@torch.no_grad()
+def ran(defender: Any, x: Tensor, seeds: Tensor) -> Outcome:
+    """The method without gradients, as a call runs it."""
+    return defender.run(x, seeds)
+
+
+def looked_at(defender: Any, x: Tensor, seeds: Tensor) -> Tensor:
+    """The pictures that the method would look at if it repaired nothing, (L, B, 3, H, W)."""
+    return defender.defense.pictures(defender.session, Batch(x, seeds))
 
 
 def dots(n: int = 3, shape: tuple[int, ...] = SHAPE) -> Tensor:
@@ -68,7 +82,7 @@ def dots(n: int = 3, shape: tuple[int, ...] = SHAPE) -> Tensor:
 
 def exact_logits(defense: Any, pixels: np.ndarray) -> np.ndarray:
     """scale·cos + bias in float64."""
-    f = defense.encode.exact(pixels)
+    f = defense.session.encode.exact(pixels)
     text = np.float64(defense.table.text.numpy())
     unit = f / np.linalg.norm(f, axis=1, keepdims=True)
     return defense.table.scale * unit @ text.T + defense.table.bias
@@ -76,12 +90,12 @@ def exact_logits(defense: Any, pixels: np.ndarray) -> np.ndarray:
 
 def exact_gradient(defense: Any, pixels: np.ndarray, slope: np.ndarray) -> np.ndarray:
     """From ∂/∂logits to ∂/∂x: ∂cos(f, t)/∂f = (t − (u·t) u)/‖f‖."""
-    f = defense.encode.exact(pixels)
+    f = defense.session.encode.exact(pixels)
     norm = np.linalg.norm(f, axis=1, keepdims=True)
     unit = f / norm
     mixed = slope @ np.float64(defense.table.text.numpy())
     across = mixed - (unit * mixed).sum(axis=1, keepdims=True) * unit
-    return defense.encode.pull(defense.table.scale * across / norm, pixels)
+    return defense.session.encode.pull(defense.table.scale * across / norm, pixels)
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -98,8 +112,8 @@ def check_bpda(defense: Any, x: Tensor, seeds: Tensor) -> None:
     out = torch.randn(len(x), CLASSES, generator=torch.Generator().manual_seed(5))
     with torch.enable_grad():
         leaf = x.clone().requires_grad_()
-        found = defense.repair(leaf, seeds)
-        (got,) = torch.autograd.grad((defense.answer(found) * out).sum(), leaf)
+        found = defense.live(leaf, seeds)
+        (got,) = torch.autograd.grad((found.logits * out).sum(), leaf)
     assert not found.delta.requires_grad
     where = np.float64((x + found.delta).numpy())
     want = exact_gradient(defense, where, np.float64(out.numpy()))
@@ -109,7 +123,7 @@ def check_bpda(defense: Any, x: Tensor, seeds: Tensor) -> None:
 
 def check_own_result(kind: type[Defense], **config: Any) -> None:
     """On the bundled model: a seed gives the result again, and no image sees its batch."""
-    defense = kind(model_of("tiny"), tiny.prompts(), config=config)
+    defense = Defender(model_of("tiny"), tiny.prompts(), method=kind.name, config=config)
     x = tiny.generate("test", range(3))[0]
     state = torch.get_rng_state()
     whole = defense(x, 7)
@@ -119,11 +133,13 @@ def check_own_result(kind: type[Defense], **config: Any) -> None:
     assert torch.equal(again.delta, whole.delta)
     for i in range(3):
         assert_same(defense(x[i : i + 1], whole.seeds[i : i + 1]), whole, [i])
-    assert defense.run(x[:0], whole.seeds[:0]).logits.shape == (0, len(defense.text_features))
+    for run in (ran, Defender.run):
+        nothing = run(defense, x[:0], whole.seeds[:0])
+        assert nothing.logits.shape == (0, len(defense.text_features))
 
 
 def check_costs(defense: Any, n: int = 3) -> None:
     """Traits against what the encoder saw."""
-    defense.run(dots(n), image_seeds(0, n))
-    traits, toy = defense.traits, defense.encode
+    ran(defense, dots(n), image_seeds(0, n))
+    traits, toy = defense.traits, defense.session.encode
     assert (toy.forward, toy.backward) == (n * traits.forward, n * traits.backward)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -13,12 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import scc_fast
-from attack_toys import Gated, Guessing, Toy, images, weights
-from scc_fast import attacks, tiny
+from attack_toys import FencedAndLabelled, Gated, Guessing, Labelled, Toy, images, weights
+from scc_fast import Defender, attacks, tiny
+from scc_fast.api import make_defense
 from scc_fast.attacks import BPDA, PGD, Attack, GateEvasion, PseudoLabel, ViewAware
-from scc_fast.attacks.adaptive import balanced, climb, cross_entropy, random_start, step_sizes
-from scc_fast.defenses import Defense, make_defense
-from scc_fast.defenses.base import Look
+from scc_fast.attacks.adaptive import balanced, climb, cross_entropy, step_sizes
+from scc_fast.engine.batch import Batch, uniform_start
+from scc_fast.engine.session import Session
+from scc_fast.reference import philox
+from scc_fast.reference.heads import Classes
 
 pytestmark = pytest.mark.slow  # together more than a minute
 
@@ -35,7 +39,7 @@ def labels(n: int) -> Tensor:
     return torch.arange(n) % 3
 
 
-def defense(spec: str, **options: Any) -> Defense:
+def defense(spec: str, **options: Any) -> Defender:
     return make_defense(spec, scc_fast.load_model("tiny", device="cpu"), tiny.prompts(), **options)
 
 
@@ -101,12 +105,12 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 def test_bpda_applies_the_gradient_at_the_repaired_picture_to_the_picture() -> None:
     toy, x = Toy(weights(), noise=0.5), images(4)
-    start = random_start(x, seeds(4), EPS)
+    start = uniform_start(x, seeds(4), EPS, philox.ATTACK_START)
     found = BPDA(EPS, **ONE_STEP, warmup=0, best=False).run(toy, x, labels(4), seeds(4))
     w = toy.w.double().numpy()
     (point,) = toy.points
     torch.testing.assert_close(point, x + start)
-    repaired = toy.repair(point, torch.tensor(toy.keys)).pictures[0]
+    repaired = toy.defense.repaired(Batch(point, torch.tensor(toy.keys)))[0]
     logits = repaired.flatten(1).double().numpy() @ w.T
     gradient = (softmax(logits) - np.eye(3)[labels(4)]) @ w
     here = (x + start).flatten(1).double().numpy() @ w.T
@@ -124,7 +128,7 @@ def test_a_certain_answer_still_has_a_slope() -> None:
 
 def test_the_margin_loss_climbs_from_the_true_class_to_the_best_wrong_one() -> None:
     toy, x = Toy(weights()), images(4)
-    start = random_start(x, seeds(4), EPS)
+    start = uniform_start(x, seeds(4), EPS, philox.ATTACK_START)
     options: dict[str, Any] = {**ONE_STEP, "warmup": 0, "best": False, "loss": "margin"}
     found = BPDA(EPS, **options).run(toy, x, labels(4), seeds(4))
     logits = (x + start).flatten(1) @ toy.w.T
@@ -139,7 +143,7 @@ def test_view_aware_on_each_view_and_on_their_mean() -> None:
         return torch.stack([x, 3 * x.flip(-1)])
 
     toy, x = Toy(weights(seed=3), views=views), images(6)
-    start = random_start(x, seeds(6), EPS)
+    start = uniform_start(x, seeds(6), EPS, philox.ATTACK_START)
     w, target = toy.w.double().numpy(), np.eye(3)[labels(6)]
     mirrored = weights(seed=3).view(3, 3, 2, 2).flip(-1).flatten(1).double().numpy()
     point = (x + start).flatten(1).double().numpy()
@@ -159,7 +163,7 @@ def test_view_aware_on_each_view_and_on_their_mean() -> None:
 
 def test_the_pseudo_label_attack_climbs_at_the_guess() -> None:
     toy, x = Guessing(weights()), images(4)
-    start = random_start(x, seeds(4), EPS)
+    start = uniform_start(x, seeds(4), EPS, philox.ATTACK_START)
     found = PseudoLabel(EPS, **ONE_STEP).run(toy, x, labels(4), seeds(4))
     logits = (1 - (x + start).flip(-1)).flatten(1) @ toy.w.T
     logits[torch.arange(4), labels(4)] = -torch.inf
@@ -174,11 +178,11 @@ def test_the_pseudo_label_attack_climbs_at_the_guess() -> None:
 def test_a_class_with_the_true_ones_embedding_is_not_wrong() -> None:
     toy, x = Toy(weights(4)), images(2)
     toy.w[3] = toy.w[0]
-    toy.text_features = torch.eye(4)[torch.tensor([0, 1, 2, 0])]
-    toy.table = type(toy.table)(toy.text_features, 1.0)
+    text = torch.eye(4)[torch.tensor([0, 1, 2, 0])]
+    toy.session = replace(toy.session, classes=Classes(text, 1.0))
     options: dict[str, Any] = {**ONE_STEP, "warmup": 0, "best": False, "loss": "margin"}
     found = BPDA(EPS, **options).run(toy, x, torch.zeros(2).long(), seeds(2))
-    start = random_start(x, seeds(2), EPS)
+    start = uniform_start(x, seeds(2), EPS, philox.ATTACK_START)
     logits = ((x + start).flatten(1) @ toy.w.T)[:, 1:3]
     gradient = toy.w[1 + logits.argmax(dim=1)] - toy.w[0]
     expected = (start.flatten(1) + gradient.sign() / 255).clamp(-EPS, EPS)
@@ -192,9 +196,9 @@ def test_gate_evasion_shuts_a_gate_that_bpda_leaves_open() -> None:
     x = x - x.mean(dim=(1, 2, 3), keepdim=True) + gated.tau - 0.02  # open by 0.02, budget 0.03
     flagged, right = {}, {}
     for attack in (BPDA(EPS, warmup=0), GateEvasion(EPS, warmup=0)):
-        found = gated.repair(attack.run(gated, x, y, seeds(n)), seeds(n))
+        found = gated.live(attack.run(gated, x, y, seeds(n)), seeds(n))
         flagged[attack.name] = int(found.flagged.sum())
-        right[attack.name] = int((gated.answer(found).argmax(dim=1) == y).sum())
+        right[attack.name] = int((found.logits.argmax(dim=1) == y).sum())
     assert flagged == {"bpda": n, "gate": 0}  # no gradient passes an open gate
     assert right["bpda"] == n
     assert right["gate"] < n
@@ -229,10 +233,13 @@ def test_the_attackers_draws_are_its_own(eot: int) -> None:
 
 
 def test_views_and_guesses_are_drawn_anew_in_every_step() -> None:
+    class Noted(Labelled):
+        def pictures(self, session: Session, batch: Batch) -> Tensor:
+            self.keys += batch.seeds.tolist()
+            return super().pictures(session, batch)
+
     class Noting(Guessing):
-        def views(self, x: Tensor, seeds: Tensor) -> Look:
-            self.keys += seeds.tolist()
-            return super().views(x, seeds)
+        kind = Noted
 
     for attack, draws in ((ViewAware(EPS, steps=4), 4), (PseudoLabel(EPS, steps=3, eot=2), 3 * 2)):
         toy = Noting(weights())
@@ -260,8 +267,10 @@ def test_eot_averages_over_the_draws() -> None:
 ALL = (ViewAware, BPDA, GateEvasion, PseudoLabel)
 
 
-class Everything(Gated, Guessing):
+class Everything(Gated):
     """A toy with a gate and a pseudo-label."""
+
+    kind = FencedAndLabelled
 
 
 @pytest.mark.parametrize("kind", ALL)

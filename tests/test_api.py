@@ -13,7 +13,8 @@ from PIL import Image
 
 import scc_fast
 from scc_fast import Defender, SCCConfig, TTCConfig, tiny
-from scc_fast.engine import methods
+from scc_fast.engine import drive
+from scc_fast.engine.session import served_by
 from scc_fast.reference.views import make_views, preprocess
 from toys import (
     FIVE,
@@ -53,7 +54,7 @@ def test_every_method_on_every_model(kind: str, method: str) -> None:
     assert torch.equal(result.flagged, result.drift < 0.2)
     assert (result.method, result.backend, result.engine) == (
         method,
-        methods.served_by(x.device, None),
+        served_by(x.device, None),
         defender.engine,
     )
     assert result.timings["total"] >= result.timings["defense"] > 0
@@ -242,13 +243,19 @@ def test_an_image_does_not_see_its_batch(kind: str) -> None:
 
 # Four views an image: the encoder sees at most max_batch pictures at once.
 @pytest.mark.parametrize("max_batch", [1, 13, 16])
-def test_split_batches(max_batch: int) -> None:
+def test_split_batches(max_batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     x, whole = pictures("hf_clip", 4), defender_of("hf_clip")
     sizes: list[int] = []
     split = defender_of("hf_clip", max_batch=max_batch)
-    run = split.run
-    split.run = lambda x, s: (sizes.append(len(x)), run(x, s))[1]  # type: ignore[method-assign]
-    result = split(x, 2)
+    run = drive.run
+
+    def counted(session: Any, defense: Any, batch: Any) -> Any:
+        sizes.append(len(batch))
+        return run(session, defense, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(drive, "run", counted)
+        result = split(x, 2)
     assert_same(result, whole(x, 2))
     assert torch.equal(result.seeds, whole(x, 2).seeds)
     assert sizes == {1: [1, 1, 1, 1], 13: [3, 1], 16: [4]}[max_batch]

@@ -14,9 +14,10 @@ from torch import Tensor
 import scc_fast
 from attack_toys import by_hand, drawn, moved, target_of
 from scc_fast import attacks, tiny
+from scc_fast.api import make_defense
 from scc_fast.attacks import ATTACKS, BareLogits, margin, parse_attack
 from scc_fast.attacks.leakage import wrong_classes
-from scc_fast.defenses import Defense, make_defense
+from scc_fast.defenses import Defense
 from scc_fast.reference import philox
 from toys import FIVE, KINDS, model_of, pictures
 

@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import scc_fast
-from scc_fast._checkpoints import parse_model, read_image_encoder
-from scc_fast._hub import stand_in_tokenizer
 from scc_fast.models import load_model, load_spec
+from scc_fast.models.checkpoints import parse_model, read_image_encoder
+from scc_fast.models.hub import stand_in_tokenizer
 
 open_clip = pytest.importorskip("open_clip")
 

@@ -17,6 +17,7 @@ from PIL import Image
 import scc_fast
 from command_line import Run, strict
 from scc_fast import cli, tiny
+from scc_fast.defenses import DEFENSES
 from scc_fast.evaluate import pictures as pictures_module
 from scc_fast.evaluate.demo import Demo
 from scc_fast.evaluate.runner import Asked
@@ -305,6 +306,14 @@ def test_doctor(run: Run) -> None:
     for row in found["ops"]:
         assert row["why not"][row["served by"]] is None
         assert row["op"] in out
+    methods = {row["method"]: row for row in found["methods"]}
+    assert list(methods) == list(DEFENSES)
+    assert "graph" in methods["scc"]["engines"]
+    assert "graph" not in methods["r_tpt"]["engines"]
+    assert methods["r_tpt"]["why no graph"].startswith("it tunes prompts")
+    assert [name for name, row in methods.items() if row["repairs"] == "flagged"] == [
+        "ttc", "scc", "csr",
+    ]  # fmt: skip
     assert version in out
     assert found["model"]["encoder"] in (
         "runner",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -78,3 +80,23 @@ def test_every_data_set_of_the_papers(run: Run, tmp_path: Path, name: str) -> No
     assert {(r["defense"], r["attack"], r["n"]) for r in found["rows"]} == {
         (d, a, 2) for d in ("none", "rn") for a in ("clean", "pgd1")
     }
+
+
+def test_a_report_without_pandas_is_one_sentence(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name.startswith("scc_fast.evaluate.report")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    code, out, err = run("report", tmp_path)
+    assert (code, out) == (1, "")
+    assert err == (
+        'scc-fast: scc-fast report needs pandas and Jinja2: pip install "scc_fast[evaluate]"\n'
+    )
+
+
+def test_an_evaluation_needs_no_pandas() -> None:
+    modules = "scc_fast, scc_fast.cli, scc_fast.evaluate.command, scc_fast.evaluate.demo"
+    code = f"import sys, {modules}; print({{'pandas'}} & {{*sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

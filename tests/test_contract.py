@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 import scc_fast
 from scc_fast import DefendedCLIP, Defender, attacks
-from scc_fast.defenses import DEFENSES, make_defense
+from scc_fast.api import make_defense
+from scc_fast.defenses import DEFENSES
 from toys import (
     CONFIG,
     FIVE,

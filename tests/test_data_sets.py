@@ -20,6 +20,8 @@ import data_on_disk
 import scc_fast
 from scc_fast import tiny
 from scc_fast.evaluate.data import CATALOGUE, MissingData, Source, from_source, open_dataset
+from scc_fast.evaluate.data.dataset import Decoded
+from scc_fast.evaluate.data.protocol import Preparation
 
 
 @dataclass(frozen=True)
@@ -285,6 +287,38 @@ def test_copies_on_disk(
 
 def test_every_set_of_the_papers_is_read_from_disk() -> None:
     assert set(ON_DISK) == {e.name for e in CATALOGUE.values() if e.group != "bundled"}
+
+
+def test_a_picture_is_decoded_once(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[Image.Image] = []
+    prepare = Preparation.__call__
+
+    def count(self: Preparation, picture: Image.Image) -> torch.Tensor:
+        decoded.append(picture)
+        return prepare(self, picture)
+
+    monkeypatch.setattr(Preparation, "__call__", count)
+    for data in (
+        from_source(source("pcam", ("0", "1"), (0, 1, 0, 1, 1)), model),
+        open_dataset("emoji", model, n_samples=5),
+    ):
+        first, labels = data.batch(0, 5)
+        for start, stop in ((0, 5), (3, 5), (1, 2)):
+            x, again = data.batch(start, stop)
+            assert torch.equal(x, first[start:stop])
+            assert torch.equal(again, labels[start:stop])
+        assert len(decoded) == 5
+        decoded.clear()
+
+
+def test_pictures_that_bytes_do_not_hold_are_not_kept() -> None:
+    kept = Decoded()
+    kept.put(3, torch.full((3, 2, 2), 0.3))
+    assert kept.get(3, (2, 2)) is None
+    kept.put(4, torch.full((3, 2, 2), 51 / 255))
+    found = kept.get(4, (2, 2))
+    assert found is not None
+    assert torch.equal(found, torch.full((3, 2, 2), 51 / 255))
 
 
 def test_labels_follow_names_not_positions(model: Any, tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from torch.autograd import forward_ad
 
 import scc_fast
 from scc_fast import DefendedCLIP, Defender, tiny
-from scc_fast.defenses import DEFENSES, make_defense
+from scc_fast.api import make_defense
+from scc_fast.defenses import DEFENSES
 from toys import FIVE, METHODS, defender_of, model_of, pictures
 
 GRADIENTS: tuple[Any, ...] = ("through", "bpda", "identity")
@@ -284,6 +285,7 @@ def test_copies_answer_alike() -> None:
     for other in copies:
         assert torch.equal(other(x), expected)
         torch.testing.assert_close(gradient_of(other, x), gradient_of(robust, x))
+    robust.requires_grad_(False)  # the snapshot is shared with other tests' defenders
 
 
 @pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])

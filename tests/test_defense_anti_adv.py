@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import scc_fast
 from defense_toys import (
     CLASSES,
     check_bpda,
@@ -20,11 +20,16 @@ from defense_toys import (
     dots,
     exact_gradient,
     exact_logits,
+    ran,
     softmax,
     toyed,
 )
 from scc_fast import image_seeds, tiny
 from scc_fast.defenses.anti_adv import AntiAdv, AntiAdvConfig
+from scc_fast.defenses.scc import Undefended
+from scc_fast.engine import drive
+from scc_fast.engine.batch import Batch
+from toys import defender_of
 
 
 def by_hand(defense: Any, x: Tensor, alpha: float, epsilon: float | None) -> np.ndarray:
@@ -51,7 +56,7 @@ def by_hand(defense: Any, x: Tensor, alpha: float, epsilon: float | None) -> np.
 )
 def test_steps_by_hand(config: dict[str, Any], alpha: float, epsilon: float | None) -> None:
     defense, x = toyed(AntiAdv, **config), dots()
-    outcome = defense.run(x, image_seeds(0, 3))
+    outcome = ran(defense, x, image_seeds(0, 3))
     want = by_hand(defense, x, alpha, epsilon)
     np.testing.assert_allclose(outcome.delta.numpy(), want, atol=1e-6)
     logits = exact_logits(defense, np.float64(x.numpy()) + want)
@@ -60,19 +65,22 @@ def test_steps_by_hand(config: dict[str, Any], alpha: float, epsilon: float | No
     assert reach == pytest.approx(defense.config.epsilon)  # the budget is used, and no more
     assert outcome.drift.isnan().all()
     assert outcome.flagged.all()
-    last = defense.encode.seen[-1]
+    last = defense.session.encode.seen[-1]
     outside = bool((last < -1e-6).any()) and bool((last > 1 + 1e-6).any())
     assert outside == (epsilon is None)
 
 
 def test_it_grows_surer_of_the_first_guess() -> None:
     defense, x = toyed(AntiAdv), dots(8)
-    first = defense.answer(defense.guess(x, image_seeds(0, 8)))
-    last = defense.run(x, image_seeds(0, 8)).logits
+    guess, batch = defense.defense.guess, Batch(x, image_seeds(0, 8))
+    first = drive.live(defense.session, guess, batch).logits
+    last = ran(defense, x, image_seeds(0, 8)).logits
     label = first.argmax(dim=-1)
     before, after = (F.cross_entropy(logits, label, reduction="none") for logits in (first, last))
     assert (after < before).all()
-    assert torch.equal(defense.guess(x, image_seeds(0, 8)).pictures[0], x)
+    assert isinstance(guess, Undefended)
+    assert torch.equal(guess.pictures(defense.session, batch), x[None])
+    assert torch.equal(defense.session.encode.seen[0], x)
 
 
 def test_a_guess_that_is_lost_on_the_way_is_still_pursued() -> None:
@@ -83,9 +91,11 @@ def test_a_guess_that_is_lost_on_the_way_is_still_pursued() -> None:
     one = by_hand(toyed(AntiAdv, steps=1, **config), x, -0.1, 0.3)
     first, then = (exact_logits(defense, x.numpy() + gamma).argmax(1) for gamma in (0, one))
     assert (first != then).any()
-    toy = defense.encode
-    defense.encode = lambda pixels: 2 * toy(pixels).detach() - toy(pixels)
-    np.testing.assert_allclose(defense.run(x, image_seeds(0, 8)).delta.numpy(), want, atol=1e-6)
+    toy = defense.session.encode
+    defense.session = replace(
+        defense.session, encoded=lambda pixels: 2 * toy(pixels).detach() - toy(pixels)
+    )
+    np.testing.assert_allclose(ran(defense, x, image_seeds(0, 8)).delta.numpy(), want, atol=1e-6)
 
 
 def test_certainty_does_not_hide_the_gradient() -> None:
@@ -93,7 +103,7 @@ def test_certainty_does_not_hide_the_gradient() -> None:
     defense, x = toyed(AntiAdv, scale=120.0), dots(6)
     sure = torch.from_numpy(softmax(exact_logits(defense, x.numpy()))).float().amax(dim=1) == 1
     assert sure.any()
-    got = defense.run(x, image_seeds(0, 6)).delta.numpy()
+    got = ran(defense, x, image_seeds(0, 6)).delta.numpy()
     np.testing.assert_allclose(got, by_hand(defense, x, 2 / 255, 4 / 255), atol=1e-6)
 
 
@@ -135,8 +145,7 @@ def test_a_result_is_the_image_s_own() -> None:
 
 def test_on_the_bundled_model() -> None:
     x, labels = tiny.generate("test", range(20))
-    defense = AntiAdv(scc_fast.load_model("tiny", device="cpu"), tiny.prompts())
-    result = defense(x, 0)
+    result = defender_of(method="anti_adv")(x, 0)
     assert (result.labels == labels).float().mean() >= 0.9
     assert result.delta.abs().max() <= 4 / 255 + 1e-6
     assert -1e-6 <= (x + result.delta).min() <= (x + result.delta).max() <= 1 + 1e-6

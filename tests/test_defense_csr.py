@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,11 +20,12 @@ from defense_toys import (
     confined,
     dots,
     exact_logits,
+    ran,
     toyed,
 )
 from scc_fast import image_seeds, tiny
 from scc_fast.defenses.csr import CSR, CSRConfig, low_pass
-from toys import model_of
+from toys import defender_of
 
 
 def filtered(x: np.ndarray, radius: float) -> np.ndarray:
@@ -42,7 +44,7 @@ def unit(f: np.ndarray) -> np.ndarray:
 
 def rectified(defense: Any, x: Tensor, steps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The card in float64: C (B,), the iterates x_0 to x_N and their R (N + 1, B, ...)."""
-    config, toy = defense.config, defense.encode
+    config, toy = defense.config, defense.session.encode
     start = np.float64(x.numpy())
     came = unit(toy.exact(start))
     low = unit(toy.exact(filtered(start, config.radius)))
@@ -92,7 +94,7 @@ def test_steps_by_hand(config: dict[str, Any], published: bool) -> None:
     first = 0 if published else 1
     best = first + scores[first:].argmax(axis=0)
     want = points[best, np.arange(6)]
-    outcome = defense.run(x, image_seeds(0, 6))
+    outcome = ran(defense, x, image_seeds(0, 6))
     np.testing.assert_allclose((x + outcome.delta).numpy(), want, atol=1e-6)
     np.testing.assert_allclose(outcome.drift.numpy(), similarity, atol=1e-6)
     np.testing.assert_allclose(outcome.logits.numpy(), exact_logits(defense, want), atol=1e-4)
@@ -113,8 +115,8 @@ def test_the_picture_itself_competes_only_as_published() -> None:
     deltas = []
     for published in (False, True):
         defense = toyed(CSR, threshold=1.0, published=published)
-        defense.encode = Misleading()
-        deltas.append(defense.run(x, seeds).delta)
+        defense.session = replace(defense.session, encoded=Misleading())
+        deltas.append(ran(defense, x, seeds).delta)
     assert (deltas[0].abs().amax(dim=(1, 2, 3)) > 1 / 255).all()
     assert not deltas[1].any()
 
@@ -122,7 +124,7 @@ def test_the_picture_itself_competes_only_as_published() -> None:
 def test_the_best_iterate_need_not_be_the_last() -> None:
     """An encoder that changes its mind: the second pass scores best."""
     defense, x = toyed(CSR, threshold=1.0), dots(2)
-    toy, calls = defense.encode, []
+    toy, calls = defense.session.encode, []
     low = low_pass(x, 40.0)
 
     def encode(pixels: Tensor) -> Tensor:
@@ -130,8 +132,8 @@ def test_the_best_iterate_need_not_be_the_last() -> None:
         found = toy(pixels)  # of the gate, x, x_1, x_2, x_3 and the prediction
         return found - found.detach() + toy(low) if len(calls) == 3 else found
 
-    defense.encode = encode
-    outcome = defense.run(x, image_seeds(0, 2))
+    defense.session = replace(defense.session, encoded=encode)
+    outcome = ran(defense, x, image_seeds(0, 2))
     assert len(calls) == 6
     assert torch.equal(x + outcome.delta, calls[2])
     assert not torch.equal(calls[2], calls[3])
@@ -139,11 +141,11 @@ def test_the_best_iterate_need_not_be_the_last() -> None:
 
 def test_the_gate_passes_its_own_threshold() -> None:
     x, seeds = dots(3), image_seeds(0, 3)
-    drift = toyed(CSR).run(x, seeds).drift
+    drift = ran(toyed(CSR), x, seeds).drift
     assert len(drift.unique()) == 3
     tie = float(drift.median())
     defense = toyed(CSR, threshold=tie)
-    outcome = defense.run(x, seeds)
+    outcome = ran(defense, x, seeds)
     assert torch.equal(outcome.flagged, drift < tie)
     assert outcome.flagged.sum() == 1
     touched = outcome.delta.abs().amax(dim=(1, 2, 3)) > 0
@@ -152,18 +154,18 @@ def test_the_gate_passes_its_own_threshold() -> None:
     np.testing.assert_allclose(
         outcome.logits.numpy()[kept], exact_logits(defense, x.numpy())[kept], atol=1e-4
     )
-    margin = defense.answer(defense.gate(x, seeds))
+    margin = defense.live(x, seeds).margin
     torch.testing.assert_close(margin, tie - drift)
     assert torch.equal(margin > 0, outcome.flagged)
     above = toyed(CSR, threshold=float(np.nextafter(np.float32(tie), np.float32(1))))
-    assert above.run(x, seeds).flagged.sum() == 2
+    assert ran(above, x, seeds).flagged.sum() == 2
 
 
 def test_the_gate_can_be_attacked() -> None:
     defense, x = toyed(CSR), dots(3)
 
     def margin(point: Tensor) -> Tensor:
-        return defense.answer(defense.gate(point, image_seeds(0, 3))).sum()
+        return defense.live(point, image_seeds(0, 3)).margin.sum()
 
     inside = 0.2 + 0.6 * x  # where the filter does not clip
     leaf = inside.clone().requires_grad_()
@@ -180,7 +182,7 @@ def test_fast_is_one_step_less() -> None:
     for published in (False, True):
         fast = toyed(CSR, threshold=1.0, fast=True, published=published)
         two = toyed(CSR, threshold=1.0, steps=2, published=published)
-        assert torch.equal(fast.run(x, seeds).delta, two.run(x, seeds).delta)
+        assert torch.equal(ran(fast, x, seeds).delta, ran(two, x, seeds).delta)
         assert (fast.traits.forward, fast.traits.backward) == (6, 2)  # as the card counts it
 
 
@@ -188,8 +190,8 @@ def test_fast_is_one_step_less() -> None:
 def test_cost(config: dict[str, Any]) -> None:
     check_costs(toyed(CSR, threshold=1.0, **config))
     passing = toyed(CSR, threshold=-1.0, **config)
-    passing.run(dots(), image_seeds(0, 3))
-    assert (passing.encode.forward, passing.encode.backward) == (9, 0)
+    ran(passing, dots(), image_seeds(0, 3))
+    assert (passing.session.encode.forward, passing.session.encode.backward) == (6, 0)
     assert (toyed(CSR).traits.forward, toyed(CSR).traits.backward) == (7, 3)
 
 
@@ -208,8 +210,11 @@ def test_config() -> None:
             CSRConfig(**wrong)  # type: ignore[arg-type]
 
 
-def test_what_an_attacker_differentiates() -> None:
-    check_bpda(toyed(CSR, threshold=1.0), dots(), image_seeds(0, 3))
+@pytest.mark.parametrize(("threshold", "flagged"), [(1.0, 3), (0.98, 1), (-1.0, 0)])
+def test_what_an_attacker_differentiates(threshold: float, flagged: int) -> None:
+    defense, x, seeds = toyed(CSR, threshold=threshold), dots(), image_seeds(0, 3)
+    assert ran(defense, x, seeds).flagged.sum() == flagged
+    check_bpda(defense, x, seeds)
 
 
 @pytest.mark.parametrize("threshold", [0.85, 1.0])
@@ -219,9 +224,9 @@ def test_a_result_is_the_image_s_own(threshold: float) -> None:
 
 def test_on_the_bundled_model() -> None:
     x, labels = tiny.generate("test", range(20))
-    result = CSR(model_of("tiny"), tiny.prompts())(x, 0)
+    result = defender_of(method="csr")(x, 0)
     assert (result.labels == labels).float().mean() >= 0.9
-    forced = CSR(model_of("tiny"), tiny.prompts(), config={"threshold": 1.0})(x, 0)
+    forced = defender_of(method="csr", config={"threshold": 1.0})(x, 0)
     assert forced.flagged.all()
     assert forced.delta.abs().max() <= 4 / 255 + 1e-6
     assert -1e-6 <= (x + forced.delta).min() <= (x + forced.delta).max() <= 1 + 1e-6

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,21 +20,23 @@ from defense_toys import (
     check_costs,
     check_own_result,
     dots,
+    looked_at,
+    ran,
     softmax,
     toyed,
 )
 from scc_fast import image_seeds, tiny
 from scc_fast.defenses import augment, dbd
 from scc_fast.defenses.dbd import DBD, DBDConfig
+from scc_fast.engine.batch import Batch
 from scc_fast.reference import philox
-from toys import model_of
+from toys import defender_of
 
 
 def pictures_of(n: int = 3, **config: Any) -> tuple[Tensor, Tensor]:
     """(32, n, 3, 64, 64), and what they are made from."""
     x = (tiny.generate("test", range(n))[0] * 255).round() / 255
-    defense = DBD(model_of("tiny"), tiny.prompts(), config=config)
-    return defense.views(x, image_seeds(5, n)).pictures, x
+    return looked_at(defender_of(method="dbd", config=config), x, image_seeds(5, n)), x
 
 
 def test_pixel_changes() -> None:
@@ -118,12 +121,12 @@ def test_random_boxes(size: tuple[int, int], scale: tuple[float, float]) -> None
 def test_truncation_to_8_bits_as_published() -> None:
     x = torch.tensor([100.0, 100.9, 254.7, 255.0, 0.3]).expand(1, 3, 5, 5) / 255
     seeds = image_seeds(0, 1)
-    kept = toyed(DBD).views(x, seeds).pictures[0]
-    cut = toyed(DBD, published=True).views(x, seeds).pictures[0]
+    kept = looked_at(toyed(DBD), x, seeds)[0]
+    cut = looked_at(toyed(DBD, published=True), x, seeds)[0]
     assert torch.equal(kept, x)
     np.testing.assert_allclose(cut[0, 0, 0] * 255, [100, 100, 254, 255, 0], atol=1e-4)
     whole = (torch.arange(256) / 255).expand(1, 3, 16, 256)
-    assert torch.equal(toyed(DBD, published=True).views(whole, seeds).pictures[0], whole)
+    assert torch.equal(looked_at(toyed(DBD, published=True), whole, seeds)[0], whole)
 
 
 def direction(defense: Any, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -150,12 +153,12 @@ def direction(defense: Any, features: np.ndarray) -> tuple[np.ndarray, np.ndarra
 def test_direction_by_hand(config: dict[str, Any]) -> None:
     x, seeds = dots(6, (3, 8, 8)), image_seeds(1, 6)
     first = toyed(DBD, **config)
-    first.encode = encoder()
+    first.session = replace(first.session, encoded=encoder())
     scores = direction(first, features_of(first, x, seeds))[0]
     threshold = float(np.sort(scores)[2:4].mean())
     defense = toyed(DBD, threshold=threshold, **config)
-    defense.encode = encoder()
-    outcome = defense.run(x, seeds)
+    defense.session = replace(defense.session, encoded=encoder())
+    outcome = ran(defense, x, seeds)
     scores, logits = direction(defense, features_of(defense, x, seeds))
     np.testing.assert_allclose(outcome.drift.numpy(), scores, atol=1e-5)
     np.testing.assert_allclose(outcome.logits.numpy(), logits, atol=2e-4)
@@ -170,27 +173,33 @@ def encoder() -> Any:
 
 
 def features_of(defense: Any, x: Tensor, seeds: Tensor) -> np.ndarray:
-    return defense.features(defense.views(x, seeds)).numpy()
+    return defense.session.features(looked_at(defense, x, seeds)).numpy()
+
+
+def read(defense: Any, features: Tensor) -> Tensor:
+    """The answer from features (32, B, D), whatever the pictures are."""
+    session = replace(defense.session, encoded=lambda pixels: features.flatten(0, 1))
+    batch = Batch(dots(features.shape[1]), image_seeds(0, features.shape[1]))
+    return defense.defense.first_pass(session, batch).logits
 
 
 def test_the_threshold_itself_is_clean() -> None:
     x, seeds = dots(3), image_seeds(1, 3)
-    drift = toyed(DBD).run(x, seeds).drift
+    drift = ran(toyed(DBD), x, seeds).drift
     tie = float(drift.median())
     defense = toyed(DBD, threshold=tie)
-    outcome = defense.run(x, seeds)
+    outcome = ran(defense, x, seeds)
     assert torch.equal(outcome.flagged, drift > tie)
     assert outcome.flagged.sum() == 1
-    torch.testing.assert_close(
-        defense.answer(defense.gate(x, seeds)), drift - tie, atol=1e-6, rtol=0
-    )
+    margin = defense.live(x, seeds).margin
+    torch.testing.assert_close(margin, drift - tie, atol=1e-6, rtol=0)
     below = toyed(DBD, threshold=float(np.nextafter(np.float32(tie), np.float32(-1))))
-    assert below.run(x, seeds).flagged.sum() == 2
+    assert ran(below, x, seeds).flagged.sum() == 2
     # c = 1 is the mean of the kept unit features: a score's image far below the threshold
     unit = torch.randn(32, 1, WIDTH, generator=torch.Generator().manual_seed(2))
     every = toyed(DBD, keep=31, threshold=1.0)
     torch.testing.assert_close(
-        every._read(unit), every.logits(F.normalize(unit[1:], dim=-1).mean(dim=0))
+        read(every, unit), every.session.logits(F.normalize(unit[1:], dim=-1).mean(dim=0))
     )
 
 
@@ -200,7 +209,7 @@ def test_what_an_attacker_differentiates() -> None:
     features = torch.randn(32, 2, WIDTH, generator=torch.Generator().manual_seed(4))
     out = torch.randn(2, CLASSES, generator=torch.Generator().manual_seed(5))
     leaf = features.clone().requires_grad_()
-    (slope,) = torch.autograd.grad((defense._read(leaf) * out).sum(), leaf)
+    (slope,) = torch.autograd.grad((read(defense, leaf) * out).sum(), leaf)
     for at in np.ndindex(32, 2):
         step = np.zeros(features.shape)
         step[(*at, 3)] = 1e-5
@@ -209,7 +218,7 @@ def test_what_an_attacker_differentiates() -> None:
         assert slope[(*at, 3)].item() == pytest.approx(want, rel=1e-2, abs=1e-3)
     x, seeds = dots(2, (3, 8, 8)), image_seeds(0, 2)
     leaf = x.clone().requires_grad_()
-    pictures = defense.views(leaf, seeds).pictures
+    pictures = looked_at(defense, leaf, seeds)
     for at in range(32):
         (each,) = torch.autograd.grad(pictures[at].sum(), leaf, retain_graph=True)
         assert each.isfinite().all()
@@ -221,12 +230,12 @@ def test_cost() -> None:
     assert (toyed(DBD).traits.forward, toyed(DBD).traits.backward) == (32, 0)
     # an attacker's look is encoded once as well
     defense, x = toyed(DBD), dots(2)
-    defense.answer(defense.repair(x.requires_grad_(), image_seeds(0, 2))).sum().backward()
-    assert (defense.encode.forward, defense.encode.backward) == (64, 64)
-    moved = dataclasses.replace(
-        defense.repair(x, image_seeds(0, 2)), pictures=torch.ones(1, 2, 3, 4, 5)
-    )
-    assert defense.features(moved).shape == (1, 2, WIDTH)  # and others are not taken for it
+    toy, first = defense.session.encode, defense.live(x.requires_grad_(), image_seeds(0, 2))
+    first.logits.sum().backward()
+    assert (toy.forward, toy.backward) == (64, 64)
+    other = defense.live(x.flip(0), image_seeds(0, 2))  # and others are not taken for it
+    assert (toy.forward, toy.backward) == (128, 64)
+    assert not torch.equal(other.logits, first.logits)
 
 
 def test_config() -> None:
@@ -243,5 +252,5 @@ def test_config() -> None:
 def test_on_the_bundled_model() -> None:
     check_own_result(DBD)
     x, labels = tiny.generate("test", range(20))
-    result = DBD(model_of("tiny"), tiny.prompts())(x, 0)
+    result = defender_of(method="dbd")(x, 0)
     assert (result.labels == labels).float().mean() >= 0.9

@@ -19,13 +19,14 @@ from defense_toys import (
     confined,
     dots,
     exact_logits,
+    ran,
     toyed,
 )
-from scc_fast import Defender, image_seeds, tiny
+from scc_fast import image_seeds, tiny
 from scc_fast.config import TTCConfig
 from scc_fast.defenses.doc import DOC, PROBES, TURNS, DOCConfig, sensitivity, unit
 from scc_fast.reference import philox, ttc
-from toys import model_of
+from toys import defender_of
 
 SEEDS = image_seeds(4, 3)
 OPEN = {"tau": 2.0, "gamma": 1e6}  # a gate that no image can shut: the cosine distance ends at 2
@@ -41,7 +42,7 @@ def uniform(seeds: Tensor, purpose: int, at: int, x: np.ndarray) -> np.ndarray:
 
 
 def sensitivity_by_hand(defense: Any, x: np.ndarray, seeds: Tensor) -> np.ndarray:
-    config, toy = defense.config, defense.encode
+    config, toy = defense.config, defense.session.encode
     found = []
     for probe in range(config.probes):
         noise = uniform(seeds, PROBES, probe, x)
@@ -53,7 +54,7 @@ def sensitivity_by_hand(defense: Any, x: np.ndarray, seeds: Tensor) -> np.ndarra
 
 def by_hand(defense: Any, x: Tensor, seeds: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """δ and τ̂ of Algorithm 1, in float64, an image at a time."""
-    config, toy = defense.config, defense.encode
+    config, toy = defense.config, defense.session.encode
     pixels = np.float64(x.numpy())
     drift = sensitivity_by_hand(defense, pixels, seeds)
     noise = config.epsilon * uniform(seeds, philox.DELTA, 0, pixels)
@@ -92,7 +93,7 @@ def by_hand(defense: Any, x: Tensor, seeds: Tensor) -> tuple[np.ndarray, np.ndar
 )
 def test_steps_by_hand(config: dict[str, Any]) -> None:
     defense, x = toyed(DOC, **config), dots()
-    outcome = defense.run(x, SEEDS)
+    outcome = ran(defense, x, SEEDS)
     delta, drift = by_hand(defense, x, SEEDS)
     np.testing.assert_allclose(outcome.drift.numpy(), drift, atol=1e-6)
     np.testing.assert_allclose(outcome.delta.numpy(), delta, atol=3e-5)
@@ -113,7 +114,7 @@ def test_momentum_starts_at_zero() -> None:
     second[0, 0, 0, :2] = torch.tensor([-30.0, 40.0])
     heading = torch.zeros_like(first)
     for at, gradient in enumerate((first, second)):
-        heading = defense._heading(gradient, SEEDS[:1], at, heading)
+        heading = defense.defense._heading(defense.session, gradient, SEEDS[:1], at, heading)
     torch.testing.assert_close(heading[0, 0, 0, :2], torch.tensor([-0.0375, 0.35]))
     assert heading.count_nonzero() == 2
 
@@ -126,12 +127,12 @@ def test_the_last_iterate_is_returned() -> None:
     """
     defense, x = toyed(DOC, orthogonal=0.0, **OPEN), dots()
     w = torch.randn(x[0].numel(), generator=torch.Generator().manual_seed(3))
-    defense.encode.weight = torch.outer(w, torch.linspace(0.5, 1.5, WIDTH)).numpy()
-    start = toyed(DOC, steps=0).run(x, SEEDS).delta
+    defense.session.encode.weight = torch.outer(w, torch.linspace(0.5, 1.5, WIDTH)).numpy()
+    start = ran(toyed(DOC, steps=0), x, SEEDS).delta
     way = (start.flatten(1) @ w)[:, None] * w
     edge = torch.where(way > 0, 4 / 255, -4 / 255).view_as(x)
     want = (x + edge).clamp(0, 1) - x
-    torch.testing.assert_close(defense.run(x, SEEDS).delta, want, atol=1e-6, rtol=0)
+    torch.testing.assert_close(ran(defense, x, SEEDS).delta, want, atol=1e-6, rtol=0)
 
 
 def test_sensitivity_by_hand() -> None:
@@ -145,7 +146,8 @@ def test_probes() -> None:
     x = dots()
     for kind, inside in (("sign", False), ("uniform", True)):
         defense = toyed(DOC, epsilon=0.1, probe_noise=kind)
-        noise = defense.gate(x, SEEDS).pictures - x
+        defense.live(x, SEEDS)
+        noise = defense.session.encode.seen[0].unflatten(0, (6, 3)) - x
         assert torch.equal(noise[0], torch.zeros_like(x))
         size = noise[1:].abs()
         assert size.max() <= 0.1 + 1e-6
@@ -161,14 +163,14 @@ def test_the_gate_as_printed() -> None:
     """w = σ(γ(τ − τ̂)): 3/4 where γ(τ − τ̂) = ln 3, the less the higher τ̂; 1/2 is not flagged."""
     x = dots()
     shared = {"epsilon": 0.2, "gamma": 50.0}
-    drift = toyed(DOC, **shared).run(x, SEEDS).drift
-    start = toyed(DOC, **shared, steps=0).run(x, SEEDS).delta
-    attack = toyed(DOC, **{**shared, **OPEN}).run(x, SEEDS).delta
+    drift = ran(toyed(DOC, **shared), x, SEEDS).drift
+    start = ran(toyed(DOC, **shared, steps=0), x, SEEDS).delta
+    attack = ran(toyed(DOC, **{**shared, **OPEN}), x, SEEDS).delta
     assert (attack - start).abs().amax(dim=(1, 2, 3)).min() > 0.02
     for image in range(len(x)):
         for odds in (3.0, 1.0, 1 / 3):
             tau = max(0.0, drift[image].item() + math.log(odds) / 50)
-            outcome = toyed(DOC, **shared, tau=tau).run(x, SEEDS)
+            outcome = ran(toyed(DOC, **shared, tau=tau), x, SEEDS)
             share = 1 / (1 + math.exp(-50 * (tau - drift[image].item())))
             want = share * attack[image] + (1 - share) * start[image]
             torch.testing.assert_close(outcome.delta[image], want, atol=1e-5, rtol=0)
@@ -182,9 +184,9 @@ def test_without_its_own_parts_it_is_ttc_s_last_iterate(steps: int) -> None:
     """No turn, no momentum, the gate wide open: the counterattack of the reference."""
     shared = {"epsilon": 0.1, "alpha": 0.02, "steps": steps}
     defense, x = toyed(DOC, **shared, orthogonal=0.0, momentum=0.0, **OPEN), dots()
-    setting = ttc.Setting(defense.encode, defense.table, torch.zeros(3))
+    setting = ttc.Setting(defense.session.encode, defense.table, torch.zeros(3))
     want = ttc.ttc(setting, x, SEEDS, TTCConfig(**shared, tau=100.0, beta=100.0))
-    got = defense.run(x, SEEDS)
+    got = ran(defense, x, SEEDS)
     torch.testing.assert_close(got.delta, want.delta, atol=1e-6, rtol=0)
     torch.testing.assert_close(got.logits, want.logits, atol=1e-4, rtol=0)
 
@@ -195,23 +197,24 @@ def test_the_turn_is_orthogonal_and_of_length_lambda() -> None:
     # Neither small nor zero gradients may give NaN, or lose their direction.
     gradient *= torch.tensor([1.0, 1e-30, 0.0])[:, None, None, None]
     still = torch.zeros_like(gradient)
-    heading = defense._heading(gradient, SEEDS, 0, still)
+    heading = defense.defense._heading(defense.session, gradient, SEEDS, 0, still)
     along = unit(gradient)
     lengths = along.flatten(1).norm(dim=1)
     torch.testing.assert_close(lengths, torch.tensor([1.0, 1.0, 0.0]))
     turn = (heading - along).flatten(1)
     torch.testing.assert_close(turn.norm(dim=1), torch.full((3,), 0.4))
     assert (turn * along.flatten(1)).sum(dim=1).abs().max() < 1e-6
-    assert not torch.equal(defense._heading(gradient, SEEDS, 1, still), heading)  # a new turn
+    later = defense.defense._heading(defense.session, gradient, SEEDS, 1, still)
+    assert not torch.equal(later, heading)  # a new turn
 
 
 def test_the_gate_an_attacker_looks_at() -> None:
     defense, x = toyed(DOC, epsilon=0.1, tau=0.002), dots()
-    found = defense.run(x, SEEDS)
+    found = ran(defense, x, SEEDS)
     leaf = x.clone().requires_grad_()
-    look = defense.gate(leaf, SEEDS)
-    assert look.pictures.shape == (6, 3, *x.shape[1:])
-    margin = defense.answer(look)
+    defense.session.encode.seen.clear()
+    margin = defense.live(leaf, SEEDS).margin
+    assert defense.session.encode.seen[0].shape == (6 * 3, *x.shape[1:])
     torch.testing.assert_close(margin.detach(), 0.002 - found.drift)
     assert torch.equal(margin > 0, found.flagged)
     (gradient,) = torch.autograd.grad(margin.sum(), leaf)
@@ -258,7 +261,7 @@ def test_config() -> None:
 def test_cost(config: dict[str, Any], forward: int, backward: int) -> None:
     defense = toyed(DOC, **config)
     assert (defense.traits.forward, defense.traits.backward) == (forward, backward)
-    assert defense.width == 1 + defense.config.probes
+    assert defense.defense.width(defense.session, SHAPE[1:]) == 1 + defense.config.probes
     check_costs(defense)
 
 
@@ -269,7 +272,7 @@ def test_what_an_attacker_differentiates() -> None:
 def test_a_result_is_the_image_s_own() -> None:
     check_own_result(DOC, steps=2)
     x = dots(1).expand(3, -1, -1, -1)
-    delta = toyed(DOC, steps=1).run(x, torch.tensor([5, 5, 6])).delta
+    delta = ran(toyed(DOC, steps=1), x, torch.tensor([5, 5, 6])).delta
     assert torch.equal(delta[0], delta[1])
     assert ((delta[0] - delta[2]).abs() > 1e-6).float().mean() > 0.5
 
@@ -277,13 +280,12 @@ def test_a_result_is_the_image_s_own() -> None:
 def test_on_the_bundled_model() -> None:
     """τ was chosen for CLIP; a clean image that the gate knows is left at random noise."""
     x, labels = tiny.generate("test", range(20))
-    model, prompts = model_of("tiny"), tiny.prompts()
-    shut = DOC(model, prompts, config={"tau": 0.0, "gamma": 1e6})(x, 0)
-    noise = Defender(model, prompts, method="rn")(x, 0)
+    shut = defender_of(method="doc", config={"tau": 0.0, "gamma": 1e6})(x, 0)
+    noise = defender_of(method="rn")(x, 0)
     assert not shut.flagged.any()
     torch.testing.assert_close(shut.delta, noise.delta, atol=1e-7, rtol=0)
     assert (shut.labels == labels).float().mean() >= 0.9
-    result = DOC(model, prompts)(x, 0)
+    result = defender_of(method="doc")(x, 0)
     assert result.flagged.all()
     assert result.delta.abs().max() <= 4 / 255 + 1e-6
     assert -1e-6 <= (x + result.delta).min() <= (x + result.delta).max() <= 1 + 1e-6

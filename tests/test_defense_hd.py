@@ -18,12 +18,13 @@ from defense_toys import (
     dots,
     exact_gradient,
     exact_logits,
+    ran,
     softmax,
     toyed,
 )
-from scc_fast import Defender, image_seeds, tiny
+from scc_fast import image_seeds, tiny
 from scc_fast.defenses.hd import HD, HDConfig, hedge
-from toys import model_of
+from toys import defender_of
 
 
 def test_the_closed_form_is_the_sum_over_classes() -> None:
@@ -50,13 +51,13 @@ def test_a_thousand_classes_do_not_overflow_half_precision() -> None:
 )
 def test_steps_by_hand(config: dict[str, Any], epsilon: float, alpha: float) -> None:
     defense, x, seeds = toyed(HD, **config), dots(), image_seeds(4, 3)
-    start = toyed(HD, **{**config, "steps": 0}).run(x, seeds).delta
+    start = ran(toyed(HD, **{**config, "steps": 0}), x, seeds).delta
     pixels, delta = np.float64(x.numpy()), np.float64(start.numpy())
     for _ in range(config["steps"]):
         slope = softmax(exact_logits(defense, pixels + delta)) - 1 / CLASSES
         ascent = np.sign(exact_gradient(defense, pixels + delta, slope))
         delta = confined(delta + alpha * ascent, pixels, epsilon)
-    outcome = defense.run(x, seeds)
+    outcome = ran(defense, x, seeds)
     np.testing.assert_allclose(outcome.delta.numpy(), delta, atol=1e-6)
     np.testing.assert_allclose(
         outcome.logits.numpy(), exact_logits(defense, pixels + delta), atol=1e-4
@@ -68,7 +69,9 @@ def test_steps_by_hand(config: dict[str, Any], epsilon: float, alpha: float) -> 
 def test_the_released_code_by_hand() -> None:
     """Of δ⁰ … δ⁴ it looks at δ¹, δ² and δ³ together."""
     defense, x, seeds = toyed(HD, steps=4, published=True), dots(), image_seeds(4, 3)
-    start = toyed(HD, steps=0, epsilon=0.031).run(x, seeds).delta
+    ran(defense, dots().requires_grad_(), seeds)
+    assert defense.session.encode.forward == 12  # what is kept is not looked at again
+    start = ran(toyed(HD, steps=0, epsilon=0.031), x, seeds).delta
     pixels, delta = np.float64(x.numpy()), np.float64(start.numpy())
     path = [delta]
     for _ in range(4):
@@ -76,26 +79,26 @@ def test_the_released_code_by_hand() -> None:
         ascent = np.sign(exact_gradient(defense, pixels + delta, slope))
         delta = confined(delta + 0.007 * ascent, pixels, 0.031)
         path.append(delta)
-    outcome = defense.run(x, seeds)
+    outcome = ran(defense, x, seeds)
     np.testing.assert_allclose(outcome.delta.numpy(), path[3], atol=1e-6)
     together = np.mean([exact_logits(defense, pixels + path[at]) for at in (1, 2, 3)], axis=0)
     np.testing.assert_allclose(outcome.logits.numpy(), together, atol=1e-4)
     live = x.clone().requires_grad_()
-    look = defense.repair(live, seeds)
-    np.testing.assert_allclose(defense.answer(look).detach().numpy(), together, atol=1e-4)
+    logits = defense.live(live, seeds).logits
+    np.testing.assert_allclose(logits.detach().numpy(), together, atol=1e-4)
 
 
 def test_it_evens_the_classes_out() -> None:
     x, seeds = dots(8), image_seeds(0, 8)
-    losses = [hedge(toyed(HD, steps=steps).run(x, seeds).logits) for steps in (0, 20)]
+    losses = [hedge(ran(toyed(HD, steps=steps), x, seeds).logits) for steps in (0, 20)]
     assert (losses[1] > losses[0]).all()  # it is KL(uniform || p) up to a constant
 
 
 @pytest.mark.parametrize("epsilon", [4 / 255, 0.1])
 def test_it_starts_where_random_noise_ends(epsilon: float) -> None:
     x = tiny.generate("test", range(2))[0]
-    noise = Defender(model_of("tiny"), tiny.prompts(), method="rn", config={"epsilon": epsilon})
-    start = HD(model_of("tiny"), tiny.prompts(), config={"epsilon": epsilon, "steps": 0})
+    noise = defender_of(method="rn", config={"epsilon": epsilon})
+    start = defender_of(method="hd", config={"epsilon": epsilon, "steps": 0})
     assert torch.equal(start(x, 3).delta, noise(x, 3).delta)
     assert not torch.equal(start(x, 4).delta, noise(x, 3).delta)
 
@@ -136,7 +139,7 @@ def test_a_result_is_the_image_s_own() -> None:
 
 def test_on_the_bundled_model() -> None:
     x, labels = tiny.generate("test", range(20))
-    result = HD(model_of("tiny"), tiny.prompts(), config={"steps": 5})(x, 0)
+    result = defender_of(method="hd", config={"steps": 5})(x, 0)
     assert (result.labels == labels).float().mean() >= 0.9
     assert result.delta.abs().max() <= 4 / 255 + 1e-6
     assert -1e-6 <= (x + result.delta).min() <= (x + result.delta).max() <= 1 + 1e-6

@@ -14,19 +14,22 @@ from torch import Tensor
 
 from defense_toys import (
     CLASSES,
+    SHAPE,
     Toy,
     check_costs,
     check_own_result,
     confined,
     dots,
     exact_logits,
+    looked_at,
+    ran,
     toyed,
 )
 from scc_fast import image_seeds, tiny
 from scc_fast.defenses import augment, mac
 from scc_fast.defenses.mac import MAC, MACConfig
 from scc_fast.reference import philox
-from toys import model_of
+from toys import defender_of
 
 VIEW, FRESH, START = 120, 122, 124
 
@@ -104,7 +107,7 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def by_hand(defense: Any, x: Tensor, seeds: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Views (V, B, ...), c (V, B) and the last unweighted δ of each, in float64."""
-    config, toy = defense.config, defense.encode
+    config, toy = defense.config, defense.session.encode
     views, degrees, deltas = [], [], []
     for at in range(config.view_count):
         view = x if at == 0 else darker(x, seeds, VIEW, at)
@@ -123,6 +126,11 @@ def by_hand(defense: Any, x: Tensor, seeds: Tensor) -> tuple[np.ndarray, np.ndar
     return np.stack(views), np.stack(degrees), np.stack(deltas)
 
 
+def last_seen(defense: Any) -> Tensor:
+    """The pictures (V, B, 3, H, W) that were predicted from."""
+    return defense.session.encode.seen[-1].unflatten(0, (defense.config.view_count, -1))
+
+
 @pytest.mark.parametrize("config", [{}, {"view_count": 1}, {"view_count": 3, "steps": 2}])
 @pytest.mark.usefixtures("plain")
 def test_steps_and_weights_by_hand(config: dict[str, Any]) -> None:
@@ -134,9 +142,8 @@ def test_steps_and_weights_by_hand(config: dict[str, Any]) -> None:
     weight = 1 / (1 + np.exp(-(degree - tau) / 0.05))
     assert weight.min() < 0.45 < 0.55 < weight.max()
     want = weight[..., None, None, None] * delta
-    found = defense.repair(x, seeds)
-    np.testing.assert_allclose(found.pictures.numpy(), views + want, atol=2e-6)
-    outcome = defense.run(x, seeds)
+    outcome = ran(defense, x, seeds)
+    np.testing.assert_allclose(last_seen(defense).numpy(), views + want, atol=2e-6)
     np.testing.assert_allclose(outcome.delta.numpy(), want[0], atol=2e-6)
     np.testing.assert_allclose(outcome.drift.numpy(), degree.max(axis=0), rtol=1e-5)
     each = [exact_logits(defense, view) for view in views + want]
@@ -146,33 +153,34 @@ def test_steps_and_weights_by_hand(config: dict[str, Any]) -> None:
 @pytest.mark.usefixtures("plain")
 def test_the_gate_and_its_tie() -> None:
     x, seeds = dots(3), image_seeds(2, 3)
-    drift = toyed(MAC).run(x, seeds).drift
+    drift = ran(toyed(MAC), x, seeds).drift
     tie = float(drift.median())
     defense = toyed(MAC, tau=tie)
-    outcome = defense.run(x, seeds)
+    outcome = ran(defense, x, seeds)
     assert torch.equal(outcome.flagged, drift > tie)
     assert outcome.flagged.sum() == 1
-    margin = defense.answer(defense.gate(x, seeds))
+    margin = defense.live(x, seeds).margin
     torch.testing.assert_close(margin, drift - tie, atol=1e-6, rtol=1e-5)
     below = toyed(MAC, tau=float(np.nextafter(np.float32(tie), np.float32(0))))
-    assert below.run(x, seeds).flagged.sum() == 2
+    assert ran(below, x, seeds).flagged.sum() == 2
     # half the weight at the tie, none far below it, all far above
     one = toyed(MAC, tau=tie, view_count=1)
-    at = one.run(x, seeds).drift
-    full = toyed(MAC, tau=0.0, view_count=1).run(x, seeds).delta
-    none = toyed(MAC, tau=50.0, view_count=1).run(x, seeds).delta
+    at = ran(one, x, seeds).drift
+    full = ran(toyed(MAC, tau=0.0, view_count=1), x, seeds).delta
+    none = ran(toyed(MAC, tau=50.0, view_count=1), x, seeds).delta
     assert not none.any()
     i = int((at - tie).abs().argmin())
     share = 1 / (1 + np.exp(-float(at[i] - tie) / 0.01))
-    torch.testing.assert_close(one.run(x, seeds).delta[i], share * full[i], atol=1e-6, rtol=1e-3)
+    torch.testing.assert_close(ran(one, x, seeds).delta[i], share * full[i], atol=1e-6, rtol=1e-3)
 
 
 def test_views_are_counterattacked_from_their_own_start() -> None:
     x, seeds = dots(2), image_seeds(2, 2)
     defense = toyed(MAC, tau=0.0, steps=0, view_count=3)
-    views = defense.views(x, seeds).pictures
+    views = looked_at(defense, x, seeds)
     assert torch.equal(views[0], x)
-    noise = defense.repair(x, seeds).pictures - views
+    ran(defense, x, seeds)
+    noise = last_seen(defense) - views
     assert (noise.abs().amax(dim=(2, 3, 4)) > 4 / 255).all()
     assert (noise[1] - noise[0]).abs().max() > 4 / 255
     assert (noise[2] - noise[1]).abs().max() > 4 / 255
@@ -183,7 +191,8 @@ def test_cost(config: dict[str, Any]) -> None:
     check_costs(toyed(MAC, **config))
     traits = toyed(MAC).traits
     assert (traits.forward, traits.backward) == (14, 8)
-    assert toyed(MAC, **config).width == toyed(MAC, **config).config.view_count
+    defense = toyed(MAC, **config)
+    assert defense.defense.width(defense.session, SHAPE[1:]) == defense.config.view_count
 
 
 def test_config() -> None:
@@ -207,10 +216,9 @@ def test_what_an_attacker_differentiates() -> None:
     out = np.random.default_rng(0).normal(size=(2, CLASSES))
     with torch.enable_grad():
         leaf = x.clone().requires_grad_()
-        found = defense.repair(leaf, seeds)
-        total = (defense.answer(found) * torch.from_numpy(out).float()).sum()
+        total = (defense.live(leaf, seeds).logits * torch.from_numpy(out).float()).sum()
         (got,) = torch.autograd.grad(total, leaf)
-    held = np.float64((found.pictures.detach() - defense.views(x, seeds).pictures).numpy())
+    held = np.float64((last_seen(defense) - looked_at(defense, x, seeds)).numpy())
 
     def value(pixels: np.ndarray) -> float:
         views = np.stack([pixels, pixels[..., ::-1] * 0.9 / 1.1]) + held
@@ -226,11 +234,11 @@ def test_what_an_attacker_differentiates() -> None:
 
 def test_attackers_gradients_are_finite_through_the_real_augmentation() -> None:
     x, seeds = tiny.generate("test", range(4))[0], image_seeds(1, 4)
-    defense = MAC(model_of("tiny"), tiny.prompts(), config={"steps": 1, "view_count": 3})
-    for look in (defense.repair, defense.gate):
+    defense = defender_of(method="mac", config={"steps": 1, "view_count": 3})
+    for look in ("logits", "margin"):
         with torch.enable_grad():
             leaf = x.clone().requires_grad_()
-            answer = defense.answer(look(leaf, seeds))
+            answer = getattr(defense.live(leaf, seeds), look)
             (slope,) = torch.autograd.grad(answer[..., None].flatten(1)[:, 0].sum(), leaf)
         assert slope.isfinite().all()
         assert (slope.abs().amax(dim=(1, 2, 3)) > 0).all()
@@ -238,11 +246,12 @@ def test_attackers_gradients_are_finite_through_the_real_augmentation() -> None:
 
 def test_a_result_is_the_image_s_own() -> None:
     check_own_result(MAC, tau=0.4)
-    assert isinstance(toyed(MAC).encode, Toy)
+    assert isinstance(toyed(MAC).session.encode, Toy)
 
 
 def test_on_the_bundled_model() -> None:
     x, labels = tiny.generate("test", range(20))
-    result = MAC(model_of("tiny"), tiny.prompts())(x, 0)
+    defense = defender_of(method="mac")
+    result = defense(x, 0)
     assert (result.labels == labels).float().mean() >= 0.9
-    assert not torch.equal(result.drift, MAC(model_of("tiny"), tiny.prompts())(x, 1).drift)
+    assert not torch.equal(result.drift, defense(x, 1).drift)

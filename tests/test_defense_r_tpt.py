@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,13 @@ from torch import Tensor
 
 from defense_toys import (
     CLASSES,
+    SHAPE,
     WIDTH,
     check_costs,
     check_own_result,
     dots,
+    looked_at,
+    ran,
     softmax,
     toyed,
 )
@@ -23,8 +27,9 @@ from scc_fast import image_seeds, tiny
 from scc_fast.defenses import augment
 from scc_fast.defenses.augmix import MIX_DRAWS, operate
 from scc_fast.defenses.r_tpt import RTPT, RTPTConfig
+from scc_fast.engine.batch import Batch
 from scc_fast.reference import philox
-from toys import FIVE, model_of
+from toys import defender_of
 
 SMALL = {"view_count": 12, "selection": 0.4, "neighbors": 3, "temperature": 0.05}
 
@@ -32,10 +37,10 @@ SMALL = {"view_count": 12, "selection": 0.4, "neighbors": 3, "temperature": 0.05
 def test_views_by_hand() -> None:
     x, seeds = tiny.generate("test", range(2))[0], image_seeds(8, 2)
     config = {"view_count": 7, "neighbors": 3}
-    plain = (
-        RTPT(model_of("tiny"), FIVE, config={**config, "augmix": False}).views(x, seeds).pictures
+    plain, mixed = (
+        looked_at(defender_of(method="r_tpt", config={**config, "augmix": on}), x, seeds)
+        for on in (False, True)
     )
-    mixed = RTPT(model_of("tiny"), FIVE, config=config).views(x, seeds).pictures
     assert torch.equal(plain[0], x)
     assert torch.equal(mixed[0], x)
     draws = philox.uniform(seeds, 140, 0, 6 * (23 + MIX_DRAWS)).view(2, 6, -1)
@@ -88,13 +93,18 @@ class Line:
 
 def lined(**config: Any) -> Any:
     defense = toyed(RTPT, **{**SMALL, **config})
-    defense.context = Line()
+    defense.defense.context = Line()
     return defense
+
+
+def tuned(defense: Any, features: Tensor) -> Tensor:
+    """Each image's text embeddings."""
+    return defense.defense._tuned(defense.session, features)
 
 
 def by_hand(defense: Any, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Logits (B, K) and the tuned texts (B, K, D) of the card, float64, one image at a time."""
-    config, line = defense.config, defense.context
+    config, line = defense.config, defense.defense.context
     scale, bias, group = defense.table.scale, defense.table.bias, line.group.numpy()
     base, linear = np.float64(line.base.numpy()), np.float64(line.map.numpy())
     answers, texts = [], []
@@ -135,13 +145,14 @@ def by_hand(defense: Any, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 @pytest.mark.parametrize("steps", [0, 1, 3])
 def test_one_step_and_the_weighted_sum_by_hand(steps: int) -> None:
     defense, x, seeds = lined(steps=steps), dots(4), image_seeds(6, 4)
-    features = defense.features(defense.views(x, seeds)).numpy()
+    context = defense.defense.context
+    features = defense.session.features(looked_at(defense, x, seeds)).numpy()
     want, text = by_hand(defense, features)
-    outcome = defense.run(x, seeds)
+    outcome = ran(defense, x, seeds)
     np.testing.assert_allclose(outcome.logits.numpy(), want, atol=2e-3)
     assert torch.equal(outcome.logits[:, 1], outcome.logits[:, 5])
-    assert defense.context.passes == ["pull", "forward"] * steps
-    moved = np.abs(text - np.float64(defense.context.base[defense.context.group].numpy()))
+    assert context.passes == ["pull", "forward"] * steps
+    moved = np.abs(text - np.float64(context.base[context.group].numpy()))
     assert (moved.max(axis=(1, 2)) > 0.01).all() == (steps > 0)
     assert not outcome.delta.any()
     assert outcome.drift.isnan().all()
@@ -152,12 +163,13 @@ def test_one_step_and_the_weighted_sum_by_hand(steps: int) -> None:
 def test_the_decay_is_the_whole_contexts(steps: int) -> None:
     """At a rate where 1 − 0.01·rate shows, in the words and in what the slope is taken with."""
     defense, x, seeds = lined(steps=steps, learning_rate=1.0), dots(4), image_seeds(6, 4)
-    defense.context.map = defense.context.map / 9  # else the offset hides the words
-    features = defense.features(defense.views(x, seeds))
+    context = defense.defense.context
+    context.map = context.map / 9  # else the offset hides the words
+    features = defense.session.features(looked_at(defense, x, seeds))
     want = by_hand(defense, features.numpy())[1]
-    got = defense._tuned(features)[:, defense.context.group]
+    got = tuned(defense, features)[:, context.group]
     np.testing.assert_allclose(got.numpy(), want, atol=1e-3)
-    assert defense.context.keeps == pytest.approx([0.99**at for at in range(steps)])
+    assert context.keeps == pytest.approx([0.99**at for at in range(steps)])
 
 
 def test_the_self_similarity_as_published() -> None:
@@ -172,13 +184,13 @@ def test_the_self_similarity_as_published() -> None:
         row[(row >= 1) if published else torch.eye(12, dtype=torch.bool)] = -torch.inf
         score = row.topk(3, dim=-1).values.mean(dim=-1)
         want = torch.softmax(score / 0.05, dim=0)
-        found[published] = lined(published=published)._reliability(features)[:, 0]
+        found[published] = lined(published=published).defense._reliability(features)[:, 0]
         torch.testing.assert_close(found[published], want.float(), atol=1e-5, rtol=1e-3)
     ratio = found[True] / found[False]
     assert ratio[low].min() > ratio[~low].max()
     one = torch.eye(5)[:1].expand(12, 1, 5)  # a picture of one color
     for published in (False, True):
-        even = lined(published=published)._reliability(one)
+        even = lined(published=published).defense._reliability(one)
         torch.testing.assert_close(even, torch.full((12, 1), 1 / 12))
 
 
@@ -187,20 +199,20 @@ def test_what_an_attacker_differentiates() -> None:
     out = np.random.default_rng(1).normal(size=(2, CLASSES))
     with torch.enable_grad():
         leaf = x.clone().requires_grad_()
-        found = defense.repair(leaf, seeds)
-        answer = defense.answer(found)
+        answer = defense.live(leaf, seeds).logits
         (got,) = torch.autograd.grad((answer * torch.from_numpy(out)).sum(), leaf)
-    assert defense.encode.forward == 2 * 12  # once, with gradients
+    assert defense.session.encode.forward == 2 * 12  # once, with gradients
     assert got.isfinite().all()
     assert got.abs().amax(dim=(1, 2, 3)).min() > 1e-3
-    features = found.seen.detach()
+    features = defense.session.features(looked_at(defense, x, seeds))
     with torch.enable_grad():
         leaf = features.clone().requires_grad_()
-        (slope,) = torch.autograd.grad((found.read(leaf) * torch.from_numpy(out)).sum(), leaf)
+        session = replace(defense.session, encoded=lambda pixels: leaf.flatten(0, 1))
+        answer = defense.defense.first_pass(session, Batch(x, seeds)).logits
+        (slope,) = torch.autograd.grad((answer * torch.from_numpy(out)).sum(), leaf)
     frozen = lined(steps=0)  # with the tuned text held
-    frozen.context.base = torch.zeros(0)
     for i in range(2):
-        frozen.context.base = defense._tuned(features)[i]
+        frozen.defense.context.base = tuned(defense, features)[i]
         for at in ((0, 2), (5, 0), (11, 6)):
             step = np.zeros((12, 1, WIDTH))
             step[at[0], 0, at[1]] = 1e-5
@@ -213,8 +225,9 @@ def test_what_an_attacker_differentiates() -> None:
 def test_cost_and_config() -> None:
     check_costs(lined())
     check_costs(lined(view_count=64, neighbors=20))
-    traits = toyed(RTPT).traits
-    assert (traits.forward, traits.backward, toyed(RTPT).width) == (64, 0, 64)
+    defense = toyed(RTPT)
+    width = defense.defense.width(defense.session, SHAPE[1:])
+    assert (defense.traits.forward, defense.traits.backward, width) == (64, 0, 64)
     config = RTPTConfig()
     assert (config.selected, config.learning_rate, config.neighbors) == (6, 5e-3, 20)
     assert (config.temperature, config.context, config.augmix) == (0.01, 4, True)
@@ -233,10 +246,11 @@ def test_cost_and_config() -> None:
 def test_on_the_bundled_model() -> None:
     check_own_result(RTPT, view_count=12, neighbors=4, selection=0.25)
     x, labels = tiny.generate("test", range(4))
-    defense = RTPT(model_of("tiny"), tiny.prompts())
+    defense = defender_of(method="r_tpt")
     assert (defense(x, 0).labels == labels).all()
-    seen = defense.features(defense.views(x[:2], image_seeds(0, 2)))
-    before = defense._entropy(seen, defense.context.base.expand(2, -1, -1))
-    after = defense._entropy(seen, defense._tuned(seen))
+    seen = defense.session.features(looked_at(defense, x[:2], image_seeds(0, 2)))
+    method, words = defense.defense, defense.defense.context.base.expand(2, -1, -1)
+    before = method._entropy(defense.session, seen, words)
+    after = method._entropy(defense.session, seen, tuned(defense, seen))
     kept = before.argsort(dim=0)[:6]
     assert (after.gather(0, kept).mean(dim=0) < before.gather(0, kept).mean(dim=0)).all()

@@ -18,18 +18,24 @@ from defense_toys import (
     check_own_result,
     dots,
     exact_logits,
+    looked_at,
+    ran,
     softmax,
     toyed,
 )
-from scc_fast import image_seeds, tiny
+from scc_fast import Defender, image_seeds, tiny
 from scc_fast.defenses.tte import TTE, EnsembleConfig, crop_origins
-from toys import model_of
+from toys import defender_of, model_of
 
 SEEDS = image_seeds(0, 2)
 
 
-def tte(**config: Any) -> TTE:
-    return TTE(model_of("tiny"), tiny.prompts(), config=config)
+def tte(**config: Any) -> Defender:
+    return defender_of(method="tte", config=config)
+
+
+def width(defense: Any) -> int:
+    return defense.defense.width(defense.session, defense.session.size)
 
 
 def crop_by_hand(x: np.ndarray, top: int, left: int, pad: int) -> np.ndarray:
@@ -48,7 +54,7 @@ def crop_by_hand(x: np.ndarray, top: int, left: int, pad: int) -> np.ndarray:
 @pytest.mark.parametrize(("size", "pad"), [((16, 24), 2), ((32, 32), 4), ((5, 9), 1)])
 def test_the_ten_pictures(size: tuple[int, int], pad: int, published: bool) -> None:
     x = dots(2, (3, *size))
-    pictures = tte(published=published).views(x, SEEDS).pictures.numpy()
+    pictures = looked_at(tte(published=published), x, SEEDS).numpy()
     assert pictures.shape == (10, 2, 3, *size)
     image = x.numpy()
     np.testing.assert_array_equal(pictures[0], image)
@@ -86,13 +92,13 @@ def test_an_eighth_is_four_of_32_and_28_of_224(monkeypatch: pytest.MonkeyPatch) 
         "scc_fast.defenses.tte.crop_origins", lambda *given: asked.append(given[2]) or ((0, 0),)
     )
     for size in ((32, 32), (224, 224), (224, 300), (1, 1)):
-        tte(crops=1).views(torch.zeros(1, 3, *size), SEEDS[:1])
+        looked_at(tte(crops=1), torch.zeros(1, 3, *size), SEEDS[:1])
     assert asked == [4, 28, 28, 1]
 
 
 def test_the_blur_is_scipy_s() -> None:
     x = dots(2, (3, 6, 7))
-    picture = tte(crops=0, flip=False, blur=True).views(x, SEEDS).pictures[1]
+    picture = looked_at(tte(crops=0, flip=False, blur=True), x, SEEDS)[1]
     impulse = np.zeros((5, 5))
     impulse[2, 2] = 1
     kernel = ndimage.gaussian_filter(impulse, sigma=1)
@@ -103,15 +109,15 @@ def test_the_blur_is_scipy_s() -> None:
             want = ndimage.correlate(np.float64(x[b, c].numpy()), kernel, mode="mirror")
             np.testing.assert_allclose(picture[b, c].numpy(), want, atol=1e-6)
     with pytest.raises(ValueError, match="blur must be False for pictures smaller than 3x3"):
-        tte(blur=True).views(torch.zeros(1, 3, 2, 9), SEEDS[:1])
+        looked_at(tte(blur=True), torch.zeros(1, 3, 2, 9), SEEDS[:1])
 
 
 @pytest.mark.parametrize("config", [{}, {"published": True}, {"blur": True}, {"flip": False}])
 def test_logits_not_probabilities_are_averaged(config: dict[str, Any]) -> None:
     defense, x = toyed(TTE, **config), dots(2)
-    pictures = defense.views(x, SEEDS).pictures.numpy()
+    pictures = looked_at(defense, x, SEEDS).numpy()
     each = np.stack([exact_logits(defense, view) for view in np.float64(pictures)])
-    outcome = defense.run(x, SEEDS)
+    outcome = ran(defense, x, SEEDS)
     np.testing.assert_allclose(outcome.logits.numpy(), each.mean(axis=0), atol=1e-4)
     probabilities = np.stack([softmax(logits) for logits in each]).mean(axis=0)
     assert np.abs(softmax(outcome.logits.numpy()) - probabilities).max() > 1e-3
@@ -133,7 +139,7 @@ def test_logits_not_probabilities_are_averaged(config: dict[str, Any]) -> None:
 )
 def test_cost(config: dict[str, Any], count: int) -> None:
     defense = toyed(TTE, **config)
-    assert defense.width == defense.traits.forward == count
+    assert width(defense) == defense.traits.forward == count
     assert defense.traits.backward == 0
     check_costs(defense)
 
@@ -145,9 +151,9 @@ def test_a_model_may_forbid_mirrors() -> None:
 
         flip = False
 
-    defense = TTE(OneWay(), ["a six", "a nine"])
-    assert defense.width == 5
-    assert TTE(OneWay(), ["a six", "a nine"], config={"flip": True}).width == 10
+    for config, count in (({}, 5), ({"flip": True}, 10)):
+        defense = Defender(OneWay(), ["a six", "a nine"], method="tte", config=config)
+        assert width(defense) == count
 
 
 def test_the_gradient_is_the_transforms_adjoint() -> None:
@@ -155,7 +161,7 @@ def test_the_gradient_is_the_transforms_adjoint() -> None:
     defense, x = tte(blur=True), dots(2, (3, 8, 9)).double()
 
     def seen(pixels: Tensor) -> Tensor:
-        return defense.views(pixels, SEEDS).pictures
+        return looked_at(defense, pixels, SEEDS)
 
     leaf = x.clone().requires_grad_()
     pictures = seen(leaf)
@@ -170,17 +176,17 @@ def test_what_an_attacker_differentiates() -> None:
     """One transform, of which the gradient is known; then all ten."""
     check_bpda(toyed(TTE, crops=0, flip=False), dots(2), SEEDS)
     defense, leaf = toyed(TTE), dots(2).requires_grad_()
-    logits = defense.answer(defense.repair(leaf, SEEDS))
+    logits = defense.live(leaf, SEEDS).logits
     (gradient,) = torch.autograd.grad(logits[:, 0].sum(), leaf)
     step = 1e-3 * torch.randn(leaf.shape, generator=torch.Generator().manual_seed(1))
     ahead, behind = (
-        np.stack([exact_logits(defense, view) for view in defense.views(at, SEEDS).pictures])
+        np.stack([exact_logits(defense, view) for view in looked_at(defense, at, SEEDS)])
         for at in (leaf.detach().double() + step, leaf.detach().double() - step)
     )
     slope = (ahead - behind).mean(axis=0)[:, 0].sum() / 2
     assert (gradient * step).sum().item() == pytest.approx(slope, rel=1e-3)
     assert logits.shape == (2, CLASSES)
-    assert isinstance(defense.encode, Toy)
+    assert isinstance(defense.session.encode, Toy)
 
 
 def test_config() -> None:
@@ -200,7 +206,7 @@ def test_config() -> None:
         with pytest.raises(ValueError, match=told):
             EnsembleConfig(**wrong)
     with pytest.raises(ValueError, match=r"crops must be at most 4 for pictures.*padded by 1"):
-        tte(crops=5).views(torch.zeros(1, 3, 8, 8), SEEDS[:1])
+        looked_at(tte(crops=5), torch.zeros(1, 3, 8, 8), SEEDS[:1])
 
 
 def test_a_result_is_the_image_s_own() -> None:

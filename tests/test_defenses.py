@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from scc_fast import Defender, image_seeds
-from scc_fast.defenses import DEFENSES, make_defense, parse_defense
-from scc_fast.defenses.base import Look
-from scc_fast.engine.differentiable import Encode
+from scc_fast.api import make_defense
+from scc_fast.defenses import DEFENSES, parse_defense
+from scc_fast.engine.batch import Batch, Encode
+from scc_fast.engine.drive import live
 from scc_fast.reference import heads, step
 from toys import FIVE, Tuned, defender_of, made, model_of, pictures
 
@@ -75,8 +77,7 @@ def test_served_is_what_defender_gives(method: str) -> None:
     assert torch.equal(found.delta, expected.delta)
     assert found.method == method
     leaf = x.clone().requires_grad_()
-    look = defense.repair(leaf, SEEDS)
-    logits = defense.answer(look)
+    logits = defense.live(leaf, SEEDS).logits
     torch.testing.assert_close(logits.detach(), expected.logits, rtol=1e-4, atol=1e-3)
     (gradient,) = torch.autograd.grad(logits.square().sum(), leaf)
     assert gradient.isfinite().all()
@@ -86,20 +87,27 @@ def test_served_is_what_defender_gives(method: str) -> None:
     assert defense.traits.dynamic == (method in ("ttc", "scc"))
 
 
+def guessed(defender: Defender, x: Tensor) -> Tensor:
+    """The logits that the pseudo-label is taken from."""
+    guess = defender.defense.guess
+    assert guess is not None
+    with torch.enable_grad():
+        leaf = x.clone().requires_grad_()
+        return live(defender.session, guess, Batch(leaf, SEEDS)).logits.detach()
+
+
 def test_gate_and_guess_of_scc() -> None:
     x = pictures("tiny", 3)
     scc = made("scc")
-    gate, guess = scc.gate(x, SEEDS), scc.guess(x, SEEDS)
-    assert gate is not None
-    assert guess is not None
-    result = scc(x, SEEDS)
-    torch.testing.assert_close(scc.answer(gate), 0.2 - result.drift, rtol=1e-4, atol=1e-5)
+    margin, result = scc.live(x, SEEDS).margin, scc(x, SEEDS)
+    torch.testing.assert_close(margin, 0.2 - result.drift, rtol=1e-4, atol=1e-5)
     # The guess is read at x_w: SCC without its semantic step
     warm = made("scc:semantic=false")(x, SEEDS)
-    torch.testing.assert_close(scc.answer(guess), warm.logits, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(guessed(scc, x), warm.logits, rtol=1e-4, atol=1e-3)
     for spec in ("scc:gate=false", "none", "views"):
-        assert made(spec).gate(x, SEEDS) is None
-    assert made("scc:semantic=false").guess(x, SEEDS) is None
+        assert made(spec).live(x, SEEDS).margin is None
+        assert not made(spec).has_gate
+    assert made("scc:semantic=false").defense.guess is None
 
 
 @pytest.mark.parametrize("method", ["ttc", "scc"])
@@ -120,15 +128,15 @@ def test_a_fine_tuned_models_gate_is_the_original_encoders(method: str) -> None:
         torch.testing.assert_close(found.logits[row], expected.logits[0], rtol=1e-4, atol=1e-3)
     assert 1 <= int(found.flagged.sum()) <= 2
     assert defense.traits.forward == Defender(model, FIVE, method=method).plan().forward + 2
-    gate = defense.gate(x, SEEDS)
-    assert gate is not None
-    torch.testing.assert_close(defense.answer(gate), tau - found.drift, rtol=1e-3, atol=1e-6)
+    margin = defense.live(x, SEEDS).margin
+    torch.testing.assert_close(margin, tau - found.drift, rtol=1e-3, atol=1e-6)
     if method == "scc":  # an attacker of the pseudo-label sees what that gate lets through
-        warm = make_defense(f"scc:tau={tau!r}:semantic=false", model, FIVE, engine="eager")
-        guess = defense.guess(x, SEEDS)
-        assert guess is not None
-        expected = warm(x, SEEDS).logits
-        torch.testing.assert_close(defense.answer(guess), expected, rtol=1e-4, atol=1e-3)
+        tau *= 1 + 1e-4  # where no rounding decides
+        target, warm = (
+            make_defense(f"scc:tau={tau!r}:semantic={on}", model, FIVE, engine="eager")
+            for on in ("true", "false")
+        )
+        torch.testing.assert_close(guessed(target, x), warm(x, SEEDS).logits, rtol=1e-4, atol=1e-3)
 
 
 def test_max_batch_counts_views() -> None:
@@ -147,7 +155,7 @@ def test_encode_is_the_models_own_with_its_gradient(kind: str, size: tuple[int, 
     bare = defender_of(kind, method="none")
     x = torch.rand(5, 3, *size, generator=torch.Generator().manual_seed(1))
     ours, theirs = (x.clone().requires_grad_() for _ in range(2))
-    encode = Encode(bare.setting, at_once=2)
+    encode = Encode(bare.session, at_once=2)
     found, expected = encode(ours), bare.encode(theirs)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     weights = torch.randn(found.shape, generator=torch.Generator().manual_seed(2))
@@ -164,9 +172,9 @@ def test_encode_is_the_models_own_with_its_gradient(kind: str, size: tuple[int, 
 def test_a_second_derivative_is_refused() -> None:
     bare = defender_of("open_clip", method="none")
     x = pictures("open_clip", 1).requires_grad_()
-    (slope,) = torch.autograd.grad(Encode(bare.setting)(x).sum(), x, create_graph=True)
+    (slope,) = torch.autograd.grad(Encode(bare.session)(x).sum(), x, create_graph=True)
     assert not slope.requires_grad
-    (slope,) = torch.autograd.grad(Encode(bare.setting)(x).square().sum(), x, create_graph=True)
+    (slope,) = torch.autograd.grad(Encode(bare.session)(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         slope.sum().backward()
 
@@ -189,10 +197,10 @@ def test_an_image_does_not_see_another(method: str) -> None:
 def test_an_attacker_gets_gradients(method: str) -> None:
     x = pictures("tiny", 1)
     defense = made(method)
-    for look in (defense.repair, defense.views):
+    for look in (defense.live, defense.view_logits):
         leaf = x.clone().requires_grad_()
         found = look(leaf, SEEDS[:1])
-        assert isinstance(found, Look)
-        (gradient,) = torch.autograd.grad(defense.answer(found)[:, 0].sum(), leaf)
+        logits = found if isinstance(found, Tensor) else found.logits
+        (gradient,) = torch.autograd.grad(logits[..., 0].sum(), leaf)
         assert gradient.isfinite().all()
         assert gradient.abs().max() > 0

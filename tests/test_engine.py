@@ -13,11 +13,13 @@ import op_cases
 import scc_fast
 from scc_fast import DefendedCLIP, ops, tiny
 from scc_fast.api import Defender
-from scc_fast.config import View
-from scc_fast.engine import encoder, methods, serve
+from scc_fast.config import TTCConfig, View
+from scc_fast.defenses import TTC
+from scc_fast.engine import encoder, session
+from scc_fast.engine.batch import Batch, Views
 from scc_fast.engine.encoder import PRECISIONS, Runner
-from scc_fast.engine.towers import tower_of
 from scc_fast.engine.vit import Tower
+from scc_fast.engine.vit_from import tower_of
 from scc_fast.images import to_batch
 from scc_fast.reference import philox
 from scc_fast.reference import step as reference_step
@@ -86,7 +88,7 @@ class Trace:
             self.fast.append(delta.clone())
 
         patch.setattr(reference_step, "pgd_step", traced)
-        patch.setattr(methods.ops, "pgd_step_", traced_)
+        patch.setattr(ops, "pgd_step_", traced_)
 
 
 def cases() -> list[Any]:
@@ -134,13 +136,13 @@ def test_every_delta_and_the_answer(
 def test_auto_takes_the_ops(model: Any) -> None:
     """And says who served."""
     found = Defender(model, PROMPTS)
-    assert found.backend == methods.served_by(model.device, None)
-    if all(ops.backends_of(op, model.device)["cpp"] is None for op in methods.OPS):
+    assert found.backend == session.served_by(model.device, None)
+    if all(ops.backends_of(op, model.device)["cpp"] is None for op in session.OPS):
         assert found.backend != "reference"
 
 
 def test_ops_of_a_defense_are_ops() -> None:
-    assert set(methods.OPS) <= set(ops.names())
+    assert set(session.OPS) <= set(ops.names())
 
 
 @pytest.mark.slow
@@ -193,16 +195,16 @@ def test_every_op_is_asked_for_the_backend(
 ) -> None:
     model = scc_fast.load_model("tiny", device=device)
     asked: dict[str, Any] = {}
-    for name in methods.OPS:
+    for name in session.OPS:
         whole = getattr(ops, name)
 
         def noted(*rest: Any, _name: str = name, _whole: Any = whole, **options: Any) -> Any:
             asked.setdefault(_name, set()).add(options.get("backend"))
             return _whole(*rest, **options)
 
-        monkeypatch.setattr(methods.ops, name, noted)
+        monkeypatch.setattr(ops, name, noted)
     Defender(model, PROMPTS, config={"gate": False}, backend=backend)(pictures(1, 64, model.device))
-    assert set(asked) == set(methods.OPS) - {"make_views_adjoint"}
+    assert set(asked) == set(session.OPS) - {"make_views_adjoint"}
     assert set.union(*asked.values()) == {backend}
 
 
@@ -265,15 +267,15 @@ def test_half_precision_does_not_underflow(model: Any) -> None:
     tower = tower_of(model, torch.float16)
     assert isinstance(tower, Tower)
     defender = Defender(model, PROMPTS, precision="fp32")
-    setting = dataclasses.replace(
-        defender.setting, encoder=Runner(tower, defender.setting.encoder.trust)
-    )
-    sight = methods.Sight(setting, x, seeds, (View(),))
+    runner: Any = defender.session.encoder
+    half = dataclasses.replace(defender.session, encoder=Runner(tower, runner.trust))
+    batch = Batch(x, seeds)
     with torch.no_grad():
-        begun = methods.begin(sight, 4 / 255)
-        slope = begun.slope * torch.tensor([1e-12, 1.0], device=x.device).view(1, 2, 1)
+        state = TTC(TTCConfig()).first_pass(half, batch)
+        slope = state.views["slope"] * torch.tensor([1e-12, 1.0], device=x.device).view(1, 2, 1)
         assert not slope[:, 0].half().any()
-        gradient = sight.back(begun.way, slope)
+        assert state.backward is not None
+        gradient = Views(half, batch, (View(),)).pull(state.backward, slope)
     assert ((gradient != 0).flatten(1).float().mean(dim=1) > 0.9).all()
 
 
@@ -316,13 +318,17 @@ def test_changed_weights_are_seen_by_a_new_defender(precision: str) -> None:
 
 def test_modules_in_fp16_do_not_underflow_either(monkeypatch: pytest.MonkeyPatch) -> None:
     model = scc_fast.load_model("tiny", device="cpu")
-    monkeypatch.setattr(serve, "is_native", lambda dtype, kind: True)
+    monkeypatch.setattr(session, "is_native", lambda dtype, kind: True)
     defender = Defender(model, PROMPTS, precision="fp16", engine="eager")
     images = pictures(1, 64, model.device)
-    sight = methods.Sight(defender.setting, images, torch.arange(1), (View(),))
+    views = Views(defender.session, Batch(images, torch.arange(1)), (View(),))
     seen: list[Tensor] = []
-    way = encoder.Way(lambda slope: seen.append(slope) or slope)  # type: ignore[func-returns-value]
-    sight.back(way, torch.full((1, 1, 8), 1e-9))
+
+    def back(slope: Tensor, retain: bool) -> Tensor:
+        seen.append(slope)
+        return slope
+
+    views.pull(encoder.Backward(back), torch.full((1, 1, 8), 1e-9))
     assert 0.5 < float(seen[0].abs().max()) <= 2.0
 
 

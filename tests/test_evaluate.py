@@ -14,17 +14,18 @@ from PIL import Image
 
 from report_rows import row as result
 from report_rows import write
-from scc_fast.evaluate.collect import read
-from scc_fast.evaluate.groups import groups
-from scc_fast.evaluate.report import cell, comparison_figure, table, write_json
-from scc_fast.evaluate.report_page import make_report
-from scc_fast.evaluate.robustbench import entries
-from scc_fast.evaluate.rows import (
+from scc_fast._files import write_json
+from scc_fast.evaluate.pictures import comparison_figure
+from scc_fast.evaluate.report import make_report
+from scc_fast.evaluate.results import (
     AttackFailed,
     Row,
+    cell,
     check_attack,
     format_rows,
+    read,
     row_of,
+    table,
     wilson,
     worst_of,
 )
@@ -237,8 +238,6 @@ def test_a_worst_over_other_attacks_or_images_is_said(tmp_path: Path) -> None:
     assert "12.0 [10.0, 15.0] (n=500, worst of pgd10 + bpda + gate)" in body
     assert "9.0 [7.0, 12.0] (n=1000, bpda alone)" in body
     assert ": the worst of" not in body
-    found = entries(groups(read(tmp_path)))
-    assert found["ViT-B-32-cifar10-scc.json"]["adaptive_over"] == "pgd10 + bpda + gate"
 
 
 def test_seeds_over_other_attacks_are_told_apart(tmp_path: Path) -> None:
@@ -273,80 +272,18 @@ def test_an_average_counts_a_data_set_once(tmp_path: Path) -> None:
     assert text.count("in no average for") == 1
 
 
-@pytest.mark.parametrize(
-    ("attack", "settings", "own", "papers"),
-    [
-        ("autoattack", {}, "5.00", None),
-        ("autoattack", {"steps": 20}, None, None),
-        ("autoattack", {"queries": 100}, None, None),
-        ("autoattack", {"complete": True}, None, None),
-        ("autoattack", {"queries": None}, None, None),
-        ("aa", {}, None, "5.00"),
-        ("aa", {"steps": 20}, None, None),
-        ("aa", {"complete": True}, None, None),
-    ],
-)
-def test_autoattack_is_the_standard_one_alone(
-    tmp_path: Path, attack: str, settings: dict[str, Any], own: str | None, papers: str | None
-) -> None:
-    usual = {"attack": attack, "steps": 100, "queries": 5000, "complete": False, **settings}
-    write(tmp_path, [result("scc", attack, 50, attack_settings=usual)])
-    (entry,) = entries(groups(read(tmp_path))).values()
-    assert (entry["autoattack_acc"], entry["paper_autoattack_acc"]) == (own, papers)
-
-
-def test_an_entry_says_no_more_than_was_measured(tmp_path: Path) -> None:
-    usual = {"attack": "autoattack", "steps": 100, "queries": 5000, "complete": False}
-    still = {"forward": 1, "backward": 0, "random": True, "dynamic": False}
-    noisy: dict[str, Any] = {"attack_settings": usual, "traits": still}
-    rows = [
-        result("scc:semantic=false", "pgd10", 600),
-        result("rn", "autoattack", 50, eps="1/255", **noisy),
-        result("rn", "autoattack", 20, eps="4/255", **noisy),
-    ]
-    write(tmp_path, rows)
-    found = {e["results"][0]["attack"]: e for e in entries(groups(read(tmp_path))).values()}
-    assert found["pgd10"]["reported"] is None  # the papers' SCC has its semantic step
-    entry = found["autoattack"]
-    assert (entry["eps"], entry["autoattack_acc"]) == ("4/255", "2.00")
-    assert (entry["unreliable"], entry["dynamic"]) == (True, False)
-
-
-def test_entries_that_are_no_more_are_removed_and_nothing_else(tmp_path: Path) -> None:
-    attacked = [result("scc", "pgd10", 600), result("ttc", "pgd10", 300)]
-    path = write(tmp_path, attacked)
-    make_report(tmp_path)
-    folder = tmp_path / "report" / "robustbench"
-    stale, kept = folder / "ViT-B-32-cifar10-ttc.json", folder / "ViT-B-32-cifar10-scc.json"
-    others = {
-        "mine.json": stale.read_text(),  # a copy that somebody made
-        "ViT-B-32-cifar10-else.json": '{"clean_acc": "1.0"}',
-        "ViT-B-32-cifar10-cut.json": stale.read_text()[:100],
-        "notes.txt": "mine",
-    }
-    for name, text in others.items():
-        (folder / name).write_text(text)
-    assert stale.is_file()
-    write(path.parent, attacked[:1])
-    make_report(tmp_path)
-    assert {one.name for one in folder.iterdir()} == {kept.name, *others}
-    assert all((folder / name).read_text() == text for name, text in others.items())
-
-
 def test_one_environment_or_several(tmp_path: Path) -> None:
     path = write(tmp_path, [result("scc", "pgd10", 600)])
     content = json.loads(path.read_text())
     first = content["environment"]
     second = {**first, "device": "NVIDIA H200"}
-    assert read(tmp_path)[0].environments == (first,)
+    assert read(tmp_path).environments[0] == (first,)
     path.write_text(json.dumps({**content, "environments": [first, second, first]}))
-    assert read(tmp_path)[0].environments == (first, second)
-    (entry,) = entries(groups(read(tmp_path))).values()
-    assert entry["env"] == [first, second]
+    assert read(tmp_path).environments[0] == (first, second)
     text = report_of(tmp_path)
     assert "device cpu; scc_fast 0.1.0, torch 2.15.0, device NVIDIA H200" in text
     path.write_text(json.dumps({**content, "environment": None, "environments": [second]}))
-    assert read(tmp_path)[0].environments == (second,)
+    assert read(tmp_path).environments[0] == (second,)
     path.write_text(json.dumps({**content, "environments": [first, "cpu"]}))
     with pytest.raises(ValueError, match=r"results\.json: environments\[1\] must be an object"):
         read(tmp_path)

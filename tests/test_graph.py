@@ -18,11 +18,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import scc_fast
 from scc_fast import Defender, tiny
-from scc_fast.defenses import Defense, make_defense
-from scc_fast.engine import graph, methods, vit
+from scc_fast.api import make_defense
+from scc_fast.engine import cuda_graph as graph
+from scc_fast.engine import drive, vit
+from scc_fast.engine.batch import Batch
+from scc_fast.engine.cuda_graph import Graphs, bucket
 from scc_fast.engine.encoder import PRECISIONS, Runner
-from scc_fast.engine.graph import Graphs, bucket
-from scc_fast.engine.towers import tower_of
+from scc_fast.engine.vit_from import tower_of
 from scc_fast.reference import step
 from scc_fast.reference.ttc import Outcome
 
@@ -68,11 +70,10 @@ def pictures(count: int) -> Tensor:
 def both(defender: Defender, graphs: Graphs, x: Tensor, seed: int = 3) -> tuple[Outcome, Outcome]:
     """Of the plain engine and of graphs."""
     seeds = scc_fast.image_seeds(seed, len(x))
-    views = defender.views(64)
+    session, defense = defender.session, defender.defense
     with torch.no_grad():
-        config: Any = defender.config
-        known = config if isinstance(config, graph.SCCConfig | graph.TTCConfig) else None
-        captured = graphs.run(defender.setting, x, seeds, views, known)
+        with graphs.of(session, defense, x.device) as captures:
+            captured, _ = drive.carry_out(captures, defense, Batch(x, seeds))
         return defender.run(x, seeds), captured
 
 
@@ -205,7 +206,7 @@ def test_a_failed_capture_is_told_and_leaves_nothing(
 def test_buckets_stay_within_max_batch(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     defender = Defender(model, PROMPTS, max_batch=100)
     assert defender._piece((64, 64)) == 25
-    monkeypatch.setattr(defender._engine, "name", "graph")
+    defender.session = dataclasses.replace(defender.session, engine="graph")
     assert defender._piece((64, 64)) == 16
     assert defender._piece((80, 80)) == 25  # not of the encoder's size: not captured
     assert defender.serves((80, 80)) == "runner"
@@ -217,9 +218,8 @@ def test_graphs_do_not_keep_a_model_alive(uncaptured: None) -> None:
 
     model = scc_fast.load_model("tiny", device="cpu")
     defender = Defender(model, PROMPTS, config={"gate": False, "semantic_steps": 0})
-    encoder: Any = defender._engine.encoder
-    encoder.graphs = Graphs()
-    both(defender, encoder.graphs, pictures(1))
+    encoder: Any = defender.session.encoder
+    both(defender, graph.graphs_of(encoder), pictures(1))
     seen = weakref.ref(model)
     del model, defender, encoder
     gc.collect()
@@ -258,15 +258,17 @@ def test_what_is_captured_asks_the_device_nothing(
     with FakeTensorMode(), torch.no_grad():
         x = torch.empty(3, 3, 64, 64, device="cuda")
         seeds = torch.empty(3, dtype=torch.int64, device="cuda")
-        table = on_cuda(defender.setting.table).padded(64, 64)
-        setting = dataclasses.replace(
-            defender.setting,
-            encoder=Runner(on_cuda(tower), defender.setting.encoder.trust),
+        table = on_cuda(defender.session.table).padded(64, 64)
+        session = dataclasses.replace(
+            defender.session,
+            encoder=Runner(on_cuda(tower), defender.session.encoder.trust),
             table=table,
             backend="triton",
         )
-        sight = methods.Sight(setting, x, seeds, defender.views(64))
-        delta, logits = methods.repair(sight, defender.config, methods.begin(sight, 4 / 255))
+        batch, defense = Batch(x, seeds), defender.defense
+        repaired = defense.after_gate(session, batch, defense.first_pass(session, batch))
+        delta, logits = repaired.delta, repaired.logits
+        assert delta is not None
         assert (delta.device.type, delta.shape) == ("cuda", x.shape)
         assert (logits.dtype, logits.shape) == (torch.float32, (3, 64))
 
@@ -336,11 +338,10 @@ def test_the_result_names_the_engine_that_served(
         Defender(model, PROMPTS, method=method, config={}),
         make_defense(method, model, PROMPTS),
     ):
-        engine = one.bare._engine if isinstance(one, Defense) else one._engine
         want = one(x, 3)
+        one.session = dataclasses.replace(one.session, engine="graph")
         with monkeypatch.context() as patch:
-            patch.setattr(engine, "name", "graph")
-            patch.setattr(engine.encoder, "graphs", Graphs())
+            patch.setattr(one.session.encoder, "graphs", Graphs(), raising=False)
             Called.made = 0
             got, other = one(x, 3), one(x[..., :60], 3)
         assert (got.engine == "graph") == (Called.made > 0) == (method != "tte")

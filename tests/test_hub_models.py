@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from scc_fast._hub import stand_in_tokenizer
 from scc_fast.models import load_model
+from scc_fast.models.hub import stand_in_tokenizer
 
 open_clip = pytest.importorskip("open_clip")
 

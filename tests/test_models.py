@@ -16,8 +16,8 @@ import pytest
 import torch
 from torch import nn
 
-from scc_fast import _weights
 from scc_fast.models import VisionLanguage, frozen_twin, load_model, missing_members
+from scc_fast.models import weights as _weights
 from toys import (
     CONFIG,
     HFTokenizer,

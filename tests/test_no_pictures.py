@@ -1,4 +1,4 @@
-"""Zero pictures: attacks, looks of defenses and a run's batch give empty results, or a sentence."""
+"""Zero pictures: attacks, defenses and the batch of a run give empty results, or a sentence."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from scc_fast.api import make_defense
 from scc_fast.attacks import ATTACKS, BareLogits, parse_attack
-from scc_fast.defenses import DEFENSES, make_defense
+from scc_fast.defenses import DEFENSES
 from scc_fast.evaluate.data import Source, from_source
 from scc_fast.evaluate.worker import Judged, Made, Setting, Task, Worker
 from toys import FIVE, model_of
@@ -20,11 +21,9 @@ NONE = torch.zeros(0, dtype=torch.int64)
 @pytest.mark.parametrize("name", DEFENSES)
 def test_defenses_and_the_attacks_that_suit_them(name: str) -> None:
     target = make_defense(name, model_of("tiny"), FIVE)
-    looks = [target.views(NO_X, NONE), target.repair(NO_X, NONE)]
-    looks += [look for look in (target.gate(NO_X, NONE), target.guess(NO_X, NONE)) if look]
-    for look in looks:
-        answer = target.answer(look)
-        assert answer.shape in ((0, len(FIVE)), (0,))
+    assert target.live(NO_X, NONE).logits.shape == (0, len(FIVE))
+    assert target.view_logits(NO_X, NONE).shape[1:] == (0, len(FIVE))
+    assert target.run(NO_X, NONE).logits.shape == (0, len(FIVE))
     made = 0
     for kind in ATTACKS:
         attack = parse_attack(kind + ":source=tiny" * (kind == "transfer"), 4 / 255)

@@ -12,16 +12,17 @@ import pytest
 import torch
 
 import scc_fast
-from scc_fast import DefendedCLIP, Defender, ViewsConfig, image_seeds, tiny
+from scc_fast import DefendedCLIP, Defender, ViewsConfig, defenses, image_seeds, tiny
+from scc_fast.api import make_defense
 from scc_fast.cli import main
-from scc_fast.config import METHODS
-from scc_fast.defenses import DEFENSES, make_defense
+from scc_fast.defenses import DEFENSES, PLANNED
+from scc_fast.evaluate import presets
 from scc_fast.reference import heads, step
 from toys import FIVE, Tuned, defender_of, made, model_of, pictures
 
 KIND = "open_clip"
 SEEDS = image_seeds(7, 3)
-OTHERS = sorted(set(DEFENSES) - set(METHODS))
+OTHERS = sorted(set(DEFENSES) - set(PLANNED))
 
 
 def named(method: str, kind: str = KIND, **options: Any) -> Defender:
@@ -103,7 +104,7 @@ def test_attackers_get_the_defended_logits_and_a_gradient(method: str, gradient:
     if gradient == "bpda":
         leaf = x.clone().requires_grad_()
         defense = made(method, KIND)
-        want = defense.answer(defense.repair(leaf, image_seeds(3, 1)))[:, 0].sum()
+        want = defense.live(leaf, image_seeds(3, 1)).logits[:, 0].sum()
         (other,) = torch.autograd.grad(want, leaf)
         cosine = torch.nn.functional.cosine_similarity(slope.flatten(), other.flatten(), dim=0)
         assert cosine > 0.999
@@ -118,7 +119,7 @@ def test_what_has_no_plan_says_so(method: str) -> None:
         lambda: defender.memory_estimate(1),
         lambda: defender.waterfall(x),
     ):
-        with pytest.raises(RuntimeError, match=f"not to be had of method='{method}'.*scc, ttc"):
+        with pytest.raises(RuntimeError, match=f"not to be had of method='{method}'.*ttc, scc"):
             call()
     assert defender.cost() == named("none").cost()
     assert defender.view_logits(x, SEEDS[:1]).shape[1:] == (1, len(defender.text_features))
@@ -138,9 +139,24 @@ def test_the_old_meaning_of_tte_is_told() -> None:
             named(method)
 
 
-def test_the_old_name_of_a_config_warns_for_one_release() -> None:
-    with pytest.warns(DeprecationWarning, match="ViewsConfig"):
-        assert scc_fast.TTEConfig is ViewsConfig
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("TTEConfig", ViewsConfig),
+        ("recommended", presets.recommended),
+        ("PRESETS", presets.PRESETS),
+        ("Preset", presets.Preset),
+    ],
+)
+def test_old_names_warn_for_one_release(old: str, new: Any) -> None:
+    with pytest.warns(DeprecationWarning, match=rf"scc_fast\.{old} is scc_fast\..* now"):
+        assert getattr(scc_fast, old) is new
+    with pytest.warns(DeprecationWarning, match=r"scc_fast\.api\.make_defense"):
+        assert defenses.make_defense is make_defense
+    with pytest.warns(DeprecationWarning, match=r"Defender\(model, classes, method='doc'\)"):
+        made = DEFENSES["doc"](model_of(KIND), FIVE, config={"steps": 2})
+    assert isinstance(made, Defender)
+    assert (made.method, made.config.steps) == ("doc", 2)
     with pytest.raises(AttributeError, match="no attribute 'TTTConfig'"):
         _ = scc_fast.TTTConfig
 

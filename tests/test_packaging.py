@@ -23,10 +23,10 @@ ROWS = (
     ("bench",),
     ("evaluate", "doctor"),
     ("attacks",),
-    ("defenses",),
-    ("defended", "presets"),
+    ("classifier",),
     ("api",),
     ("_classes",),
+    ("defenses",),
     ("engine",),
     ("ops",),
     ("reference", "_extension", "kernels"),
@@ -161,7 +161,7 @@ def test_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     assert all(re.match(r"scc_fast(-[\d.]+\.dist-info)?/", name) for name in names)
     assert {"scc_fast/py.typed", "scc_fast/kernels/philox.py", "scc_fast/ops/philox.py"} <= names
-    for path in (PACKAGE / "tiny").rglob("*"):
+    for path in [*(PACKAGE / "tiny").rglob("*"), *(PACKAGE / "evaluate").rglob("*")]:
         if path.is_file() and "__pycache__" not in path.parts:
             assert str(path.relative_to(ROOT)) in names
 

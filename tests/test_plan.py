@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,14 +12,13 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import scc_fast
-from scc_fast import Defender, SCCConfig, TTCConfig, tiny
-from scc_fast.config import method_config
-from scc_fast.engine import cost, serve, vit
+from scc_fast import Defender, SCCConfig, tiny
+from scc_fast.engine import cost, drive, memory, vit
 from scc_fast.engine.cost import Cost
-from scc_fast.engine.encoder import Modules
-from scc_fast.engine.plan import plan_of
-from scc_fast.engine.towers import tower_of
+from scc_fast.engine.encoder import Backward, Modules
+from scc_fast.engine.plan import ascent_plan
 from scc_fast.engine.vit import Tower
+from scc_fast.engine.vit_from import tower_of
 
 pytestmark = pytest.mark.slow  # together more than a minute
 
@@ -34,36 +34,35 @@ def model() -> scc_fast.VisionLanguage:
 @pytest.mark.parametrize(("warm_up", "semantic"), [(2, 2), (0, 3), (3, 0), (0, 0), (1, 1)])
 def test_the_cost_is_that_of_the_method(views: int, warm_up: int, semantic: int) -> None:
     """METHOD.md: SCC (1 + L·(N_w+S+1))·F + L·(N_w+S)·B in N_w+S+1 passes; TTC (N+2)·F + N·B."""
-    plan = plan_of(SCCConfig(warmup_steps=warm_up, semantic_steps=semantic), views)
+    plan = ascent_plan("scc", views, warm_up, semantic, True)
     steps = warm_up + semantic
     assert plan.forward == 1 + views * (steps + 1)
     assert plan.backward == views * steps
     assert len(plan.passes) == steps + 1
     assert (plan.clean().forward, plan.clean().backward) == (1 + views, 0)
-    ttc = plan_of(TTCConfig(steps=warm_up), 1)
+    ttc = ascent_plan("ttc", 1, warm_up, 0, True)
     assert (ttc.forward, ttc.backward) == (warm_up + 2, warm_up)
 
 
 class Counted(Modules):
     """The modules, counting what goes through them."""
 
-    forward = backward = passes = 0
+    looked = backward = passes = 0
 
-    def look(self, pictures: Tensor) -> Tensor:
-        self.forward += len(pictures)
+    def forward(self, pictures: Tensor) -> Tensor:
+        self.looked += len(pictures)
         self.passes += not torch.is_grad_enabled()
-        return super().look(pictures)
+        return super().forward(pictures)
 
-    def look_at(self, pictures: Tensor, beside: Tensor | None) -> Any:
-        features, other, way = super().look_at(pictures, beside)
+    def vjp(self, pictures: Tensor, beside: Tensor | None) -> Any:
+        features, other, backward = super().vjp(pictures, beside)
         self.passes += beside is None
 
-        def back(slope: Tensor, whole: Any = way.back) -> Tensor:
+        def back(slope: Tensor, retain: bool) -> Tensor:
             self.backward += len(slope)
-            return whole(slope)
+            return backward(slope, retain)
 
-        way.back = back
-        return features, other, way
+        return features, other, Backward(back)
 
 
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -87,16 +86,16 @@ def test_the_engine_makes_the_passes_of_its_plan(model: Any, name: str) -> None:
     if defender.backend == "reference":
         pytest.skip("no compiled ops: the reference serves")
     encoder = Counted(model)
-    object.__setattr__(defender.setting, "encoder", encoder)
+    defender.session = replace(defender.session, encoder=encoder)
     defender(tiny.generate("test", range(3))[0], 0)
     plan = defender.plan()
     plan = plan.clean() if name == "clean" else plan
-    assert (encoder.forward, encoder.backward) == (3 * plan.forward, 3 * plan.backward)
+    assert (encoder.looked, encoder.backward) == (3 * plan.forward, 3 * plan.backward)
     assert encoder.passes == len(plan.passes)
 
 
 def test_a_plan_prints_itself() -> None:
-    plan = plan_of(SCCConfig(), 4)
+    plan = ascent_plan("scc", 4, 2, 2, True)
     text = plan.describe(Cost(10**9, 2 * 10**9, 10**6, 0, 0), 2, 1e12, 1e9)
     lines = text.splitlines()
     assert lines[0] == "scc, 4 views, batch 2"
@@ -167,8 +166,8 @@ def test_out_of_memory_says_what_fits(model: Any, monkeypatch: pytest.MonkeyPatc
     def full(*_: Any) -> Any:
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried")
 
-    defender.run = full  # type: ignore[method-assign]
-    monkeypatch.setattr(serve, "free_memory", lambda device: 2**27)
+    monkeypatch.setattr(drive, "run", full)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 2**27)
     with pytest.raises(torch.OutOfMemoryError, match=r"16 images of 64x64 .*in 4 views") as caught:
         defender(torch.rand(20, 3, 64, 64), 0)
     assert "128 MiB are free" in str(caught.value)
@@ -181,7 +180,7 @@ def test_out_of_memory_says_what_fits(model: Any, monkeypatch: pytest.MonkeyPatc
     def other(*_: Any) -> Any:
         raise RuntimeError("something else")
 
-    defender.run = other  # type: ignore[method-assign]
+    monkeypatch.setattr(drive, "run", other)
     with pytest.raises(RuntimeError, match="something else"):
         defender(torch.rand(1, 3, 64, 64), 0)
 
@@ -234,5 +233,8 @@ def test_refused_sizes(model: Any, size: Any) -> None:
 
 def test_the_model_carries_its_own_config(model: Any) -> None:
     defender = Defender(model, PROMPTS)
-    assert defender.plan() == plan_of(method_config(model.defaults, "scc", None), 4)
+    config = SCCConfig(**model.defaults["scc"])
+    assert defender.config == config
+    steps = config.warmup_steps, config.semantic_steps
+    assert defender.plan() == ascent_plan("scc", 4, *steps, config.gate)
     assert defender.plan((100, 80)).views == 4

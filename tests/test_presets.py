@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
-from scc_fast import PRESETS, Defender, presets, recommended
+from scc_fast import Defender
+from scc_fast.evaluate import presets
+from scc_fast.evaluate.presets import PRESETS, recommended
 from toys import FIVE, model_of, pictures
 
 

@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scc_fast import tiny
+from scc_fast import Defender, tiny
 from scc_fast.defenses.prompt_tuning import Context
-from scc_fast.defenses.r_tpt import RTPT
 from toys import FIVE, model_of
 
 PROMPTS = [*tiny.prompts()[:6], "a dog", *tiny.prompts()[:1]]
@@ -84,9 +83,9 @@ def test_what_cannot_be_tuned_says_why() -> None:
             return getattr(model_of("tiny"), name)
 
     with pytest.raises(ValueError, match="r_tpt tunes prompts: give classes"):
-        RTPT(model_of("tiny"), text_features=torch.eye(128)[:3])
+        Defender(model_of("tiny"), text_features=torch.eye(128)[:3], method="r_tpt")
     with pytest.raises(ValueError, match=r"Other does not show: load an open_clip"):
-        RTPT(Other(), FIVE)
+        Defender(Other(), FIVE, method="r_tpt")
 
     class Bag(nn.Module):
         def __init__(self) -> None:
@@ -101,4 +100,4 @@ def test_what_cannot_be_tuned_says_why() -> None:
     with pytest.raises(ValueError, match=r"tiny \(Bag\) has none that is known: no token_embedd"):
         Context(bag, FIVE, 4, need="r_tpt")
     with pytest.raises(ValueError, match="context must be at most 15 tokens, got 40"):
-        RTPT(model_of("tiny"), FIVE, config={"context": 40})
+        Defender(model_of("tiny"), FIVE, method="r_tpt", config={"context": 40})

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -72,13 +73,16 @@ def test_a_worker_that_dies_changes_nothing(tmp_path: Path, cluster: None, alone
     def killing(tasks: Any, kept: Any) -> Iterator[tuple[Task, Any]]:
         for task, found in execute(tasks, kept):
             if isinstance(found, Made) and not seen:
+                until = time.monotonic() + 60  # the second may still be starting
+                while len(workers()) < 2 and time.monotonic() < until:
+                    time.sleep(0.1)
                 seen.extend(sorted(workers()))
                 os.kill(seen[0], signal.SIGKILL)
             yield task, found
 
     ticks: list[str] = []
     run.go(ASKED, execute=killing, tick=ticks.append)
-    assert len(seen) == 2  # there were two, and one was killed
+    assert len(seen) >= 2  # one was killed, and was not the only one
     assert len(ticks) == 4 * 6
     assert results(tmp_path) == alone
 

@@ -94,7 +94,7 @@ OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
         ValueError,
         r"text_features.*row 1",
     ),
-    ({"method": "SCC"}, ValueError, "method.*scc, ttc, views, rn, none, tte.*'SCC'"),
+    ({"method": "SCC"}, ValueError, "method.*none, rn, views, tte.*'SCC'"),
     ({"method": None}, ValueError, "method.*None"),
     ({"config": "scc"}, TypeError, "config.*SCCConfig.*'scc'"),
     ({"config": TTCConfig()}, TypeError, "config.*SCCConfig.*TTCConfig"),

@@ -1,4 +1,4 @@
-"""A whole report of hand-written results: tables, warnings, page, figures, RobustBench's form."""
+"""A whole report of hand-written results: tables, warnings, page, figures."""
 
 from __future__ import annotations
 
@@ -14,14 +14,11 @@ import numpy as np
 import pytest
 
 from report_rows import HOSTILE, row, write
-from scc_fast.evaluate.collect import read
-from scc_fast.evaluate.figures import front
-from scc_fast.evaluate.groups import groups
-from scc_fast.evaluate.paper_tables import paper_tables
-from scc_fast.evaluate.placing import label_points, overlap
-from scc_fast.evaluate.report_page import make_report
-from scc_fast.evaluate.robustbench import entries
-from scc_fast.evaluate.tables import Table
+from scc_fast.evaluate.report import make_report
+from scc_fast.evaluate.report.figures import front
+from scc_fast.evaluate.report.pool import measured
+from scc_fast.evaluate.report.tables import Table, make_tables
+from scc_fast.evaluate.results import read
 
 STL = {"name": "stl10", "paper": "STL-10", "pictures": 8000, "pictures_expected": 8000}
 DTD = {"name": "dtd", "paper": "DTD", "pictures": 1880, "pictures_expected": 1880}
@@ -79,14 +76,14 @@ def sample(folder: Path) -> None:
 
 
 def of_kind(folder: Path, kind: str) -> list[Table]:
-    return [table for table in paper_tables(groups(read(folder))) if table.kind == kind]
+    return [table for table in make_tables(measured(read(folder))) if table.kind == kind]
 
 
 def texts(table: Table) -> dict[tuple[str, ...], dict[str, str]]:
     """{labels: {column: text}}."""
-    names = [f"{group} {name}".strip() for group, name in table.columns]
-    keys = len(table.keys)
-    return {tuple(line[:keys]): dict(zip(names, line[keys:], strict=True)) for line in table.body()}
+    names = [f"{heading} {name}".strip() for heading, name in table.columns]
+    keys, body = len(table.keys), table.wide().values.tolist()
+    return {tuple(line[:keys]): dict(zip(names, line[keys:], strict=True)) for line in body}
 
 
 # ------------------------------------------------------------------------------ the paper's tables
@@ -107,11 +104,11 @@ def test_table_1_has_published_lines_and_averages_of_measured_figures_only(tmp_p
     assert ours["Average Acc."] == "81.0 [79.0, 84.0] (1 set)"
     assert theirs["Average Rob."] == "51.68† (16 sets)"
     assert theirs["CIFAR-10 Adapt."] == ""
-    order = [line.labels[1] for line in table.lines]
+    order = [label.split(" †")[0] for label in table.lines().method]
     assert order.index("undefended") < order.index("FARE") < order.index("TTC")
-    assert [line.published for line in table.lines].count(False) == 3
+    assert list(table.lines().published).count(False) == 3
     # A published figure is a paper's own digits, and nothing of it has a value to average.
-    assert not any(c.measured for line in table.lines if line.published for c in line.cells)
+    assert all(isinstance(v, str) for v in table.cells.value[table.cells.published])
     assert at_four.title.startswith("Table 1's layout (PGD-10 at 4/255")
     assert texts(at_four)["CLIP ViT-B/32", "DOC † published"]["CIFAR-10 Rob."] == "38.14†"
 
@@ -156,7 +153,7 @@ def test_the_ablation_stands_apart(tmp_path: Path) -> None:
     assert lines["ViT-B-32", "off", "on", "–"]["DTD Rob."] == "45.0 [43.0, 48.0]"
     assert lines["CLIP ViT-B/32", "off", "off", "as published † published"]["DTD Rob."] == "27.4†"
     (main,) = of_kind(tmp_path, "table-1")
-    assert not any("semantic" in label for line in main.lines for label in line.labels)
+    assert not any("semantic" in label for label in main.lines().method)
 
 
 def test_seeds_give_a_spread(tmp_path: Path) -> None:
@@ -253,14 +250,33 @@ def test_hostile_names_are_escaped_everywhere(tmp_path: Path) -> None:
     assert "<x>" not in (tmp_path / "report" / "report.md").read_text()
     latex = (tmp_path / "report" / "attacks.tex").read_text()
     assert r"\textless{}x\textgreater{}\&\_\%\textbar{}" in latex
-    names = {path.name for path in (tmp_path / "report" / "robustbench").iterdir()}
-    assert names == {"m_x_-_x_-scc.json", "m_x_-_x_-none.json"}
 
 
 def test_a_run_that_has_only_begun_is_shown(tmp_path: Path) -> None:
     write(tmp_path / "a", [])
     make_report(tmp_path)
     assert "no figure yet" in (tmp_path / "report" / "report.md").read_text()
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [row("scc:semantic=false", "pgd10", 300)],
+        [row("scc", "bpda", 300)],
+        [row("scc", "worst", 300, of=["bpda"])],
+        [row("scc", "pgd10", 300, traits={}), row("none", "pgd10", 30, traits={})],
+        [row("scc:gate=false", "pgd10", 300), row('scc{"gate": false}', "pgd10", 310)],
+        [row("scc", "pgd10", 300, clean_right={}, clean_wrong={})],
+        [row("scc", "pgd10:restarts=5", 300, title="PGD-10"), row("scc", "pgd10", 320)],
+    ],
+)
+def test_what_was_not_measured_is_no_obstacle(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
+    write(tmp_path, rows)
+    make_report(tmp_path)
+    text = (tmp_path / "report" / "report.md").read_text()
+    shown = [f"{one['hits'] / 10:.1f} [" for one in rows]
+    assert [figure for figure in shown if figure not in text] == []
 
 
 # ---------------------------------------------------------------------------------------- warnings
@@ -313,50 +329,8 @@ def test_protocols_are_never_mixed(tmp_path: Path) -> None:
     assert [texts(t)["ViT-B-32", "SCC"]["Average Rob."][:4] for t in tables] == ["50.0", "70.0"]
 
 
-# ------------------------------------------------------------------------- RobustBench and figures
-
-
-def test_robustbench_entries(tmp_path: Path) -> None:
-    sample(tmp_path)
-    found = entries(groups(read(tmp_path)))
-    assert len(found) == 6
-    entry = found["ViT-B-32-cifar10-scc.json"]
-    # Of the budgets, the largest at which the attacker knew the defense.
-    assert (entry["eps"], entry["adaptive_acc"], entry["clean_acc"]) == ("1/255", "24.00", "81.00")
-    assert (entry["reported"], entry["autoattack_acc"]) == ("59.18", None)
-    assert (entry["number_forward_passes"], entry["number_backward_passes"]) == (21, 16)
-    assert (entry["unreliable"], entry["dynamic"], entry["randomized"]) == (True, True, True)
-    assert entry["link"] == "https://arxiv.org/abs/2510.22785"
-    assert [one["attack"] for one in entry["results"]] == [
-        "clean",
-        "pgd10",
-        "pgd10",
-        "bpda",
-        "worst",
-    ]
-    plain = found["ViT-B-32-cifar10-none.json"]
-    assert (plain["unreliable"], plain["reported"], plain["eps"]) == (False, None, "4/255")
+# ----------------------------------------------------------------------------------------- figures
 
 
 def test_the_front_is_what_nothing_cheaper_beats() -> None:
     assert front([(1, 5), (4, 5), (4, 9), (6, 8), (7, 30), (7, 20)]) == [(1, 5), (4, 9), (7, 30)]
-
-
-def test_labels_do_not_cover_each_other() -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.text import Text
-
-    figure = Figure(figsize=(6, 4), dpi=100)
-    canvas = FigureCanvasAgg(figure)
-    axis = figure.subplots()
-    axis.set(xlim=(0, 10), ylim=(0, 10))
-    places = [(5.0, 5.0 + 0.01 * i) for i in range(8)]
-    label_points(axis, [(x, y, f"defense {i}") for i, (x, y) in enumerate(places)], places)
-    canvas.draw()
-    # Without the lines to the points, which an annotation counts as its own.
-    drawn = canvas.get_renderer()
-    boxes = [Text.get_window_extent(text, drawn).extents for text in axis.texts]
-    assert len(boxes) == 8
-    inner = [(b[0] + 1, b[1] + 1, b[2] - 1, b[3] - 1) for b in boxes]
-    assert not any(overlap(a, b) for i, a in enumerate(inner) for b in inner[:i])

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from scc_fast.bench.rows import KEYS
-from scc_fast.evaluate.rows import Row, row_of, timed_rows
+from scc_fast.evaluate.results import Row, row_of, timed_rows
 from scc_fast.evaluate.schema import FIELDS, misfits, table
 
 ROOT = Path(__file__).parents[1]

@@ -20,12 +20,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from runs import FOUR, N, results, run_in
-from scc_fast import image_seeds
+from scc_fast import Defender, image_seeds
+from scc_fast.api import make_defense
 from scc_fast.attacks import PGD
-from scc_fast.defenses import Defense, make_defense
-from scc_fast.evaluate import runner
+from scc_fast.evaluate import runner, store
 from scc_fast.evaluate.data import open_dataset
-from scc_fast.evaluate.rows import AttackFailed, Row
+from scc_fast.evaluate.results import AttackFailed, Row
 from scc_fast.evaluate.runner import Asked, Run
 from scc_fast.evaluate.schema import misfits
 from scc_fast.evaluate.store import Busy, locked
@@ -361,17 +361,17 @@ def test_the_seeds_are_fixed_and_the_judges_are_not_the_attackers(
 ) -> None:
     judged: list[list[int]] = []
     attacked: list[int] = []
-    call, attack = Defense.__call__, PGD.run
+    call, attack = Defender.__call__, PGD.run
 
-    def judge(self: Defense, images: Any, seeds: Any = None) -> Any:
+    def judge(self: Defender, images: Any, seeds: Any = None) -> Any:
         judged.append(seeds.tolist())
         return call(self, images, seeds)
 
-    def run(self: PGD, target: Defense, x: Tensor, labels: Tensor, seeds: Tensor) -> Tensor:
+    def run(self: PGD, target: Defender, x: Tensor, labels: Tensor, seeds: Tensor) -> Tensor:
         attacked.extend(seeds.tolist())
         return attack(self, target, x, labels, seeds)
 
-    monkeypatch.setattr(Defense, "__call__", judge)
+    monkeypatch.setattr(Defender, "__call__", judge)
     monkeypatch.setattr(PGD, "run", run)
     run_in(tmp_path).go(Asked(("none",), ("pgd3",), (FOUR,)))
     # The first batch of a size is shown once before it is timed.
@@ -470,3 +470,20 @@ def test_an_attack_that_suits_none_is_said(tmp_path: Path) -> None:
 
 def test_budgets_on_the_grid_are_one() -> None:
     assert Asked(eps=(1 / 255, 0.00392157, 0.01)).eps == (1 / 255, 0.01)
+
+
+def test_a_record_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = run_in(tmp_path)
+    parsed: list[bytes] = []
+    parse = store._records
+    monkeypatch.setattr(store, "_records", lambda lines: parsed.append(lines) or parse(lines))
+    run.go(ASKED)
+    files = list(tmp_path.rglob("records.jsonl"))
+    assert sum(map(len, parsed)) == sum(file.stat().st_size for file in files)
+    put(run, "clean", 0.0, "00", "00", "0")  # a later line counts, and one that is not whole
+    assert by_name(run.rows())["none", "clean"].hits == 0
+    file = run.store.attack("clean", 0.0).path / "records.jsonl"
+    lines = file.read_bytes().splitlines(keepends=True)
+    file.unlink()
+    file.write_bytes(b"".join(lines[:-3]))
+    assert by_name(run.rows())["none", "clean"].hits == 5

@@ -98,14 +98,14 @@ def test_what_is_written_later(write: Callable[[nn.Module], None], engine: str) 
     old.refresh()
     assert torch.equal(logits(old), logits(new))
     torch.testing.assert_close(old.text_features, fresh.text_features)
-    assert old.setting.table.scale == fresh.setting.table.scale
+    assert old.session.table.scale == fresh.session.table.scale
 
 
 def test_equal_weights_are_held_once() -> None:
     model = tiny()
     first, second = undefended(model), Defender(model, CLASSES)
     assert first.snapshot is second.snapshot
-    assert first.setting.encoder is second.setting.encoder
+    assert first.session.encoder is second.session.encoder
     assert undefended(tiny()).snapshot is not first.snapshot
     by_data(model.module)
     other = undefended(model)
@@ -214,7 +214,7 @@ def test_hooks_of_all_modules_and_of_one() -> None:
         assert result.engine == "eager"
         handle.remove()
         assert torch.equal(logits(defender), before)
-    encode = scc_fast.defenses.make_defense("rn", defender.model, CLASSES).encode
+    encode = scc_fast.api.make_defense("rn", defender.model, CLASSES).encode
     features = encode(pictures())
     handle = nn.modules.module.register_module_forward_hook(
         lambda module, _, out: 0.5 * out if module is part else None
@@ -279,4 +279,4 @@ def test_a_logit_scale_that_is_none() -> None:
             undefended(wrapped(module))
     model = tiny()
     model.logit_scale = 10.0  # set by hand
-    assert undefended(model).setting.table.scale == 10.0
+    assert undefended(model).session.table.scale == 10.0

@@ -11,8 +11,8 @@ import torch
 from timm.layers import AttentionPoolLatent
 from torch import nn
 
-from scc_fast.engine.towers import tower_of
 from scc_fast.engine.vit import Tower
+from scc_fast.engine.vit_from import tower_of
 from tower_models import clip_model, load, open_clip_model, refused, siglip_model, timm_model
 
 

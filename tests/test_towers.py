@@ -13,8 +13,8 @@ import transformers
 from torch import Tensor, nn
 
 from scc_fast.api import Defender
-from scc_fast.engine.towers import tower_of
 from scc_fast.engine.vit import Tower
+from scc_fast.engine.vit_from import tower_of
 from tower_models import (
     FAMILIES,
     load,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,14 +15,18 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import scc_fast
-from attack_toys import images, weights
-from scc_fast import tiny
+from attack_toys import Toy, images, weights
+from scc_fast import Defender, tiny
+from scc_fast.api import make_defense
 from scc_fast.attacks import Unrolled
-from scc_fast.attacks.unrolled import _Sight, step_count, straight_sign, unrolled
+from scc_fast.attacks.unrolled import UnrolledViews, step_count, straight_sign, unrolled
 from scc_fast.config import IDENTITY, SCCConfig, TTCConfig, View
-from scc_fast.defenses import SCC, TTC, Defense, make_defense
+from scc_fast.defenses import SCC, TTC
+from scc_fast.engine.batch import Batch
+from scc_fast.engine.session import Session
 from scc_fast.reference import heads, philox
 from scc_fast.reference.step import initial_delta
+from scc_fast.reference.ttc import Setting
 
 pytestmark = pytest.mark.slow  # together more than a minute
 
@@ -30,15 +35,18 @@ SCALE, CLASSES = 5.0, 4
 
 
 def toy(kind: type[TTC] | type[SCC], config: Any, encode: Callable[[Tensor], Tensor]) -> Any:
-    """TTC or SCC on another encoder, pixels (n, 3, 2, 2) to features (n, D)."""
-    found: Any = object.__new__(kind)
-    text = F.normalize(weights(CLASSES, seed=5)[:, :6], dim=1)
-    found.config, found.encode = config, encode
-    found.gate = lambda x, seeds: None
-    found.bare = SimpleNamespace(encode=encode)
-    found.defender = SimpleNamespace(views=lambda size: VIEWS)
-    found.table = heads.Classes(text, SCALE)
-    found.model = SimpleNamespace(mean=(0.4, 0.5, 0.6))
+    """TTC or SCC without a gate on another encoder, pixels (n, 3, 2, 2) to features (n, D)."""
+    method: Any = kind(config)
+    method.has_gate = False
+    if kind is SCC:
+        method.views = lambda session, size: VIEWS
+    classes = heads.Classes(F.normalize(weights(CLASSES, seed=5)[:, :6], dim=1), SCALE)
+    mean = (0.4, 0.5, 0.6)
+    found: Any = Toy(weights(CLASSES))
+    found.defense, found.config = method, config
+    kept = {field.name: getattr(found.session, field.name) for field in fields(Session)}
+    found.session = Session(**{**kept, "classes": classes, "mean": mean})
+    vars(found.session)["reference"] = Setting(encode, classes, torch.tensor(mean))
     return found
 
 
@@ -65,13 +73,11 @@ def test_the_straight_through_sign_by_hand() -> None:
 
 
 def test_a_pixel_that_the_box_holds_passes_the_steps_gradient() -> None:
-    sight: Any = object.__new__(_Sight)
-    sight.x, sight.slope = torch.ones(1, 3, 2, 2), 0.0
-    sight.target = SimpleNamespace(config=SimpleNamespace(epsilon=8 / 255, alpha=1 / 255))
-    delta = torch.zeros_like(sight.x, requires_grad=True)
-    pixels = sight.x + delta
-    features = pixels.flatten(1)[None]
-    moved = sight.step(delta, features, pixels, torch.ones_like(features))
+    batch = Batch(torch.ones(1, 3, 2, 2), torch.arange(1))
+    views = UnrolledViews(None, batch, (IDENTITY,), slope=0.0)
+    config = SimpleNamespace(epsilon=8 / 255, alpha=1 / 255)
+    delta = torch.zeros_like(batch.x, requires_grad=True)
+    moved, _ = views.step(delta, torch.ones_like(delta), config)
     assert not moved.any()
     (slope,) = torch.autograd.grad(moved.sum(), delta)
     assert torch.equal(slope, torch.ones_like(slope))
@@ -213,7 +219,7 @@ def test_scc_against_finite_differences_of_its_surrogate(slope: float) -> None:
 # ------------------------------------------------------------------------------ the bundled model
 
 
-def defense(spec: str, **options: Any) -> Defense:
+def defense(spec: str, **options: Any) -> Defender:
     return make_defense(spec, scc_fast.load_model("tiny", device="cpu"), tiny.prompts(), **options)
 
 
@@ -250,7 +256,9 @@ def test_at_slope_zero_its_gradient_is_bpdas() -> None:
     target = defense("ttc", backend="reference")
     _, found = Unrolled(slope=0).through(target, x, y, keys)
     leaf = (x + target.run(x, keys).delta).requires_grad_()
-    loss = F.cross_entropy(target.mean_logits(target.encode(leaf)[None]), y, reduction="sum")
+    loss = F.cross_entropy(
+        target.session.mean_logits(target.encode(leaf)[None]), y, reduction="sum"
+    )
     (expected,) = torch.autograd.grad(loss, leaf)
     torch.testing.assert_close(found, expected, atol=1e-5 * float(expected.abs().max()), rtol=1e-3)
     _, steeper = Unrolled(slope=0.1).through(target, x, y, keys)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 import scc_fast
 from scc_fast.engine import vit
-from scc_fast.engine.towers import tower_of
 from scc_fast.engine.vit import FirstAttention, Tower, narrow
+from scc_fast.engine.vit_from import tower_of
 from tower_models import (
     FAMILIES,
     clip_model,

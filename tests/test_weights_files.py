@@ -18,10 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from scc_fast import tiny as tiny_package
-from scc_fast._state_dicts import misfit, plain, state_dict
-from scc_fast._weights import check_activation
 from scc_fast.evaluate.store import slug
 from scc_fast.models import load_model
+from scc_fast.models.state_dicts import misfit, plain, state_dict
+from scc_fast.models.weights import check_activation
 
 open_clip = pytest.importorskip("open_clip")
 

@@ -10,9 +10,8 @@ import pytest
 from torch import Tensor
 
 from runs import BATCH, FOUR, N, setting
-from scc_fast import image_seeds
+from scc_fast import Defender, image_seeds
 from scc_fast.attacks import BPDA
-from scc_fast.defenses import Defense
 from scc_fast.evaluate.worker import Judged, Made, Task, Worker
 from toys import model_of
 
@@ -33,7 +32,7 @@ def test_the_data_is_opened_as_the_setting_says(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_precision_is_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("scc_fast.engine.serve.is_native", lambda *_: True)  # on every processor
+    monkeypatch.setattr("scc_fast.engine.session.is_native", lambda *_: True)  # on every processor
     assert worker(precision="bf16").facts()["model"]["precision"] == "bf16"
 
 
@@ -41,8 +40,8 @@ def test_attacks_that_know_a_defense_are_made_against_it(monkeypatch: pytest.Mon
     met: list[str] = []
     attack = BPDA.run
 
-    def run(self: BPDA, target: Defense, *rest: Tensor) -> Tensor:
-        met.append(target.name)
+    def run(self: BPDA, target: Defender, *rest: Tensor) -> Tensor:
+        met.append(target.method)
         return attack(self, target, *rest)
 
     monkeypatch.setattr(BPDA, "run", run)
@@ -88,7 +87,7 @@ def test_a_first_call_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
             time.sleep(0.5)
         return defense(seen, seeds)
 
-    slow_at_first.config = defense.config  # type: ignore[attr-defined]
+    slow_at_first.has_gate = defense.has_gate  # type: ignore[attr-defined]
     monkeypatch.setattr(ours, "defense", lambda spec: slow_at_first)
     found = []
     for batch, count in ((0, 2), (1, 2), (2, 1)):

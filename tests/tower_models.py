@@ -15,7 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import scc_fast
-from scc_fast.engine.towers import tower_of
+from scc_fast.engine.vit_from import tower_of
 
 SIDE = 32  # of the small models' pictures, in patches of 8
 _TEXT = {"context_length": 8, "vocab_size": 300, "width": 32, "heads": 2, "layers": 1}

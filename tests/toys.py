@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import scc_fast
-from scc_fast import Defender, DefenseResult, VisionLanguage, _hub, tiny
-from scc_fast.defenses import make_defense
+from scc_fast import Defender, DefenseResult, VisionLanguage, tiny
+from scc_fast.api import make_defense
+from scc_fast.models import hub as _hub
 
 KINDS = ("tiny", "open_clip", "hf_clip", "hf_siglip")
 METHODS = ("scc", "ttc", "views", "rn", "none")

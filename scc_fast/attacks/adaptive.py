@@ -18,11 +18,13 @@ import torch
 from torch import Tensor
 
 from scc_fast._plain import plain
+from scc_fast.api import Defender
 from scc_fast.attacks.base import Attack, Loss, prepared, slope
 from scc_fast.attacks.margin import Distinct, margin
 from scc_fast.attacks.pgd import cross_entropy as single
 from scc_fast.config import shown, whole, within
-from scc_fast.defenses.base import Defense, Look
+from scc_fast.engine.batch import Batch, uniform_start
+from scc_fast.engine.drive import live
 from scc_fast.reference import philox, step
 
 # What an attacker's draws are for, beside philox.EOT: the views, and the pseudo-label's point.
@@ -51,12 +53,6 @@ def step_sizes(steps: int, alpha: float | None, epsilon: float) -> list[float]:
         epsilon * next(part for until, part in _FADING if (at + 0.5) / steps <= until)
         for at in range(steps)
     ]
-
-
-def random_start(x: Tensor, seeds: Tensor, epsilon: float) -> Tensor:
-    """Where every attack here begins, less x: uniform in the ball, kept in the box; PGD's own."""
-    start = 2 * philox.uniform_like(x, seeds, philox.ATTACK_START) - 1
-    return step.project(start * epsilon, x, epsilon)
 
 
 def climb(
@@ -113,7 +109,7 @@ def _each(rows: Tensor) -> Tensor:
     return rows[:, None, None, None]
 
 
-def leads(target: Defense, labels: Tensor) -> Loss:
+def leads(target: Defender, labels: Tensor) -> Loss:
     """How far the best wrong class is ahead of the true one, of logits (B, K): (B,).
 
     Above 0 where the prediction is wrong. A class with the true one's embedding is not wrong.
@@ -154,7 +150,7 @@ class Aware(Attack):
     def title(self) -> str:
         return f"{self.label}-{self.steps}"
 
-    def run(self, target: Defense, x: Tensor, labels: Tensor, seeds: Tensor) -> Tensor:
+    def run(self, target: Defender, x: Tensor, labels: Tensor, seeds: Tensor) -> Tensor:
         x, labels, seeds = prepared(target, x, labels, seeds)
         if len(x) == 0:
             return x.clone()
@@ -177,13 +173,13 @@ class Aware(Attack):
                 momentum=self.momentum,
             )
 
-    def start(self, target: Defense, x: Tensor, labels: Tensor, seeds: Tensor) -> Tensor:
+    def start(self, target: Defender, x: Tensor, labels: Tensor, seeds: Tensor) -> Tensor:
         """Where it begins, less x: (B, 3, H, W)."""
-        return random_start(x, seeds, self.epsilon)
+        return uniform_start(x, seeds, self.epsilon, philox.ATTACK_START)
 
     @abstractmethod
     def survey(
-        self, target: Defense, point: Tensor, labels: Tensor, seeds: Tensor, at: int
+        self, target: Defender, point: Tensor, labels: Tensor, seeds: Tensor, at: int
     ) -> tuple[Tensor, Tensor | None]:
         """At a point in step `at`: the gradient to ascend, and whether it fools (see climb)."""
 
@@ -211,16 +207,18 @@ class ViewAware(Aware):
             raise ValueError(f'of must be "each" or "mean", got {shown(self.of)}')
 
     def survey(
-        self, target: Defense, point: Tensor, labels: Tensor, seeds: Tensor, at: int
+        self, target: Defender, point: Tensor, labels: Tensor, seeds: Tensor, at: int
     ) -> tuple[Tensor, Tensor | None]:
         keys = philox.derive(seeds, VIEW_DRAWS, at)
 
-        def look(pixels: Tensor) -> Look:
-            seen = target.views(pixels, keys)
-            return seen if self.of == "mean" else Look(seen.pictures, target.logits)
+        session, defense = target.session, target.defense
+
+        def answer(pixels: Tensor) -> Tensor:
+            seen = session.features(defense.pictures(session, Batch(pixels, keys)))
+            return session.mean_logits(seen) if self.of == "mean" else session.logits(seen)
 
         loss = cross_entropy if self.of == "mean" else cross_entropies
-        return slope(target, look, point, lambda found: loss(found, labels))[1], None
+        return slope(point, answer, lambda found: loss(found, labels))[1], None
 
 
 @dataclass(frozen=True)
@@ -257,14 +255,14 @@ class BPDA(Aware):
         if type(self.best) is not bool:
             raise ValueError(f"best must be true or false, got {shown(self.best)}")
 
-    def start(self, target: Defense, x: Tensor, labels: Tensor, seeds: Tensor) -> Tensor:
+    def start(self, target: Defender, x: Tensor, labels: Tensor, seeds: Tensor) -> Tensor:
         if self.warmup == 0:
             return super().start(target, x, labels, seeds)
         first = ViewAware(self.epsilon, self.warmup, self.alpha, self.momentum)
         return step.project(first.run(target, x, labels, seeds) - x, x, self.epsilon)
 
     def survey(
-        self, target: Defense, point: Tensor, labels: Tensor, seeds: Tensor, at: int
+        self, target: Defender, point: Tensor, labels: Tensor, seeds: Tensor, at: int
     ) -> tuple[Tensor, Tensor | None]:
         ahead = leads(target, labels)
         gradient, lead = torch.zeros_like(point), point.new_zeros(len(point))
@@ -276,12 +274,12 @@ class BPDA(Aware):
         return gradient, lead if self.best else None
 
     def through(
-        self, target: Defense, point: Tensor, labels: Tensor, keys: Tensor
+        self, target: Defender, point: Tensor, labels: Tensor, keys: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The defense's logits (B, K) at a point with these seeds, and the gradient to ascend."""
-        return slope(target, lambda x: target.repair(x, keys), point, self.of(target, labels))
+        return slope(point, lambda x: target.live(x, keys).logits, self.of(target, labels))
 
-    def of(self, target: Defense, labels: Tensor) -> Loss:
+    def of(self, target: Defender, labels: Tensor) -> Loss:
         """The loss of logits (B, K): (B,)."""
         if self.loss == "margin":
             return leads(target, labels)
@@ -308,23 +306,23 @@ class GateEvasion(BPDA):
         super().__post_init__()
         within("weight", self.weight, 0, 1000)
 
-    def suits(self, target: Defense) -> bool:
-        return has_gate(target)
+    def suits(self, target: Defender) -> bool:
+        return target.has_gate
 
     def through(
-        self, target: Defense, point: Tensor, labels: Tensor, keys: Tensor
+        self, target: Defender, point: Tensor, labels: Tensor, keys: Tensor
     ) -> tuple[Tensor, Tensor]:
-        def look(x: Tensor) -> Look:
-            found = target.gate(x, keys)
+        def opening(x: Tensor) -> Tensor:
+            found = target.live(x, keys).margin
             if found is None:
                 raise ValueError(
-                    f"attack 'gate' needs a defense with a gate; {target.name} has none"
+                    f"attack 'gate' needs a defense with a gate; {target.method} has none"
                 )
             return found
 
         logits, gradient = super().through(target, point, labels, keys)
-        _, opening = slope(target, look, point, torch.relu)
-        return logits, balanced(gradient) - self.weight * balanced(opening)
+        _, back = slope(point, opening, torch.relu)
+        return logits, balanced(gradient) - self.weight * balanced(back)
 
 
 @dataclass(frozen=True)
@@ -344,40 +342,23 @@ class PseudoLabel(Aware):
     name: ClassVar[str] = "pseudo"
     label: ClassVar[str] = "Pseudo-label"
 
-    def suits(self, target: Defense) -> bool:
-        return has_guess(target)
+    def suits(self, target: Defender) -> bool:
+        return target.defense.guess is not None
 
     def survey(
-        self, target: Defense, point: Tensor, labels: Tensor, seeds: Tensor, at: int
+        self, target: Defender, point: Tensor, labels: Tensor, seeds: Tensor, at: int
     ) -> tuple[Tensor, Tensor | None]:
+        guess, session = target.defense.guess, target.session
+        if guess is None:
+            raise ValueError(
+                f"attack 'pseudo' needs a defense with a pseudo-label; {target.method} has none"
+            )
         ahead, gradient = leads(target, labels), torch.zeros_like(point)
         for draw in range(self.eot):
             keys = philox.derive(seeds, GUESS_DRAWS, at * self.eot + draw)
 
-            def look(x: Tensor, keys: Tensor = keys) -> Look:
-                found = target.guess(x, keys)
-                if found is None:
-                    raise ValueError(
-                        f"attack 'pseudo' needs a defense with a pseudo-label; {target.name} "
-                        "has none"
-                    )
-                return found
+            def answer(x: Tensor, keys: Tensor = keys) -> Tensor:
+                return live(session, guess, Batch(x, keys)).logits
 
-            gradient += slope(target, look, point, ahead)[1]
+            gradient += slope(point, answer, ahead)[1]
         return gradient, None
-
-
-def has_gate(target: Defense) -> bool:
-    """Whether a defense has a gate: asked with one black picture."""
-    return _probed(target.gate, target)
-
-
-def has_guess(target: Defense) -> bool:
-    """Whether a defense makes a pseudo-label: asked with one black picture."""
-    return _probed(target.guess, target)
-
-
-def _probed(ask: Callable[[Tensor, Tensor], Look | None], target: Defense) -> bool:
-    with torch.inference_mode(False), torch.no_grad():
-        picture = torch.zeros(1, 3, *target.model.image_size, device=target.model.device)
-        return ask(picture, torch.zeros(1, dtype=torch.int64, device=picture.device)) is not None

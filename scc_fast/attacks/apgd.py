@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from scc_fast._plain import plain
+from scc_fast.api import Defender
 from scc_fast.attacks.base import Attack, bare_logits, bare_slope, prepared
 from scc_fast.attacks.margin import Distinct, dlr, targeted_dlr
 from scc_fast.attacks.pgd import cross_entropy
 from scc_fast.config import whole
-from scc_fast.defenses.base import Defense
 from scc_fast.reference import philox
 
 START = 160  # Philox purpose: the random start, one view per restart
@@ -137,10 +137,10 @@ class APGD(Attack):
         restarts = "" if self.restarts == 1 else f" ({self.restarts} restarts)"
         return f"{self.label}{steps}{restarts}"
 
-    def suits(self, target: Defense) -> bool:
+    def suits(self, target: Defender) -> bool:
         return len(target.table.distinct) >= self.least
 
-    def run(self, target: Defense, x: Tensor, labels: Tensor, seeds: Tensor) -> Tensor:
+    def run(self, target: Defender, x: Tensor, labels: Tensor, seeds: Tensor) -> Tensor:
         x, labels, seeds = prepared(target, x, labels, seeds)
         if not self.suits(target):
             raise ValueError(
@@ -152,7 +152,7 @@ class APGD(Attack):
         with plain(x.device):
             return self._runs(target, x, Distinct.of(target, labels), seeds)
 
-    def _runs(self, target: Defense, x: Tensor, classes: Distinct, seeds: Tensor) -> Tensor:
+    def _runs(self, target: Defender, x: Tensor, classes: Distinct, seeds: Tensor) -> Tensor:
         goals = self._goals(target, x, classes)
         images, rows = x.clone(), torch.arange(len(x), device=x.device)
         loss = torch.full_like(x[:, 0, 0, 0], -torch.inf)
@@ -169,7 +169,7 @@ class APGD(Attack):
                 break
         return images
 
-    def _evaluate(self, target: Defense, classes: Distinct, goals: Tensor) -> Evaluate:
+    def _evaluate(self, target: Defender, classes: Distinct, goals: Tensor) -> Evaluate:
         def loss(logits: Tensor) -> Tensor:
             return self._loss(classes.logits(logits), classes.labels, goals)
 
@@ -180,7 +180,7 @@ class APGD(Attack):
 
         return evaluate
 
-    def _goals(self, target: Defense, x: Tensor, classes: Distinct) -> Tensor:
+    def _goals(self, target: Defender, x: Tensor, classes: Distinct) -> Tensor:
         """The classes to go for one after the other, (B, n); of one meaningless column here."""
         return classes.labels[:, None]
 
@@ -248,7 +248,7 @@ class APGDT(APGD):
     def title(self) -> str:
         return super().title + ("" if self.targets == 9 else f" ({self.targets} targets)")
 
-    def _goals(self, target: Defense, x: Tensor, classes: Distinct) -> Tensor:
+    def _goals(self, target: Defender, x: Tensor, classes: Distinct) -> Tensor:
         logits = classes.logits(bare_logits(target, x))
         logits = logits.scatter(1, classes.labels[:, None], -torch.inf)
         return logits.topk(min(self.targets, len(classes) - 1), dim=1).indices

@@ -28,12 +28,12 @@ import torch
 from torch import Tensor
 
 from scc_fast._plain import plain
+from scc_fast.api import Defender
 from scc_fast.attacks.apgd import APGDCE
 from scc_fast.attacks.base import Attack, prepared
 from scc_fast.attacks.margin import Distinct
 from scc_fast.attacks.module import BareLogits
 from scc_fast.config import shown
-from scc_fast.defenses.base import Defense
 from scc_fast.reference import philox
 
 SEED = 162  # Philox purpose: what pyautoattack is seeded with
@@ -82,7 +82,7 @@ class Packaged(Attack):
     def tune(self, standard: Any) -> None:
         """Settings that are not those of 'standard'."""
 
-    def run(self, target: Defense, x: Tensor, labels: Tensor, seeds: Tensor) -> Tensor:
+    def run(self, target: Defender, x: Tensor, labels: Tensor, seeds: Tensor) -> Tensor:
         module = package()
         x, labels, seeds = prepared(target, x, labels, seeds)
         if len(x) == 0:
@@ -147,7 +147,7 @@ class PaperAA(Packaged):
         standard.apgd_targeted.n_target_classes = standard.fab.n_target_classes
         standard.fab.n_iter = self.steps
 
-    def run(self, target: Defense, x: Tensor, labels: Tensor, seeds: Tensor) -> Tensor:
+    def run(self, target: Defender, x: Tensor, labels: Tensor, seeds: Tensor) -> Tensor:
         x, labels, seeds = prepared(target, x, labels, seeds)
         found = super().run(target, x, labels, seeds)
         if self.complete:

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from scc_fast._plain import plain
+from scc_fast.api import Defender
 from scc_fast.config import format_epsilon, parse_budget, python_number, whole
-from scc_fast.defenses.base import Defense, Look
-from scc_fast.reference import philox, step
+from scc_fast.engine.batch import ascend, uniform_start
+from scc_fast.reference import philox
 
 # (x, step) -> gradient of the loss to ascend, the shape of x.
 Gradient = Callable[[Tensor, int], Tensor]
@@ -75,16 +76,16 @@ class Attack(ABC):
                 )
         return ":".join(parts)
 
-    def suits(self, target: Defense) -> bool:
+    def suits(self, target: Defender) -> bool:
         """Whether it can be made against this defense (a gate attack needs a gate)."""
         return True
 
     @abstractmethod
-    def run(self, target: Defense, x: Tensor, labels: Tensor, seeds: Tensor) -> Tensor:
+    def run(self, target: Defender, x: Tensor, labels: Tensor, seeds: Tensor) -> Tensor:
         """The attacked images.
 
         Args:
-            target: the defense; one that is not `aware` uses no more than target.bare.
+            target: the defense; one that is not `aware` uses no more than its session.
             x: (B, 3, H, W) float32 in [0, 1] on the model's device.
             labels: (B,) int64 true classes.
             seeds: (B,) int64, the attacker's own.
@@ -100,7 +101,7 @@ class Attack(ABC):
 
 
 def prepared(
-    target: Defense, x: Tensor, labels: Tensor, seeds: Tensor
+    target: Defender, x: Tensor, labels: Tensor, seeds: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What run() was given, checked, as tensors on one device that autograd may keep.
 
@@ -138,36 +139,29 @@ def prepared(
         return x, labels.to(x.device), seeds.to(x.device)
 
 
-def slope(
-    target: Defense, look: Callable[[Tensor], Look], point: Tensor, loss: Loss
-) -> tuple[Tensor, Tensor]:
-    """What is read off a look at `point`, and the gradient of the summed loss of it: like point.
+def slope(point: Tensor, answer: Callable[[Tensor], Tensor], loss: Loss) -> tuple[Tensor, Tensor]:
+    """answer(point), and the gradient of the summed loss of it: like point.
 
-    `look` makes the pictures of a point; what it does not pass a gradient through counts as
-    constant.
+    What `answer` does not pass a gradient through counts as constant.
     """
     with torch.enable_grad():
         leaf = point.detach().requires_grad_()
-        answer = target.answer(look(leaf))
-        value = loss(answer).sum()
-    return answer.detach(), torch.autograd.grad(value, leaf)[0]
+        found = answer(leaf)
+        value = loss(found).sum()
+    return found.detach(), torch.autograd.grad(value, leaf)[0]
 
 
-def bare_logits(target: Defense, x: Tensor) -> Tensor:
+def bare_logits(target: Defender, x: Tensor) -> Tensor:
     """Logits (B, K) of the undefended model, whatever the defense makes of x."""
-    return target.logits(target.encode(x))
+    return target.session.logits(target.session.encode(x))
 
 
-def bare_slope(target: Defense, point: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
+def bare_slope(target: Defender, point: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
     """As slope(), of the undefended model: its logits (B, K), and the gradient of the loss."""
-    with torch.enable_grad():
-        leaf = point.detach().requires_grad_()
-        logits = bare_logits(target, leaf)
-        value = loss(logits).sum()
-    return logits.detach(), torch.autograd.grad(value, leaf)[0]
+    return slope(point, lambda x: bare_logits(target, x), loss)
 
 
-def ascend(
+def pgd_ascent(
     gradient: Gradient,
     x: Tensor,
     seeds: Tensor,
@@ -184,8 +178,10 @@ def ascend(
         return x.clone()
     with plain(x.device):
         x = x.detach().clone()
-        start = 2 * philox.uniform_like(x, seeds, philox.ATTACK_START) - 1
-        delta = step.project(start * epsilon, x, epsilon)
-        for at in range(steps):
-            delta = step.pgd_step(delta, gradient(x + delta, at), x, alpha, epsilon)
+        start = uniform_start(x, seeds, epsilon, philox.ATTACK_START)
+
+        def at(delta: Tensor, t: int) -> Tensor:
+            return gradient(x + delta, t)
+
+        delta = ascend(x, start, at, steps=steps, alpha=alpha, epsilon=epsilon)
         return (x + delta).clamp(0, 1)

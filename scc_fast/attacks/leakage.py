@@ -12,10 +12,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from scc_fast.api import Defender
 from scc_fast.attacks.base import Loss, bare_logits
 from scc_fast.attacks.margin import Distinct
 from scc_fast.attacks.pgd import PGD, cross_entropy
-from scc_fast.defenses.base import Defense
 from scc_fast.reference import philox
 
 GOAL = 161  # Philox purpose: the wrong class of pgd-random
@@ -36,7 +36,7 @@ class PGDOwn(PGD):
     def title(self) -> str:
         return f"PGD-{self.steps} (own prediction)"
 
-    def _loss(self, target: Defense, x: Tensor, labels: Tensor, seeds: Tensor) -> Loss:
+    def _loss(self, target: Defender, x: Tensor, labels: Tensor, seeds: Tensor) -> Loss:
         own = bare_logits(target, x).argmax(dim=1)
         return lambda logits: cross_entropy(logits, own)
 
@@ -56,10 +56,10 @@ class PGDRandom(PGD):
     def title(self) -> str:
         return f"PGD-{self.steps} (random target)"
 
-    def suits(self, target: Defense) -> bool:
+    def suits(self, target: Defender) -> bool:
         return len(target.table.distinct) > 1
 
-    def _loss(self, target: Defense, x: Tensor, labels: Tensor, seeds: Tensor) -> Loss:
+    def _loss(self, target: Defender, x: Tensor, labels: Tensor, seeds: Tensor) -> Loss:
         goals = wrong_classes(Distinct.of(target, labels), seeds)
         return lambda logits: -cross_entropy(logits, goals)
 

@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from scc_fast.api import Defender
 from scc_fast.attacks.base import Loss
 from scc_fast.attacks.pgd import PGD
-from scc_fast.defenses.base import Defense
 
 _SLACK = 50.0  # keeps the relu of the CW loss open while the margin is above -50
 
@@ -32,7 +32,7 @@ class Distinct:
     labels: Tensor
 
     @classmethod
-    def of(cls, target: Defense, labels: Tensor) -> Distinct:
+    def of(cls, target: Defender, labels: Tensor) -> Distinct:
         """Those of a defense's classes; labels (B,) count its K classes."""
         group, kinds = target.table.group, len(target.table.distinct)
         order = torch.arange(len(group), device=group.device)
@@ -99,6 +99,6 @@ class CW(PGD):
     def title(self) -> str:
         return f"CW-{self.steps} (margin)"
 
-    def _loss(self, target: Defense, x: Tensor, labels: Tensor, seeds: Tensor) -> Loss:
+    def _loss(self, target: Defender, x: Tensor, labels: Tensor, seeds: Tensor) -> Loss:
         classes = Distinct.of(target, labels)
         return lambda logits: -torch.relu(margin(classes.logits(logits), classes.labels) + _SLACK)

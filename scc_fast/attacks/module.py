@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from scc_fast.api import Defender
 from scc_fast.attacks.base import bare_logits
-from scc_fast.defenses.base import Defense
 
 
 class BareLogits(nn.Module):
@@ -19,7 +19,7 @@ class BareLogits(nn.Module):
         columns: (U,) int64, the classes to give logits of; None: all K.
     """
 
-    def __init__(self, target: Defense, columns: Tensor | None = None) -> None:
+    def __init__(self, target: Defender, columns: Tensor | None = None) -> None:
         super().__init__()
         self._target, self._columns = target, columns
         self.training = False

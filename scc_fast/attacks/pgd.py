@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from scc_fast._plain import plain
-from scc_fast.attacks.base import Attack, Loss, ascend, bare_slope, prepared
-from scc_fast.defenses.base import Defense
+from scc_fast.api import Defender
+from scc_fast.attacks.base import Attack, Loss, bare_slope, pgd_ascent, prepared
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ class PGD(Attack):
     def title(self) -> str:
         return f"PGD-{self.steps}"
 
-    def run(self, target: Defense, x: Tensor, labels: Tensor, seeds: Tensor) -> Tensor:
+    def run(self, target: Defender, x: Tensor, labels: Tensor, seeds: Tensor) -> Tensor:
         x, labels, seeds = prepared(target, x, labels, seeds)
         if len(x) == 0:
             return x.clone()
@@ -50,10 +50,10 @@ class PGD(Attack):
             def gradient(point: Tensor, _: int) -> Tensor:
                 return bare_slope(target, point, loss)[1]
 
-            return ascend(
+            return pgd_ascent(
                 gradient, x, seeds, epsilon=self.epsilon, steps=self.steps, alpha=self.alpha
             )
 
-    def _loss(self, target: Defense, x: Tensor, labels: Tensor, seeds: Tensor) -> Loss:
+    def _loss(self, target: Defender, x: Tensor, labels: Tensor, seeds: Tensor) -> Loss:
         """What to ascend on these images."""
         return lambda logits: cross_entropy(logits, labels)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from scc_fast.api import Defender
 from scc_fast.attacks.adaptive import BPDA, GateEvasion, PseudoLabel, ViewAware
 from scc_fast.attacks.base import Attack
 from scc_fast.attacks.unrolled import Unrolled
-from scc_fast.defenses.base import Defense
 
 
-def adaptive_suite(target: Defense, epsilon: float) -> list[Attack]:
+def adaptive_suite(target: Defender, epsilon: float) -> list[Attack]:
     """The attacks on a defense whose worst per image is to be reported, cheapest first.
 
     None of them contains another: which is the strongest depends on the defense and the image.

@@ -10,11 +10,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from scc_fast.api import Defender
 from scc_fast.attacks.base import prepared
 from scc_fast.attacks.pgd import PGD
 from scc_fast.config import shown
-from scc_fast.defenses.base import Defense
-from scc_fast.defenses.served import Undefended
 from scc_fast.models import VisionLanguage, load_spec, parse_model
 
 
@@ -56,10 +55,10 @@ class Transfer(PGD):
     def title(self) -> str:
         return f"Transfer PGD-{self.steps} ({self.source})"
 
-    def suits(self, target: Defense) -> bool:
+    def suits(self, target: Defender) -> bool:
         return target.classes is not None
 
-    def run(self, target: Defense, x: Tensor, labels: Tensor, seeds: Tensor) -> Tensor:
+    def run(self, target: Defender, x: Tensor, labels: Tensor, seeds: Tensor) -> Tensor:
         x, labels, seeds = prepared(target, x, labels, seeds)
         if target.classes is None:
             raise ValueError(
@@ -68,7 +67,7 @@ class Transfer(PGD):
             )
         if len(x) == 0:
             return x.clone()
-        other = Undefended(loaded(self.source, x.device), target.classes)
+        other = Defender(loaded(self.source, x.device), target.classes, method="none")
         return super().run(other, x, labels, seeds)
 
 

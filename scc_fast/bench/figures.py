@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from scc_fast._files import atomic
 from scc_fast.bench.rows import TOO_WIDE, Row
-from scc_fast.evaluate.report import atomic
 
 # Told apart without colour vision, too.
 _LINES = {

@@ -19,7 +19,7 @@ from scc_fast.api import Defender
 from scc_fast.bench import timing
 from scc_fast.bench.machine import Machine
 from scc_fast.bench.rows import NO_TRAFFIC, Row, floored, timings
-from scc_fast.config import SCCConfig, TTCConfig
+from scc_fast.defenses.scc import SCC, Ascent
 from scc_fast.result import DefenseResult
 
 Call = Callable[[], Any]
@@ -114,18 +114,15 @@ def defense(
 
 def setting(defender: Defender) -> str:
     """The method and its steps, in words."""
-    config = defender.config
+    defense, config = defender.defense, defender.config
     views = len(defender.views(min(defender.model.image_size)))
     said = f"{defender.method}, {views} view{'s' if views > 1 else ''}"
-    if isinstance(config, SCCConfig):
-        semantic = config.semantic_steps if config.semantic else 0
-        said += f", {config.warmup_steps} + {semantic} steps"
-        return said + (f", gate at {config.tau:.3g}" if config.gate else ", gate off")
-    if isinstance(config, TTCConfig):
-        gated = config.tau < math.inf
-        said += f", {config.steps} steps"
-        return said + (f", gate at {config.tau:.3g}" if gated else ", gate off")
-    return said
+    if not isinstance(defense, Ascent):
+        return said
+    semantic = f" + {defense.semantic_steps}" if isinstance(defense, SCC) else ""
+    said += f", {defense.warmup_steps}{semantic} steps"
+    gated = defense.has_gate and config.tau < math.inf
+    return said + (f", gate at {config.tau:.3g}" if gated else ", gate off")
 
 
 def take_turns(sides: Sequence[Side], timed: int, kind: str, budget: Budget, drive: Driver) -> bool:

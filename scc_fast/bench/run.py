@@ -18,12 +18,12 @@ from typing import Any
 import torch
 
 from scc_fast import tiny
+from scc_fast._files import write_json
 from scc_fast.api import Defender
 from scc_fast.bench import measure, timing
 from scc_fast.bench.machine import Machine
 from scc_fast.bench.measure import Budget, Side
 from scc_fast.bench.rows import KEYS, Row, finished, same_setting
-from scc_fast.evaluate.report import write_json
 from scc_fast.models import load_model
 
 GROUP = "end to end"

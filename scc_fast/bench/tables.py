@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from scc_fast._files import atomic, write_json
 from scc_fast.bench.rows import (
     CEILINGS,
     TOO_BUSY,
@@ -16,7 +17,6 @@ from scc_fast.bench.rows import (
     misses,
     summary,
 )
-from scc_fast.evaluate.report import atomic, write_json
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from typing import Any
 
-from scc_fast import api
-from scc_fast.config import METHODS, nearest, shown
+from scc_fast.config import nearest, shown
 from scc_fast.defenses.anti_adv import AntiAdv
-from scc_fast.defenses.base import Defense, Look, Repair, Traits
 from scc_fast.defenses.csr import CSR
 from scc_fast.defenses.dbd import DBD
 from scc_fast.defenses.doc import DOC
 from scc_fast.defenses.hd import HD
 from scc_fast.defenses.mac import MAC
 from scc_fast.defenses.r_tpt import RTPT
-from scc_fast.defenses.served import SCC, TTC, RandomNoise, Undefended, Views
+from scc_fast.defenses.scc import SCC, TTC, RandomNoise, SpatialViews, Undefended
 from scc_fast.defenses.tte import TTE
+from scc_fast.engine.defense import Defense, Repaired, State, Traits
 
 DEFENSES: dict[str, type[Defense]] = {
     kind.name: kind
     for kind in (
         Undefended,
         RandomNoise,
-        Views,
+        SpatialViews,
         TTE,
         AntiAdv,
         HD,
@@ -38,10 +36,10 @@ DEFENSES: dict[str, type[Defense]] = {
     )
 }
 
-# Defender serves its own five, and offers the others from here.
-api.DEFENSES.update({n: kind for n, kind in DEFENSES.items() if n not in METHODS})
+# Those whose passes are listed and timed, and which CUDA graphs serve.
+PLANNED = tuple(name for name, kind in DEFENSES.items() if kind.captures)
 
-__all__ = ["DEFENSES", "Defense", "Look", "Repair", "Traits", "make_defense", "parse_defense"]
+__all__ = ["DEFENSES", "PLANNED", "Defense", "Repaired", "State", "Traits", "parse_defense"]
 
 
 def parse_defense(spec: str) -> tuple[str, dict[str, Any]]:
@@ -85,17 +83,15 @@ def parse_defense(spec: str) -> tuple[str, dict[str, Any]]:
     return name, config
 
 
-def make_defense(
-    spec: str, model: Any, classes: Sequence[str] | None = None, **options: Any
-) -> Defense:
-    """The defense of a spec such as "scc" or "ttc:steps=5:tau=0.1".
+def __getattr__(name: str) -> Any:
+    if name != "make_defense":
+        raise AttributeError(f"module 'scc_fast.defenses' has no attribute {name!r}")
+    import importlib
+    import warnings
 
-    Args:
-        spec: see parse_defense.
-        model, classes, options: as for scc_fast.Defender.
-
-    Raises:
-        ValueError, TypeError: naming the argument, what came and what would be right.
-    """
-    name, config = parse_defense(spec)
-    return DEFENSES[name](model, classes, config=config, **options)
+    warnings.warn(
+        "scc_fast.defenses.make_defense is scc_fast.api.make_defense now",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    return importlib.import_module("scc_fast.api").make_defense

@@ -7,14 +7,17 @@ the authors' repository MotasemAlfarra/Combating-Adversaries-with-Anti-Adversari
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from scc_fast.config import MethodConfig, format_epsilon, parse_budget, shown
-from scc_fast.defenses.base import Defense, Look, Repair, Traits
-from scc_fast.reference import step
+from scc_fast.config import MethodConfig, NoneConfig, format_epsilon, parse_budget, shown
+from scc_fast.defenses.scc import Undefended, no_drift
+from scc_fast.engine.batch import Batch, ascend, gradient_of
+from scc_fast.engine.defense import Defense, Repaired, State, Traits
+from scc_fast.engine.session import Session
 
 
 @dataclass(frozen=True)
@@ -66,9 +69,9 @@ class AntiAdv(Defense):
     """
 
     name, Config = "anti_adv", AntiAdvConfig
+    repairs: Literal["all"] = "all"
 
-    @property
-    def traits(self) -> Traits:
+    def traits(self, session: Session) -> Traits:
         steps = self.config.steps
         return Traits(
             forward=steps + 1,
@@ -80,25 +83,33 @@ class AntiAdv(Defense):
             source="arXiv 2103.14347; published: alpha 0.15, no projection, no clamp",
         )
 
-    def repair(self, x: Tensor, seeds: Tensor) -> Repair:
-        config, still = self.config, x.detach()
-        delta, label = torch.zeros_like(still), None
-        for _ in range(config.steps):
-            with torch.enable_grad():
-                leaf = delta.detach().requires_grad_()
-                logits = self.logits(self.encode(still + leaf))
-                label = logits.detach().argmax(dim=-1) if label is None else label
-                # 1 - p vanishes in float32 where the model is certain
-                loss = F.cross_entropy(logits.double(), label, reduction="sum")
-            descent = -torch.autograd.grad(loss, leaf)[0]
-            if config.published:
-                delta = delta + config.alpha * descent.sign()
-            else:
-                delta = step.pgd_step(delta, descent, still, config.alpha, config.epsilon)
-        rows = x.new_full((len(x),), torch.nan)
-        return Repair(
-            (x + delta)[None], self.mean_logits, delta, rows, torch.ones_like(rows).bool()
-        )
+    def first_pass(self, session: Session, batch: Batch) -> State:
+        return State(no_drift(batch))
 
-    def guess(self, x: Tensor, seeds: Tensor) -> Look:
-        return Look(x[None], self.mean_logits)
+    def after_gate(self, session: Session, batch: Batch, state: State) -> Repaired:
+        config, still = self.config, batch.x.detach()
+        label: Tensor | None = None
+
+        def certainty(delta: Tensor) -> Tensor:
+            nonlocal label
+            logits = session.logits(session.encode(still + delta))
+            label = logits.detach().argmax(dim=-1) if label is None else label
+            # 1 - p vanishes in float32 where the model is certain
+            return -F.cross_entropy(logits.double(), label, reduction="none")
+
+        def gradient(delta: Tensor, _: int) -> Tensor:
+            return gradient_of(certainty, delta)
+
+        delta = torch.zeros_like(still)
+        if config.published:
+            for t in range(config.steps):
+                delta = delta + config.alpha * gradient(delta, t).sign()
+        else:
+            alpha, epsilon = config.alpha, config.epsilon
+            delta = ascend(still, delta, gradient, steps=config.steps, alpha=alpha, epsilon=epsilon)
+        looked = (batch.x + delta)[None]
+        return Repaired(session.mean_logits(session.features(looked)), delta)
+
+    @property
+    def guess(self) -> Defense:
+        return Undefended(NoneConfig())

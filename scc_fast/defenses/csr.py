@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from scc_fast.config import MethodConfig, within
-from scc_fast.defenses.base import Defense, Look, Repair, Traits
+from scc_fast.engine.batch import Batch
+from scc_fast.engine.defense import Defense, Repaired, State, Traits
+from scc_fast.engine.session import Session
 from scc_fast.reference import step
 
 
@@ -74,18 +77,22 @@ class CSR(Defense):
     An image whose feature moves under the low-pass, C(x) < threshold, is taken as attacked. N
     signed ascent steps from x on R(x') = cos(f(x'), f(x_low)) − λ cos(f(x'), f(x)) follow, within
     epsilon of x, and the iterate with the highest R is predicted from. Deterministic: seeds do
-    not matter. A picture that passes takes 3F. The released code makes 8F where 7F suffice,
+    not matter. A picture that passes takes 2F. The released code makes 8F where 7F suffice,
     because it encodes x once more.
     """
 
     name, Config = "csr", CSRConfig
     config: CSRConfig
+    has_gate = True
 
     @property
-    def traits(self) -> Traits:
+    def repairs(self) -> Literal["none", "flagged"]:
+        return "flagged" if self.config.taken else "none"
+
+    def traits(self, session: Session) -> Traits:
         taken = self.config.taken
         return Traits(
-            forward=taken + 4 if taken else 3,
+            forward=taken + 4 if taken else 2,
             backward=taken,
             random=False,
             dynamic=True,
@@ -95,33 +102,25 @@ class CSR(Defense):
             + (" and of the picture itself, as in the released code" * self.config.published),
         )
 
-    def repair(self, x: Tensor, seeds: Tensor) -> Repair:
-        plain = x.detach()
-        with torch.no_grad():
-            look = self._pair(plain)
-            came, low = self.features(look)
-            similarity = F.cosine_similarity(came, low, dim=-1)
-            flagged = similarity < self.config.threshold
-        delta = torch.zeros_like(plain)
-        rows = flagged.nonzero()[:, 0]
-        if len(rows) and self.config.taken:
-            found = self._rectify(plain[rows], came[rows], low[rows])
-            delta = delta.index_copy(0, rows, found - plain[rows])
-        return Repair((x + delta)[None], self.mean_logits, delta, similarity, flagged)
+    def first_pass(self, session: Session, batch: Batch) -> State:
+        pair = torch.stack([batch.x, low_pass(batch.x, self.config.radius)])
+        came, low = session.features(pair)
+        similarity = F.cosine_similarity(came, low, dim=-1)
+        return State(
+            similarity,
+            margin=self.config.threshold - similarity,
+            logits=session.mean_logits(came[None]),
+            rows={"came": came, "low": low},
+        )
 
-    def gate(self, x: Tensor, seeds: Tensor) -> Look:
-        threshold = self.config.threshold
+    def after_gate(self, session: Session, batch: Batch, state: State) -> Repaired:
+        plain = batch.x.detach()
+        came, low = state.rows["came"], state.rows["low"]
+        delta = self._rectify(session, plain, came, low) - plain
+        looked = (batch.x + delta)[None]
+        return Repaired(session.mean_logits(session.features(looked)), delta)
 
-        def read(features: Tensor) -> Tensor:
-            return threshold - F.cosine_similarity(features[0], features[1], dim=-1)
-
-        return Look(self._pair(x).pictures, read)
-
-    def _pair(self, x: Tensor) -> Look:
-        """x and its low-pass copy."""
-        return Look(torch.stack([x, low_pass(x, self.config.radius)]), self.mean_logits)
-
-    def _rectify(self, x: Tensor, came: Tensor, low: Tensor) -> Tensor:
+    def _rectify(self, session: Session, x: Tensor, came: Tensor, low: Tensor) -> Tensor:
         """The best iterate for flagged images x (b, 3, H, W) with their features (b, D)."""
         config = self.config
         best, point = x, x
@@ -130,7 +129,7 @@ class CSR(Defense):
             last = at == config.taken
             with torch.set_grad_enabled(not last):
                 leaf = point.detach().requires_grad_(not last)
-                score = self._score(self.encode(leaf), came, low)
+                score = self._score(session.encode(leaf), came, low)
                 total = score.sum()
             if at or config.published:
                 better = score.detach() > top

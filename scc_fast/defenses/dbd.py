@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -20,8 +21,9 @@ from scc_fast.defenses.augment import (
     straight,
     weighted_blur,
 )
-from scc_fast.defenses.base import Look, Traits, none_found
-from scc_fast.defenses.parts import Seen, Sighted
+from scc_fast.engine.batch import Batch
+from scc_fast.engine.defense import Defense, State, Traits
+from scc_fast.engine.session import Session
 from scc_fast.reference import philox
 
 # Purposes of random numbers.
@@ -93,7 +95,7 @@ def blur(x: Tensor, weights: tuple[float, ...]) -> Tensor:
     return weighted_blur(x, x.new_tensor(weights).expand(len(x), -1))
 
 
-class DBD(Sighted):
+class DBD(Defense):
     """Directional bias-guided defense.
 
     An image and 31 changed copies: 16 random crops (scale 0.5 to 1, mirrored half the time), 12
@@ -109,10 +111,14 @@ class DBD(Sighted):
 
     name, Config = "dbd", DBDConfig
     config: DBDConfig
-    width = PICTURES
+    has_gate = True
+    repairs: Literal["none"] = "none"
+    uncaptured = "its JPEG copies are made on the host"
 
-    @property
-    def traits(self) -> Traits:
+    def width(self, session: Session, size: tuple[int, int]) -> int:
+        return PICTURES
+
+    def traits(self, session: Session) -> Traits:
         return Traits(
             forward=PICTURES,
             backward=0,
@@ -124,22 +130,17 @@ class DBD(Sighted):
             + (", pictures truncated to 8 bits" * self.config.published),
         )
 
-    def repair(self, x: Tensor, seeds: Tensor) -> Seen:
-        pictures = self._pictures(x, seeds)
-        seen = self.features(Look(pictures, self._read))
-        score = self._direction(seen.detach())[2]
-        found = {**none_found(x), "drift": score, "flagged": score > self.config.threshold}
-        return Seen(pictures, self._read, **found, of=pictures, seen=seen)
+    def first_pass(self, session: Session, batch: Batch) -> State:
+        features = session.features(self.pictures(session, batch))
+        start, mean, score = self._direction(session, features)
+        strong = torch.full_like(score, self.config.strength)
+        factor = torch.where(score > self.config.threshold, strong, torch.ones_like(score))
+        logits = session.logits(start + factor[:, None] * mean)
+        return State(score.detach(), margin=score - self.config.threshold, logits=logits)
 
-    def views(self, x: Tensor, seeds: Tensor) -> Look:
-        return Look(self._pictures(x, seeds), self.mean_logits)
-
-    def gate(self, x: Tensor, seeds: Tensor) -> Look:
-        threshold = self.config.threshold
-        return Look(self._pictures(x, seeds), lambda seen: self._direction(seen)[2] - threshold)
-
-    def _pictures(self, x: Tensor, seeds: Tensor) -> Tensor:
+    def pictures(self, session: Session, batch: Batch) -> Tensor:
         """(32, B, 3, H, W): x, then the changed copies."""
+        x, seeds = batch.x, batch.seeds
         if len(x) == 0:
             return x.expand(PICTURES, *x.shape)
         if self.config.published:
@@ -156,11 +157,11 @@ class DBD(Sighted):
         frequency = [median(x), blur(x, MEAN), blur(x, GAUSSIAN)]
         return torch.cat([x[None], crops, torch.stack(pixel + frequency)])
 
-    def _direction(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _direction(self, session: Session, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """z_0 (B, D), d̄ (B, D) and the DB-score (B,) of features (32, B, D)."""
         unit = F.normalize(features, dim=-1)
         with torch.no_grad():
-            logs = self.logits(features[1:]).log_softmax(dim=-1)
+            logs = session.logits(features[1:]).log_softmax(dim=-1)
             entropy = -(logs.exp() * logs).sum(dim=-1)
             kept = entropy.argsort(dim=0, stable=True)[: self.config.keep]
         copies = unit[1:].gather(0, kept[..., None].expand(-1, -1, unit.shape[-1]))
@@ -170,9 +171,3 @@ class DBD(Sighted):
         moved = shifts.detach().norm(dim=-1) > 1e-5
         along = F.cosine_similarity(shifts, mean[None], dim=-1) * moved
         return unit[0], mean, along.mean(dim=0)
-
-    def _read(self, features: Tensor) -> Tensor:
-        start, mean, score = self._direction(features)
-        strong = torch.full_like(score, self.config.strength)
-        factor = torch.where(score > self.config.threshold, strong, torch.ones_like(score))
-        return self.logits(start + factor[:, None] * mean)

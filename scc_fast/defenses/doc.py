@@ -16,9 +16,9 @@ from torch import Tensor
 
 from scc_fast import ops
 from scc_fast.config import MethodConfig, shown, whole, within
-from scc_fast.defenses.base import Defense, Look, Repair, Traits
-from scc_fast.defenses.hd import random_start
-from scc_fast.reference import step
+from scc_fast.engine.batch import Batch, ascend, gradient_of, uniform_start
+from scc_fast.engine.defense import Defense, Repaired, State, Traits
+from scc_fast.engine.session import Session
 
 PROBES, TURNS = 101, 102  # what a number is drawn for, beside those of philox
 
@@ -72,14 +72,15 @@ class DOC(Defense):
     """
 
     name, Config = "doc", DOCConfig
+    config: DOCConfig
+    has_gate = True
+    repairs: Literal["all"] = "all"
 
-    @property
-    def width(self) -> int:  # type: ignore[override]
+    def width(self, session: Session, size: tuple[int, int]) -> int:
         """Pictures of one image that are held together: it and its probes."""
-        return 1 + int(self.config.probes)
+        return 1 + self.config.probes
 
-    @property
-    def traits(self) -> Traits:
+    def traits(self, session: Session) -> Traits:
         return Traits(
             forward=self.config.probes + self.config.steps + 2,
             backward=self.config.steps,
@@ -90,51 +91,54 @@ class DOC(Defense):
             source="arXiv 2511.09064; λ, μ, M, τ and γ of a third party's implementation",
         )
 
-    def repair(self, x: Tensor, seeds: Tensor) -> Repair:
-        config, still = self.config, x.detach()
-        with torch.no_grad():
-            features = self.features(Look(self._probes(still, seeds), self._margin))
+    def first_pass(self, session: Session, batch: Batch) -> State:
+        features = session.features(self._probes(session, batch))
         drift = sensitivity(features)
-        on = torch.sigmoid(config.gamma * (config.tau - drift))[:, None, None, None]
+        return State(drift, margin=self.config.tau - drift, rows={"anchor": features[0]})
 
-        start = random_start(self, still, seeds, config.epsilon)
-        delta, heading = start, torch.zeros_like(start)
-        for at in range(config.steps):
-            gradient = self._gradient(still, delta, features[0])
-            heading = self._heading(gradient, seeds, at, heading)
-            delta = step.pgd_step(delta, heading, still, config.alpha, config.epsilon)
+    def after_gate(self, session: Session, batch: Batch, state: State) -> Repaired:
+        config, still, seeds = self.config, batch.x.detach(), batch.seeds
+        on = torch.sigmoid(config.gamma * (config.tau - state.drift))[:, None, None, None]
+        start = uniform_start(still, seeds, config.epsilon, backend=session.backend)
+        anchor, heading = state.rows["anchor"], torch.zeros_like(start)
+
+        def away(delta: Tensor) -> Tensor:
+            """‖f(x + δ) − f(x)‖²."""
+            return (session.encode(still + delta) - anchor).square()
+
+        def direction(delta: Tensor, at: int) -> Tensor:
+            nonlocal heading
+            heading = self._heading(session, gradient_of(away, delta), seeds, at, heading)
+            return heading
+
+        delta = ascend(
+            still,
+            start,
+            direction,
+            steps=config.steps,
+            alpha=config.alpha,
+            epsilon=config.epsilon,
+        )
         delta = on * delta + (1 - on) * start
-        return Repair((x + delta)[None], self.mean_logits, delta, drift, drift < config.tau)
+        looked = (batch.x + delta)[None]
+        return Repaired(session.mean_logits(session.features(looked)), delta)
 
-    def gate(self, x: Tensor, seeds: Tensor) -> Look:
-        return Look(self._probes(x, seeds), self._margin)
-
-    def _margin(self, features: Tensor) -> Tensor:
-        """τ − τ̂ from the features of x and its probes, (1 + M, B, D) → (B,)."""
-        margin: Tensor = self.config.tau - sensitivity(features)
-        return margin
-
-    def _probes(self, x: Tensor, seeds: Tensor) -> Tensor:
+    def _probes(self, session: Session, batch: Batch) -> Tensor:
         """x and x + n_m, which nothing keeps in the box: (1 + M, B, 3, H, W)."""
-        numel, backend = x.shape[1:].numel(), self.bare.setting.backend
+        x, numel, backend = batch.x, batch.x.shape[1:].numel(), session.backend
         pictures = [x]
         for probe in range(self.config.probes):
-            noise = 2 * ops.philox_uniform(seeds, PROBES, probe, numel, backend=backend) - 1
+            noise = 2 * ops.philox_uniform(batch.seeds, PROBES, probe, numel, backend=backend) - 1
             if self.config.probe_noise == "sign":
                 noise = 1 - 2 * (noise < 0).float()
             pictures.append(x + self.config.epsilon * noise.view_as(x))
         return torch.stack(pictures)
 
-    def _gradient(self, x: Tensor, delta: Tensor, anchor: Tensor) -> Tensor:
-        """∂/∂δ of ‖f(x + δ) − f(x)‖²."""
-        with torch.enable_grad():
-            leaf = delta.detach().requires_grad_()
-            away = (self.encode(x + leaf) - anchor).square().sum()
-        return torch.autograd.grad(away, leaf)[0]
-
-    def _heading(self, gradient: Tensor, seeds: Tensor, at: int, old: Tensor) -> Tensor:
+    def _heading(
+        self, session: Session, gradient: Tensor, seeds: Tensor, at: int, old: Tensor
+    ) -> Tensor:
         """m = μ·m + (1 − μ)·d with d = g/‖g‖ + λ·r/‖r‖, r random and orthogonal to g."""
-        numel, backend = gradient.shape[1:].numel(), self.bare.setting.backend
+        numel, backend = gradient.shape[1:].numel(), session.backend
         along = unit(gradient)
         turn = ops.philox_normal(seeds, TURNS, at, numel, backend=backend).view_as(gradient)
         overlap = (turn * along).sum(dim=(1, 2, 3), keepdim=True)

@@ -6,15 +6,16 @@ Wu et al., "Attacking Adversarial Attacks as A Defense" (arXiv 2106.04938).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from scc_fast import ops
 from scc_fast.config import MethodConfig, parse_budget
-from scc_fast.defenses.base import Defense, Repair, Traits
-from scc_fast.defenses.parts import Seen, Sighted
-from scc_fast.reference import philox, step
+from scc_fast.defenses.scc import no_drift
+from scc_fast.engine.batch import Batch, ascend, gradient_of, uniform_start
+from scc_fast.engine.defense import Defense, Repaired, State, Traits
+from scc_fast.engine.session import Session
 
 
 @dataclass(frozen=True)
@@ -50,26 +51,18 @@ class HDConfig(MethodConfig):
             raise ValueError(f"steps must be at least 2 where published, got {self.steps}")
 
 
-def random_start(defense: Defense, x: Tensor, seeds: Tensor, epsilon: float) -> Tensor:
-    """δ⁰ = Π(uniform(−ε, ε)), the very numbers that RN, TTC and SCC start from."""
-    numel = x.shape[1:].numel()
-    backend = defense.bare.setting.backend
-    uniform = ops.philox_uniform(seeds, philox.DELTA, 0, numel, backend=backend)
-    return step.project((2 * uniform.view_as(x) - 1) * epsilon, x, epsilon)
-
-
 def hedge(logits: Tensor) -> Tensor:
     """(1/C) Σ_c CE(l, c) = LSE(l) − mean(l): (B, C) → (B,); its slope is softmax(l) − 1/C."""
     return logits.logsumexp(dim=-1) - logits.mean(dim=-1)
 
 
-class HD(Sighted):
+class HD(Defense):
     """Hedge defense: attacks all classes, from a random start, and predicts at the last iterate."""
 
     name, Config = "hd", HDConfig
+    repairs: Literal["all"] = "all"
 
-    @property
-    def traits(self) -> Traits:
+    def traits(self, session: Session) -> Traits:
         steps = self.config.steps
         return Traits(
             forward=steps + (not self.config.published),
@@ -81,28 +74,34 @@ class HD(Sighted):
             source="arXiv 2106.04938; published: the released code's budget and prediction",
         )
 
-    def repair(self, x: Tensor, seeds: Tensor) -> Repair:
-        config, still = self.config, x.detach()
-        delta = random_start(self, still, seeds, config.epsilon)
-        path, seen = [], []
-        for _ in range(config.steps):
-            with torch.enable_grad():
-                leaf = delta.detach().requires_grad_()
-                features = self.encode(still + leaf)
-                loss = hedge(self.logits(features)).sum()
-            gradient = torch.autograd.grad(loss, leaf)[0]
+    def first_pass(self, session: Session, batch: Batch) -> State:
+        return State(no_drift(batch))
+
+    def after_gate(self, session: Session, batch: Batch, state: State) -> Repaired:
+        config, still = self.config, batch.x.detach()
+        delta = uniform_start(still, batch.seeds, config.epsilon, backend=session.backend)
+        path, seen = list[Tensor](), list[Tensor]()
+
+        def objective(delta: Tensor) -> Tensor:
+            features = session.encode(still + delta)
             if config.published:
-                path.append(delta)
+                path.append(delta.detach())
                 seen.append(features.detach())
-            delta = step.pgd_step(delta, gradient, still, config.alpha, config.epsilon)
-        rows = x.new_full((len(x),), torch.nan)
-        if config.published:  # the code's sum leaves out the start; its mean has the same argmax
-            looked = x + torch.stack(path[1:])
-            found = {"delta": path[-1], "drift": rows, "flagged": torch.ones_like(rows).bool()}
-            if looked.requires_grad:  # an attacker's: the features kept have no way back to x
-                return Repair(looked, self.mean_logits, **found)
-            kept = torch.stack(seen[1:])
-            return Seen(looked, self.mean_logits, **found, of=looked, seen=kept)
-        return Repair(
-            (x + delta)[None], self.mean_logits, delta, rows, torch.ones_like(rows).bool()
+            return hedge(session.logits(features))
+
+        delta = ascend(
+            still,
+            delta,
+            lambda delta, _: gradient_of(objective, delta),
+            steps=config.steps,
+            alpha=config.alpha,
+            epsilon=config.epsilon,
         )
+        if not config.published:
+            looked = (batch.x + delta)[None]
+            return Repaired(session.mean_logits(session.features(looked)), delta)
+        # The code's sum leaves out the start; its mean has the same argmax.
+        kept = torch.stack(seen[1:])
+        if torch.is_grad_enabled() and batch.x.requires_grad:
+            kept = session.features(batch.x + torch.stack(path[1:]))
+        return Repaired(session.mean_logits(kept), path[-1])

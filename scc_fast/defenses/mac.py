@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from scc_fast.config import MethodConfig, whole
 from scc_fast.defenses.augment import mild
-from scc_fast.defenses.base import Defense, Look, Repair, Traits
-from scc_fast.reference import heads, philox, step
+from scc_fast.engine.batch import Batch, ascend, gradient_of, uniform_start
+from scc_fast.engine.defense import Defense, Repaired, State, Traits
+from scc_fast.engine.session import Session
+from scc_fast.reference import heads
 
 # Purposes of random numbers; an augmentation takes two.
 VIEW, FRESH, START = 120, 122, 124
@@ -53,14 +56,14 @@ class MAC(Defense):
 
     name, Config = "mac", MACConfig
     config: MACConfig
+    has_gate = True
+    repairs: Literal["all"] = "all"
 
-    @property
-    def width(self) -> int:  # type: ignore[override]
+    def width(self, session: Session, size: tuple[int, int]) -> int:
         """Pictures of one image that are held together."""
         return self.config.view_count
 
-    @property
-    def traits(self) -> Traits:
+    def traits(self, session: Session) -> Traits:
         views, steps = self.config.view_count, self.config.steps
         return Traits(
             forward=views * (steps + 3),
@@ -72,49 +75,49 @@ class MAC(Defense):
             source="arXiv 2606.06938",
         )
 
-    def repair(self, x: Tensor, seeds: Tensor) -> Repair:
-        config, views = self.config, self._views(x, seeds)
-        plain = views.detach()
-        with torch.no_grad():
-            both = self.features(Look(torch.cat([plain, self._fresh(plain, seeds)]), self.logits))
-            anchor, moved = both.chunk(2)
-            degree = heads.relative_drift(moved, anchor)  # (V, B)
-            weight = torch.sigmoid((degree - config.tau) / config.temperature)
-        delta = self._counterattack(plain, anchor, seeds) * weight[..., None, None, None]
+    def first_pass(self, session: Session, batch: Batch) -> State:
+        views = self.pictures(session, batch)
+        fresh = torch.stack([mild(v, batch.seeds, FRESH, at) for at, v in enumerate(views)])
+        anchor, moved = session.features(torch.cat([views, fresh])).chunk(2)
+        degree = heads.relative_drift(moved, anchor)  # (V, B)
         drift = degree.amax(dim=0)
-        return Repair(views + delta, self.mean_logits, delta[0], drift, drift > config.tau)
+        kept = {"anchor": anchor, "degree": degree}
+        return State(drift, margin=drift - self.config.tau, views=kept)
 
-    def views(self, x: Tensor, seeds: Tensor) -> Look:
-        return Look(self._views(x, seeds), self.mean_logits)
+    def after_gate(self, session: Session, batch: Batch, state: State) -> Repaired:
+        config, views = self.config, self.pictures(session, batch)
+        degree, anchor = state.views["degree"], state.views["anchor"]
+        weight = torch.sigmoid((degree - config.tau) / config.temperature)
+        delta = self._counterattack(session, views.detach(), anchor, batch.seeds)
+        delta = delta * weight[..., None, None, None]
+        return Repaired(session.mean_logits(session.features(views + delta)), delta[0])
 
-    def gate(self, x: Tensor, seeds: Tensor) -> Look:
-        views, tau = self._views(x, seeds), self.config.tau
-
-        def read(features: Tensor) -> Tensor:
-            anchor, moved = features.chunk(2)
-            return heads.relative_drift(moved, anchor).amax(dim=0) - tau
-
-        return Look(torch.cat([views, self._fresh(views, seeds)]), read)
-
-    def _views(self, x: Tensor, seeds: Tensor) -> Tensor:
+    def pictures(self, session: Session, batch: Batch) -> Tensor:
         """(V, B, 3, H, W): x and its augmentations."""
         more = range(1, self.config.view_count)
+        x, seeds = batch.x, batch.seeds
         return torch.stack([x, *(mild(x, seeds, VIEW, view) for view in more)])
 
-    def _fresh(self, views: Tensor, seeds: Tensor) -> Tensor:
-        """One more augmentation of each view."""
-        return torch.stack([mild(v, seeds, FRESH, at) for at, v in enumerate(views)])
-
-    def _counterattack(self, views: Tensor, anchor: Tensor, seeds: Tensor) -> Tensor:
+    def _counterattack(
+        self, session: Session, views: Tensor, anchor: Tensor, seeds: Tensor
+    ) -> Tensor:
         """δ (V, B, 3, H, W) after N ascent steps on ‖f(v + δ) − f(v)‖²."""
         config, x = self.config, views.flatten(0, 1)
-        target = anchor.flatten(0, 1)
-        noise = torch.cat([philox.uniform_like(v, seeds, START, at) for at, v in enumerate(views)])
-        delta = step.project((2 * noise - 1) * config.epsilon, x, config.epsilon)
-        for _ in range(config.steps):
-            with torch.enable_grad():
-                leaf = (x + delta).requires_grad_()
-                distance = (self.encode(leaf) - target).square().sum()
-                (slope,) = torch.autograd.grad(distance, leaf)
-            delta = step.pgd_step(delta, slope, x, config.alpha, config.epsilon)
+        target, epsilon = anchor.flatten(0, 1), config.epsilon
+        starts = [
+            uniform_start(v, seeds, epsilon, START, at, session.backend)
+            for at, v in enumerate(views)
+        ]
+
+        def away(delta: Tensor) -> Tensor:
+            return (session.encode(x + delta) - target).square()
+
+        delta = ascend(
+            x,
+            torch.cat(starts),
+            lambda delta, _: gradient_of(away, delta),
+            steps=config.steps,
+            alpha=config.alpha,
+            epsilon=epsilon,
+        )
         return delta.view_as(views)

@@ -87,7 +87,7 @@ class Context:
                 leaf = offset.detach()[image].requires_grad_()
                 found = self._run(prompt, leaf, keep)
             (gradient,) = torch.autograd.grad(found, leaf, flat[rows])
-            # By image, each a sum in one order: indexing's own way back has none on many threads.
+            # By image, each a sum in one order: indexing's own backward has none on many threads.
             for one in image.unique().tolist():
                 total[one] += gradient[image == one].sum(dim=0)
         return total

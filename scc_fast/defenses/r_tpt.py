@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +12,11 @@ from torch import Tensor
 from scc_fast.config import MethodConfig, whole, within
 from scc_fast.defenses.augment import BOX_DRAWS, crop_resize, random_boxes
 from scc_fast.defenses.augmix import MIX_DRAWS, augmix
-from scc_fast.defenses.base import Look, Traits, none_found
-from scc_fast.defenses.parts import Seen, Sighted
 from scc_fast.defenses.prompt_tuning import Context
+from scc_fast.defenses.scc import no_drift
+from scc_fast.engine.batch import Batch
+from scc_fast.engine.defense import Defense, State, Traits
+from scc_fast.engine.session import Session
 from scc_fast.reference import philox
 
 # Purpose of random numbers.
@@ -67,7 +68,7 @@ class RTPTConfig(MethodConfig):
         return max(1, int(self.selection * self.view_count))
 
 
-class RTPT(Sighted):
+class RTPT(Defense):
     """Robust test-time prompt tuning.
 
     The views are the picture and random crops of it (scale 0.08 to 1, mirrored half the time,
@@ -89,28 +90,20 @@ class RTPT(Sighted):
     name, Config = "r_tpt", RTPTConfig
     config: RTPTConfig
 
-    def __init__(
-        self,
-        model: Any,
-        classes: Sequence[str] | None = None,
-        *,
-        config: MethodConfig | dict[str, Any] | None = None,
-        **options: Any,
-    ) -> None:
-        super().__init__(model, classes, config=config, **options)
-        if self.classes is None:
+    repairs: Literal["none"] = "none"
+    uncaptured = "it tunes prompts: the text tower runs under autograd"
+
+    def prepare(self, session: Session) -> None:
+        if session.prompts is None:
             raise ValueError(
                 'r_tpt tunes prompts: give classes=["a photo of a dog", …], not text_features'
             )
-        self.context = Context(self.model, self.classes, self.config.context, need="r_tpt")
+        self.context = Context(session.model, session.prompts, self.config.context, need="r_tpt")
 
-    @property
-    def width(self) -> int:  # type: ignore[override]
-        """Pictures of one image that are held together."""
+    def width(self, session: Session, size: tuple[int, int]) -> int:
         return self.config.view_count
 
-    @property
-    def traits(self) -> Traits:
+    def traits(self, session: Session) -> Traits:
         return Traits(
             forward=self.config.view_count,
             backward=0,
@@ -122,23 +115,17 @@ class RTPT(Sighted):
             + ("self-similarities >= 1 dropped" if self.config.published else "diagonal dropped"),
         )
 
-    def repair(self, x: Tensor, seeds: Tensor) -> Seen:
-        pictures = self._pictures(x, seeds)
-        seen = self.features(Look(pictures, self.mean_logits))
-        text = self._tuned(seen.detach())
+    def first_pass(self, session: Session, batch: Batch) -> State:
+        features = session.features(self.pictures(session, batch))
+        text = self._tuned(session, features.detach())
+        weights = self._reliability(features)[..., None]
+        # Of each prompt once, so that equal ones get equal logits.
+        logits = (weights * self._logits(session, features, text)).sum(dim=0)
+        return State(no_drift(batch), logits=logits[:, self.context.group])
 
-        def read(features: Tensor) -> Tensor:
-            weights = self._reliability(features)[..., None]
-            # Of each prompt once, so that equal ones get equal logits.
-            return (weights * self._logits(features, text)).sum(dim=0)[:, self.context.group]
-
-        return Seen(pictures, read, **none_found(x), of=pictures, seen=seen)
-
-    def views(self, x: Tensor, seeds: Tensor) -> Look:
-        return Look(self._pictures(x, seeds), self.mean_logits)
-
-    def _pictures(self, x: Tensor, seeds: Tensor) -> Tensor:
+    def pictures(self, session: Session, batch: Batch) -> Tensor:
         """(V, B, 3, H, W): x, then its random views."""
+        x, seeds = batch.x, batch.seeds
         more, each = self.config.view_count - 1, BOX_DRAWS + 1 + MIX_DRAWS
         if len(x) == 0:
             return x.expand(more + 1, *x.shape)
@@ -150,20 +137,18 @@ class RTPT(Sighted):
             crops = augmix(crops.flatten(0, 1), mix).view_as(crops)
         return torch.cat([x[None], crops])
 
-    def _tuned(self, features: Tensor) -> Tensor:
+    def _tuned(self, session: Session, features: Tensor) -> Tensor:
         """Each image's text embeddings (B, U, D), from features (V, B, D)."""
         config, batch = self.config, features.shape[1]
         offset = self.context.start.repeat(batch, 1, 1)
         first, second = torch.zeros_like(offset), torch.zeros_like(offset)
         text, keep = self.context.base.expand(batch, -1, -1), 1.0
-        if batch == 0:
-            return text
-        kept = self._entropy(features, text).argsort(dim=0, stable=True)[: config.selected]
+        kept = self._entropy(session, features, text).argsort(dim=0, stable=True)[: config.selected]
         chosen = features.gather(0, kept[..., None].expand(-1, -1, features.shape[-1]))
         for at in range(1, config.steps + 1):
             with torch.enable_grad():
                 leaf = text.detach().requires_grad_()
-                loss = self._entropy(chosen, leaf).mean(dim=0).sum()
+                loss = self._entropy(session, chosen, leaf).mean(dim=0).sum()
                 (slope,) = torch.autograd.grad(loss, leaf)
             slope = self.context.pull(offset, slope, keep)
             first = BETAS[0] * first + (1 - BETAS[0]) * slope
@@ -176,14 +161,14 @@ class RTPT(Sighted):
             text = self.context.features(offset, keep)
         return text
 
-    def _logits(self, features: Tensor, text: Tensor) -> Tensor:
+    def _logits(self, session: Session, features: Tensor, text: Tensor) -> Tensor:
         """s·cos + b: (V, B, D) and each image's (B, U, D) → (V, B, U)."""
         cosines = F.normalize(features, dim=-1).transpose(0, 1) @ F.normalize(text, dim=-1).mT
-        return self.table.scale * cosines.transpose(0, 1) + self.table.bias
+        return session.classes.scale * cosines.transpose(0, 1) + session.classes.bias
 
-    def _entropy(self, features: Tensor, text: Tensor) -> Tensor:
+    def _entropy(self, session: Session, features: Tensor, text: Tensor) -> Tensor:
         """Of each view's distribution over the classes, nats: (V, B)."""
-        logs = self._logits(features, text)[..., self.context.group].log_softmax(dim=-1)
+        logs = self._logits(session, features, text)[..., self.context.group].log_softmax(dim=-1)
         return -(logs.exp() * logs).sum(dim=-1)
 
     def _reliability(self, features: Tensor) -> Tensor:

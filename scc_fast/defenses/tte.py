@@ -6,16 +6,18 @@ Pérez et al., ICCV workshops 2021 (arXiv 2107.14110), and the authors' reposito
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from scc_fast.config import MethodConfig, whole
-from scc_fast.defenses.base import Defense, Look, Repair, Traits, none_found
+from scc_fast.defenses.scc import no_drift
+from scc_fast.engine.batch import Batch
+from scc_fast.engine.defense import Defense, State, Traits
+from scc_fast.engine.session import Session
 from scc_fast.reference import philox
 
 CROP_ORIGINS = 100  # what a number is drawn for, beside those of philox
@@ -56,23 +58,20 @@ class TTE(Defense):
 
     name, Config = "tte", EnsembleConfig
 
-    def __init__(
-        self,
-        model: Any,
-        classes: Sequence[str] | None = None,
-        *,
-        config: MethodConfig | dict[str, Any] | None = None,
-        **options: Any,
-    ) -> None:
-        super().__init__(model, classes, config=config, **options)
-        asked = self.config.flip
-        self.mirrors: bool = self.model.flip if asked is None else asked
-        self.width = (1 + self.config.crops) * (1 + self.mirrors) + self.config.blur
+    config: EnsembleConfig
+    repairs: Literal["none"] = "none"
+    uncaptured = "not tried as a graph"
 
-    @property
-    def traits(self) -> Traits:
+    def width(self, session: Session, size: tuple[int, int]) -> int:
+        config = self.config
+        return (1 + config.crops) * (1 + self._mirrors(session)) + config.blur
+
+    def _mirrors(self, session: Session) -> bool:
+        return session.flip if self.config.flip is None else self.config.flip
+
+    def traits(self, session: Session) -> Traits:
         return Traits(
-            forward=self.width,
+            forward=self.width(session, session.size),
             backward=0,
             random=False,
             dynamic=False,
@@ -81,26 +80,26 @@ class TTE(Defense):
             source="arXiv 2107.14110; published: all crops are one",
         )
 
-    def repair(self, x: Tensor, seeds: Tensor) -> Repair:
-        look = self.views(x, seeds)
-        return Repair(look.pictures, look.read, **none_found(x))
+    def first_pass(self, session: Session, batch: Batch) -> State:
+        features = session.features(self.pictures(session, batch))
+        return State(no_drift(batch), logits=session.mean_logits(features))
 
-    def views(self, x: Tensor, seeds: Tensor) -> Look:
-        height, width = x.shape[-2:]
+    def pictures(self, session: Session, batch: Batch) -> Tensor:
+        x, (height, width) = batch.x, batch.size
         pad = max(1, round(min(height, width) / 8))
         origins = crop_origins(self.config.seed, self.config.crops, pad)
         if self.config.published:
             origins = origins[-1:] * len(origins)
-        fill = x.new_tensor([float(value) for value in self.model.mean])
+        fill = x.new_tensor(session.mean)
 
-        turned = [x, x.flip(-1)] if self.mirrors else [x]
+        turned = [x, x.flip(-1)] if self._mirrors(session) else [x]
         pictures = list(turned)
         for way in turned:
             padded = pad_with(way, pad, fill)
             pictures += [padded[..., t : t + height, s : s + width] for t, s in origins]
         if self.config.blur:
             pictures.append(blurred(x))
-        return Look(torch.stack(pictures), self.mean_logits)
+        return torch.stack(pictures)
 
 
 @functools.lru_cache(maxsize=64)

@@ -29,7 +29,7 @@ class Cost:
     Args:
         forward, backward: FLOPs of its products; backward is to the input alone.
         weights: bytes of the weights that the products read.
-        kept: bytes that the forward pass of a picture keeps for the way back.
+        kept: bytes that the forward pass of a picture keeps for the backward.
         working: bytes beside them while a picture is on its way, about.
     """
 

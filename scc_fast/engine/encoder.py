@@ -1,7 +1,7 @@
 """Who runs the encoder: the model's own modules, these compiled, or our runner.
 
-Each gives features of pictures, and with them the way back to the pictures; nothing else of a
-defense knows which it is.
+Each gives features of pictures, and with them the backward closure to the pictures; nothing else of
+a defense knows which it is.
 """
 
 from __future__ import annotations
@@ -9,17 +9,16 @@ from __future__ import annotations
 import itertools
 import threading
 import types
-import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from scc_fast.engine.tower_parts import UnknownPartError
-from scc_fast.engine.towers import adapter_of, tower_of
 from scc_fast.engine.trust import Trust
 from scc_fast.engine.vit import Tower, has_onednn, narrow, take
+from scc_fast.engine.vit_from import adapter_of, tower_of
+from scc_fast.engine.vit_from.parts import UnknownPartError
 from scc_fast.models import VisionLanguage
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -30,28 +29,44 @@ def is_native(dtype: torch.dtype, kind: str) -> bool:
     return kind != "cpu" or dtype == torch.float32 or has_onednn(dtype)
 
 
-class Way:
-    """The way back of a forward pass. It is gone once, and then holds nothing any more.
+class Backward:
+    """The backward closure of a forward pass: from ∂J/∂f (n, D) to ∂J/∂pictures.
+
+    As autograd frees a graph, a call frees what the forward pass kept, unless told to retain it.
 
     Args:
-        back: from ∂J/∂f (n, D) to ∂J/∂pictures, in the encoder's layout.
-        rows: the way of some of its pictures; None where their pass has to be made again.
+        back: of a slope, and whether it is to be called again.
+        rows: the closure of some of its pictures; None where their pass has to be made again.
     """
 
     def __init__(
-        self, back: Callable[[Tensor], Tensor], rows: Callable[[Tensor], Way] | None = None
+        self,
+        back: Callable[[Tensor, bool], Tensor],
+        rows: Callable[[Tensor], Backward] | None = None,
     ) -> None:
-        self._ways: Any = back, rows
+        self._kept: Any = back, rows
 
-    def back(self, slope: Tensor) -> Tensor:
-        """∂J/∂pictures from ∂J/∂f (n, D)."""
-        (back, _), self._ways = self._ways, None
-        return back(slope)
+    def __call__(self, slope: Tensor, retain: bool = False) -> Tensor:
+        back, rows = self._kept
+        self._kept = (back, rows) if retain else None
+        return back(slope, retain)
 
-    def rows(self, index: Tensor) -> Way | None:
-        """The way of some of its pictures, instead of this one; None where there is none."""
-        (_, rows), self._ways = self._ways, None
+    def again(self) -> Backward:
+        """Another closure over what this one holds; each call then frees its own."""
+        return Backward(*self._kept)
+
+    def then(self, undo: Callable[[Tensor, bool], Tensor]) -> Backward:
+        """This one and another after it."""
+        return Backward(lambda slope, retain: undo(self.again()(slope, retain), retain))
+
+    def rows(self, index: Tensor) -> Backward | None:
+        """That of some of its pictures, which uses this one up; None where there is none."""
+        (_, rows), self._kept = self._kept, None
         return None if rows is None else rows(index)
+
+
+# Features of pictures, of those beside them, and the closure back to the former.
+Found = tuple[Tensor, Tensor | None, Backward]
 
 
 class Encoder(Protocol):
@@ -65,14 +80,13 @@ class Encoder(Protocol):
     patch: int
     dtype: torch.dtype
     products: torch.dtype  # what its products are in: under autocast not what it takes
-    graphs: Any  # those captured of it, engine/graph.py's
 
-    def look(self, pictures: Tensor) -> Tensor:
+    def forward(self, pictures: Tensor) -> Tensor:
         """Features (n, D) float32."""
         ...
 
-    def look_at(self, pictures: Tensor, beside: Tensor | None) -> tuple[Tensor, Tensor | None, Way]:
-        """Features of the pictures, of those beside them, and the way back to the former."""
+    def vjp(self, pictures: Tensor, beside: Tensor | None) -> Found:
+        """Features of the pictures, of those beside them, and the former's backward closure."""
         ...
 
 
@@ -83,34 +97,34 @@ class Modules:
     patch = 0
 
     def __init__(self, model: VisionLanguage, dtype: torch.dtype | None = None) -> None:
-        self.graphs: Any = None
         self.dtype = held = getattr(model, "dtype", torch.float32)
         self._autocast = None if dtype in (None, held) else dtype
         self.products = dtype or held
         self.model = model
         self._encode: Callable[[Tensor], Tensor] = model.encode_image
 
-    def look(self, pictures: Tensor) -> Tensor:
+    def forward(self, pictures: Tensor) -> Tensor:
         if self._autocast is None:
             return self._encode(pictures)
         with torch.autocast(pictures.device.type, dtype=self._autocast, cache_enabled=False):
             return self._encode(pictures)
 
-    def look_at(self, pictures: Tensor, beside: Tensor | None) -> tuple[Tensor, Tensor | None, Way]:
+    def vjp(self, pictures: Tensor, beside: Tensor | None) -> Found:
         with torch.enable_grad():
             leaf = pictures.detach().requires_grad_()
-            features = self.look(leaf)
+            features = self.forward(leaf)
         if not features.requires_grad:
             raise RuntimeError(
                 f"model: encode_image of {self.model.name} passes no gradient to its pixels, which "
                 f"scc and ttc need; is there a no_grad or a detach() in it?"
             )
-        other = None if beside is None else self.look(beside)
-        return (
-            features.detach(),
-            other,
-            Way(lambda slope: torch.autograd.grad(features, leaf, slope.to(features.dtype))[0]),
-        )
+        other = None if beside is None else self.forward(beside)
+
+        def back(slope: Tensor, retain: bool) -> Tensor:
+            slope = slope.to(features.dtype)
+            return torch.autograd.grad(features, leaf, slope, retain_graph=retain)[0]
+
+        return features.detach(), other, Backward(back)
 
 
 _NUMBER = itertools.count()
@@ -146,30 +160,26 @@ class Runner:
     def __init__(self, tower: Tower, trust: Trust) -> None:
         self.tower, self.trust, self.patch = tower, trust, tower.size
         self.dtype = self.products = tower.dtype
-        self.graphs: Any = None
 
-    def look(self, pictures: Tensor) -> Tensor:
+    def forward(self, pictures: Tensor) -> Tensor:
         return self.tower(pictures, keep=False)[0]
 
-    def look_at(self, pictures: Tensor, beside: Tensor | None) -> tuple[Tensor, Tensor | None, Way]:
+    def vjp(self, pictures: Tensor, beside: Tensor | None) -> Found:
         count = len(pictures)
         features, kept = self.tower(pictures if beside is None else torch.cat([pictures, beside]))
         if beside is None:
-            return features, None, self._way(kept)
-        return features[:count], features[count:], self._way(narrow(kept, count))
+            return features, None, self._backward(kept)
+        return features[:count], features[count:], self._backward(narrow(kept, count))
 
-    def _way(self, kept: Any) -> Way:
-        return Way(
-            lambda slope: self.tower.back(slope, kept),
-            lambda index: self._way(take(kept, index)),
+    def _backward(self, kept: Any) -> Backward:
+        return Backward(
+            lambda slope, retain: self.tower.back(slope, kept),
+            lambda index: self._backward(take(kept, index)),
         )
 
 
 # --------------------------------------------------------------------------------------- the choice
 
-_KNOWN: weakref.WeakKeyDictionary[Any, tuple[Trust, dict[torch.dtype, Runner]]] = (
-    weakref.WeakKeyDictionary()
-)
 _LOCK = threading.RLock()
 
 
@@ -177,8 +187,8 @@ def encoder_of(model: VisionLanguage, engine: str, dtype: torch.dtype) -> Encode
     """The encoder that serves `engine` ("auto", "eager", "compile", "runner", "graph") in `dtype`.
 
     Args:
-        model: a snapshot. A runner is kept as long as it, so that weights are packed and graphs
-            captured once, and all Defenders round alike.
+        model: a snapshot. A runner is kept on it, so that weights are packed and graphs captured
+            once, and all Defenders round alike.
 
     Raises:
         RuntimeError: an engine asked for by name cannot serve this model; says why.
@@ -207,9 +217,10 @@ def _runner(model: VisionLanguage, dtype: torch.dtype) -> Runner | str:
     except UnknownPartError as unknown:
         return str(unknown)
     with _LOCK:
-        if model not in _KNOWN:
-            _KNOWN[model] = Trust(model), {}
-        trust, runners = _KNOWN[model]
+        kept = vars(model)
+        if "runners" not in kept:
+            kept["runners"] = Trust(model), {}
+        trust, runners = kept["runners"]
         reason = trust.reason(model)
         if reason:
             return reason

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from scc_fast.config import MethodConfig, RNConfig, SCCConfig, TTCConfig, ViewsConfig
 from scc_fast.engine.cost import Cost, cost_of
 
-__all__ = ["Cost", "Pass", "Plan", "cost_of", "plan_of"]
+__all__ = ["Cost", "Pass", "Plan", "ascent_plan", "cost_of", "single_pass"]
 
 
 @dataclass(frozen=True)
@@ -116,19 +115,13 @@ class Plan:
         return "\n".join(lines)
 
 
-def plan_of(config: MethodConfig, views: int) -> Plan:
-    """The plan of a method that looks at `views` views."""
-    if isinstance(config, SCCConfig):
-        semantic = config.semantic_steps if config.semantic else 0
-        return _ascent("scc", views, config.warmup_steps, semantic, config.gate)
-    if isinstance(config, TTCConfig):
-        return _ascent("ttc", views, config.steps, 0, gate=True)
-    names = {RNConfig: "rn", ViewsConfig: "views"}
-    method = next((name for kind, name in names.items() if isinstance(config, kind)), "none")
+def single_pass(method: str, views: int) -> Plan:
+    """The plan of a method that looks once at `views` views."""
     return Plan(method, views, (Pass("predict", views, 0, "mean_logits"),), gate=False)
 
 
-def _ascent(method: str, views: int, warm_up: int, semantic: int, gate: bool) -> Plan:
+def ascent_plan(method: str, views: int, warm_up: int, semantic: int, gate: bool) -> Plan:
+    """That of `warm_up` steps on the drift of `views` views, then `semantic` ones on the margin."""
     steps = [(f"warm-up {t + 1}", views, "drift_head") for t in range(warm_up)]
     steps += [(f"semantic {s + 1}", views, "margin_head") for s in range(semantic)]
     steps += [("predict", 0, "mean_logits")]

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scc_fast._checkpoints import frozen_twin
 from scc_fast._plain import plain
-from scc_fast.engine.tower_parts import UnknownPartError, name_of
-from scc_fast.engine.towers import adapter_of
+from scc_fast.engine.vit_from import adapter_of
+from scc_fast.engine.vit_from.parts import UnknownPartError, name_of
 from scc_fast.models import FrozenModel, VisionLanguage
+from scc_fast.models.checkpoints import frozen_twin
 
 # What the image side of these classes does not use.
 _OPEN_CLIP = "transformer token_embedding positional_embedding ln_final text_projection attn_mask"

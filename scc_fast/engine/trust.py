@@ -1,6 +1,6 @@
 """Whether the runner may stand for a model's modules: proved on a picture, and seen at every call.
 
-The parts of a tower are known by their classes (towers.py). What is not seen there, such as a
+The parts of a tower are known by their classes (vit_from). What is not seen there, such as a
 method that was replaced on a class, shows on a random picture.
 """
 
@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from scc_fast._plain import plain
 from scc_fast.config import shown
-from scc_fast.engine.tower_parts import GLOBAL_HOOKS, HOOKS
-from scc_fast.engine.towers import tower_of
 from scc_fast.engine.vit import Tower
+from scc_fast.engine.vit_from import tower_of
+from scc_fast.engine.vit_from.parts import GLOBAL_HOOKS, HOOKS
 from scc_fast.reference.views import from_patches, to_patches
 
 

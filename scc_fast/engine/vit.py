@@ -68,7 +68,7 @@ class Linear:
 
     weight: Tensor  # (out, in)
     bias: Tensor | None  # (out,)
-    transposed: Tensor  # (in, out), which the way back multiplies with
+    transposed: Tensor  # (in, out), which the backward multiplies with
     shape: tuple[int, int]  # (out, in): a packed weight does not tell
 
     @classmethod
@@ -149,7 +149,7 @@ def _is_ampere(device: torch.device) -> bool:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Kept]:
-    """Scaled dot-product attention of (B, H, T, d) tensors, and what its way back reads."""
+    """Scaled dot-product attention of (B, H, T, d) tensors, and what its backward reads."""
     kernel = kernel_of(q.device, q.dtype, q.shape[-1])
     if kernel == "op":
         o, lse = ops.attention(q, k, v)

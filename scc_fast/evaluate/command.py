@@ -10,7 +10,7 @@ from typing import Any
 
 from scc_fast.config import parse_epsilon, shown
 from scc_fast.evaluate.on_ray import Driver, OnRay
-from scc_fast.evaluate.rows import Row
+from scc_fast.evaluate.results import Row
 from scc_fast.evaluate.runner import Asked, Run
 from scc_fast.evaluate.worker import Setting, Worker
 

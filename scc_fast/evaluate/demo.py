@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from scc_fast import tiny
-from scc_fast.api import image_seeds
+from scc_fast.api import image_seeds, make_defense
 from scc_fast.attacks import PGD
-from scc_fast.defenses import make_defense
-from scc_fast.evaluate.report import comparison_figure
-from scc_fast.evaluate.rows import Row
+from scc_fast.evaluate.pictures import comparison_figure
+from scc_fast.evaluate.results import Row
 from scc_fast.evaluate.runner import Asked, Run
 from scc_fast.evaluate.worker import Setting
 from scc_fast.images import to_batch

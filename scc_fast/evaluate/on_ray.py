@@ -61,8 +61,8 @@ class Driver(Worker):
     def facts(self) -> dict[str, Any]:
         facts = super().facts()
         if self._elsewhere:
-            bare = self.defense("none").bare
-            # What engine.serve makes of "auto" on a GPU that has bfloat16.
+            bare = self.defense("none")
+            # What engine.session makes of "auto" on a GPU that has bfloat16.
             reduced = bare.precision == "fp32" and bare.engine == "runner"
             auto = "bf16" if reduced else bare.precision
             facts["model"]["precision"] = auto if self._asked == "auto" else self._asked

@@ -12,8 +12,8 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
+from scc_fast._files import atomic, write_json
 from scc_fast.api import Defender
-from scc_fast.evaluate.report import atomic, comparison_figure, write_json
 from scc_fast.images import to_batch, to_pil
 from scc_fast.models import load_model
 from scc_fast.result import DefenseResult
@@ -136,3 +136,75 @@ def _figure(path: Path, kept: list, classes: Sequence[str]) -> None:
     before = DefenseResult.concatenate([b for _, b, _ in kept])
     after = DefenseResult.concatenate([a for _, _, a in kept])
     comparison_figure(path, pictures, None, before, after, classes)
+
+
+def comparison_figure(
+    path: Path,
+    pictures: Tensor,
+    attacked: Tensor | None,
+    before: DefenseResult,
+    after: DefenseResult,
+    names: Sequence[str],
+    truth: Sequence[int] | None = None,
+    clean: DefenseResult | None = None,
+) -> None:
+    """One row a picture: picture, attacked, repaired, amplified differences, top-3 with bars.
+
+    Args:
+        path: PNG, PDF or SVG to write.
+        pictures: (n, 3, H, W) in [0, 1], before any attack.
+        attacked: the same after the attack, or None where there was none.
+        before, after: undefended and defended results on what the model got to see.
+        names: the K class names.
+        truth: n true classes, to colour the bars.
+        clean: undefended result on the pictures before the attack.
+    """
+    from matplotlib.figure import Figure
+
+    seen = pictures if attacked is None else attacked
+    images: list[tuple[str, Tensor]] = [("picture", pictures)]
+    if attacked is not None:
+        images += [("attacked", attacked), ("attack ×20", _amplify(attacked - pictures))]
+    images += [("repaired", after.images), ("repair ×20", _amplify(after.images - seen))]
+    bars = [] if clean is None else [("picture, undefended", clean)]
+    bars += [("attacked, undefended" if attacked is not None else "undefended", before)]
+    bars += [("attacked, defended" if attacked is not None else "defended", after)]
+    figure = Figure(figsize=(1.6 * len(images) + 2.3 * len(bars), 1.75 * len(pictures) + 0.4))
+    axes = figure.subplots(
+        len(pictures),
+        len(images) + len(bars),
+        squeeze=False,
+        width_ratios=[1.0] * len(images) + [1.35] * len(bars),
+    )
+    for row in range(len(pictures)):
+        for column, (title, batch) in enumerate(images):
+            axis = axes[row][column]
+            axis.imshow(batch[row].permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
+            axis.set_axis_off()
+            if row == 0:
+                axis.set_title(title, fontsize=9)
+        for column, (title, result) in enumerate(bars, start=len(images)):
+            axis = axes[row][column]
+            _draw_bars(axis, result, row, names, None if truth is None else truth[row])
+            if row == 0:
+                axis.set_title(title, fontsize=9)
+    figure.tight_layout()
+    with atomic(path) as partial:
+        figure.savefig(partial, dpi=130)
+
+
+def _amplify(difference: Tensor) -> Tensor:
+    return (0.5 + 20 * difference).clamp(0, 1)
+
+
+def _draw_bars(
+    axis: Any, result: DefenseResult, row: int, names: Sequence[str], truth: int | None
+) -> None:
+    values, labels = torch.topk(result.probs[row], min(3, len(names)))
+    for place, (value, label) in enumerate(zip(values.tolist(), labels.tolist(), strict=True)):
+        colour = "#8a8a8a" if truth is None else "#3a923a" if label == truth else "#c03d3e"
+        axis.barh(-place, value, color=colour, height=0.42)
+        text = f"{names[label]}  {value:.0%}"
+        axis.text(0.0, -place + 0.27, text, fontsize=7.5, va="bottom", ha="left", parse_math=False)
+    axis.set(xlim=(0, 1), ylim=(-2.5, 0.75))
+    axis.set_axis_off()

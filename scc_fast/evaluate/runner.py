@@ -16,13 +16,20 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from scc_fast import attacks
-from scc_fast._checkpoints import without_folders
 from scc_fast.attacks import Attack
 from scc_fast.config import format_epsilon, nearest, shown
 from scc_fast.defenses import parse_defense
-from scc_fast.evaluate.rows import Row, check_attack, format_rows, row_of, worst_of
-from scc_fast.evaluate.store import (
+from scc_fast.evaluate.results import (
+    CLEAN,
     FORMAT,
+    WORST,
+    Row,
+    check_attack,
+    format_rows,
+    row_of,
+    worst_of,
+)
+from scc_fast.evaluate.store import (
     AttackFolder,
     Busy,
     Store,
@@ -30,10 +37,10 @@ from scc_fast.evaluate.store import (
     owner_folder,
     slug,
 )
-from scc_fast.evaluate.worker import CLEAN, Judged, Made, Place, Setting, Task, Worker
+from scc_fast.evaluate.worker import Judged, Made, Place, Setting, Task, Worker
+from scc_fast.models.checkpoints import without_folders
 
 ADAPTIVE = "adaptive"  # on a command line: every attack that suits a defense and knows it
-WORST = "worst"
 
 
 class Executor(Protocol):

@@ -13,12 +13,12 @@ One process works in an attack's folder at a time; several may share a run.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from scc_fast._files import atomic, write_json
 from scc_fast.config import format_epsilon
-from scc_fast.evaluate.report import atomic, write_json
-from scc_fast.evaluate.worker import CLEAN, Judged, Made, Task
+from scc_fast.evaluate.results import CLEAN
+from scc_fast.evaluate.worker import Judged, Made, Task
 
-FORMAT = 1
 _RECORD = {
     "defense": str,
     "batch": int,
@@ -40,6 +40,9 @@ _RECORD = {
     "drift": list,
     "seconds": float,
 }
+
+
+Kept = tuple[str, int, float, int]  # owner, batch, seconds, undone
 
 
 class Busy(RuntimeError):
@@ -90,45 +93,41 @@ def differences(known: dict[str, Any], facts: dict[str, Any], names: str = "") -
     return ", ".join(text for text in found if text)
 
 
-@dataclass(frozen=True)
 class AttackFolder:
-    """The folder of one attack and budget.
+    """The folder of one attack and budget. What was read of it is kept: files only grow.
 
     Args:
         path: where it is.
         spec, epsilon: which it is.
     """
 
-    path: Path
-    spec: str
-    epsilon: float
+    def __init__(self, path: Path, spec: str, epsilon: float) -> None:
+        self.path, self.spec, self.epsilon = path, spec, epsilon
+        self._records: dict[tuple[str, int], dict[str, Any]] = {}
+        self._read = 0, 0  # inode of records.jsonl, and how many of its bytes are in _records
+        self._kept: dict[tuple[Path, int], Kept | None] = {}
 
     def records(self) -> dict[tuple[str, int], dict[str, Any]]:
         """What has been judged, by defense and batch. A line that was damaged is not there."""
-        found: dict[tuple[str, int], dict[str, Any]] = {}
-        file = self.path / "records.jsonl"
-        if not file.exists():
-            return found
-        for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                record = json.loads(line)
-                kinds = {key: type(record[key]) for key in _RECORD}
-                if kinds == _RECORD:
-                    found[record["defense"], record["batch"]] = record
-            except (json.JSONDecodeError, KeyError, TypeError):
-                continue
-        return found
+        try:
+            with (self.path / "records.jsonl").open("rb") as file:
+                facts = os.fstat(file.fileno())
+                inode, start = self._read
+                if facts.st_ino != inode or facts.st_size < start:  # another file
+                    self._records, start = {}, 0
+                file.seek(start)
+                added = file.read()
+        except FileNotFoundError:
+            self._records, self._read = {}, (0, 0)
+            return {}
+        whole = added.rfind(b"\n") + 1  # a line that is being written is read again
+        self._records.update(_records(added[:whole]))
+        self._read = facts.st_ino, start + whole
+        return {**self._records, **_records(added[whole:])}
 
-    def keep(self, task: Task, judged: Judged) -> dict[str, Any]:
+    def keep(self, task: Task, judged: Judged) -> None:
         """Append what a defense said, as a line of its own."""
-        record = {
-            "defense": judged.defense,
-            "batch": task.batch,
-            "right": judged.right,
-            "flagged": judged.flagged,
-            "drift": judged.drift,
-            "seconds": judged.seconds,
-        }
+        record = {**dataclasses.asdict(judged), "batch": task.batch}
         file = self.path / "records.jsonl"
         self.path.mkdir(parents=True, exist_ok=True)
         with file.open("ab+") as stream:
@@ -140,7 +139,6 @@ class AttackFolder:
             stream.write(json.dumps(record).encode() + b"\n")
             stream.flush()
             os.fsync(stream.fileno())
-        return record
 
     def images(self, task: Task) -> Path:
         """Where the perturbation of a batch is kept."""
@@ -170,20 +168,38 @@ class AttackFolder:
             facts = {"seconds": str(made.seconds), "undone": str(made.undone)}
             save_file({"delta": made.delta.contiguous()}, partial, facts)
 
-    def kept(self) -> Iterator[tuple[str, int, float, int]]:
-        """(owner, batch, seconds, undone) of every batch that is kept."""
+    def kept(self) -> Iterator[Kept]:
+        """(owner, batch, seconds, undone) of every batch whose images are kept."""
         for path in sorted((self.path / "images").glob("*/*.safetensors")):
-            try:
-                with safe_open(path, "pt") as file:
-                    facts = file.metadata()
-                    yield (
-                        path.parent.name,
-                        int(path.stem),
-                        float(facts["seconds"]),
-                        int(facts["undone"]),
-                    )
-            except (SafetensorError, KeyError, TypeError, ValueError, OSError):
-                continue  # load() says what is wrong with it, when it is needed
+            with contextlib.suppress(FileNotFoundError):
+                key = path, path.stat().st_mtime_ns
+                if key not in self._kept:
+                    self._kept[key] = _kept(path)
+                if (found := self._kept[key]) is not None:
+                    yield found
+
+
+def _records(lines: bytes) -> dict[tuple[str, int], dict[str, Any]]:
+    """The records among some lines of JSON."""
+    found: dict[tuple[str, int], dict[str, Any]] = {}
+    for line in lines.decode("utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+            if {key: type(record[key]) for key in _RECORD} == _RECORD:
+                found[record["defense"], record["batch"]] = record
+        except (json.JSONDecodeError, KeyError, TypeError):
+            continue
+    return found
+
+
+def _kept(path: Path) -> Kept | None:
+    """What a file of kept images says; None if it cannot be read: load() says what is wrong."""
+    try:
+        with safe_open(path, "pt") as file:
+            facts = file.metadata()
+            return path.parent.name, int(path.stem), float(facts["seconds"]), int(facts["undone"])
+    except (SafetensorError, KeyError, TypeError, ValueError, OSError):
+        return None
 
 
 class Store:
@@ -196,6 +212,7 @@ class Store:
 
     def __init__(self, folder: Path, facts: dict[str, Any]) -> None:
         self.folder = folder
+        self._folders: dict[Path, AttackFolder] = {}
         facts = json.loads(json.dumps(facts))
         with locked(folder, wait=True):
             known = self._read("run.json")
@@ -220,10 +237,12 @@ class Store:
             raise ValueError(f"{path}: not what the runner wrote there; remove it")
         return found
 
-    def attack(self, spec: str, epsilon: float, settings: dict[str, Any] | None = None) -> Any:
+    def attack(
+        self, spec: str, epsilon: float, settings: dict[str, Any] | None = None
+    ) -> AttackFolder:
         """The folder of an attack; with its settings it is made, and held against them."""
         budget = "" if spec == CLEAN else "@" + format_epsilon(epsilon).replace("/", "_")
-        found = AttackFolder(self.folder / (slug(spec) + budget), spec, epsilon)
+        found = self._attack(self.folder / (slug(spec) + budget), spec, epsilon)
         if settings is not None:
             path = found.path / "attack.json"
             facts = json.loads(json.dumps({"spec": spec, "epsilon": epsilon, **settings}))
@@ -243,7 +262,11 @@ class Store:
             facts = self._read(str(path.relative_to(self.folder)))
             if not {"spec", "epsilon", "title", "aware", "settings"} <= set(facts):
                 raise ValueError(f"{path}: not what the runner wrote there; remove its folder")
-            yield AttackFolder(path.parent, facts["spec"], facts["epsilon"]), facts
+            yield self._attack(path.parent, facts["spec"], facts["epsilon"]), facts
+
+    def _attack(self, path: Path, spec: str, epsilon: float) -> AttackFolder:
+        """One object for each folder, which keeps what it has read."""
+        return self._folders.setdefault(path, AttackFolder(path, spec, epsilon))
 
     def describe(self, defenses: dict[str, dict[str, Any]]) -> None:
         """Keep what rows say of the defenses; one that differs from before is refused."""

@@ -17,14 +17,13 @@ from torch import Tensor, nn
 
 import scc_fast
 from scc_fast import attacks
-from scc_fast.api import image_seeds
+from scc_fast.api import Defender, image_seeds, make_defense
 from scc_fast.attacks import Attack
 from scc_fast.config import format_epsilon, whole
-from scc_fast.defenses import Defense, make_defense
 from scc_fast.evaluate.data import Dataset, open_dataset
+from scc_fast.evaluate.results import CLEAN
 from scc_fast.models import VisionLanguage, load_spec
 
-CLEAN = "clean"
 _ATTACKERS = 1 << 32  # added to the seed: an attacker never draws what a defense is judged with
 
 
@@ -151,7 +150,7 @@ class Worker:
         self.setting = setting
         self.model = load_spec(setting.model, setting.device) if model is None else model
         self.data = self._opened() if dataset is None else dataset
-        self.defense: Callable[[str], Defense] = functools.cache(self._made)
+        self.defense: Callable[[str], Defender] = functools.cache(self._made)
         self._warm: set[tuple[str, int]] = set()
 
     def _opened(self) -> Dataset:
@@ -167,7 +166,7 @@ class Worker:
             download=s.download,
         )
 
-    def _made(self, spec: str) -> Defense:
+    def _made(self, spec: str) -> Defender:
         s = self.setting
         options = {"precision": s.precision, "engine": s.engine}
         return make_defense(spec, self.model, self.data.prompts, **options)
@@ -182,7 +181,7 @@ class Worker:
                 "source": self.model.source,
                 "weights_sha256": weights_hash(self.model),
                 "image_size": list(self.model.image_size),
-                "precision": self.defense("none").bare.precision,
+                "precision": self.defense("none").precision,
             },
             "dataset": self.data.facts(),
             "seed": s.seed,
@@ -193,7 +192,7 @@ class Worker:
         """What rows say of a defense."""
         defense = self.defense(spec)
         return {
-            "method": defense.name,
+            "method": defense.method,
             "traits": dataclasses.asdict(defense.traits),
             "config": _readable(dataclasses.asdict(defense.config)),
         }
@@ -233,7 +232,7 @@ class Worker:
             found = defense(seen, seeds)
             answer = found.labels  # waits for the device
             seconds = time.perf_counter() - began
-            gated = getattr(defense.config, "gate", True) and not found.drift.isnan().all()
+            gated = defense.has_gate
             flagged = _bits(found.flagged) if gated else ""
             drift = tuple(round(value, 5) for value in found.drift.tolist()) if gated else ()
             yield Judged(spec, _bits(answer == labels), flagged, drift, seconds)

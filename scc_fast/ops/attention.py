@@ -1,6 +1,6 @@
 """Attention of short sequences, forward and back, without the square of their length in memory.
 
-All arithmetic is float32. The way back gives the gradients with respect to q, k and v by itself:
+All arithmetic is float32. The backward gives the gradients with respect to q, k and v by itself:
 no op builds an autograd graph.
 """
 

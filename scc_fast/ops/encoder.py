@@ -1,7 +1,7 @@
 """What stands between the matrix products of a vision transformer, forward and back.
 
 The residual stream is float32; what goes into a matrix product or comes out of one is float32,
-float16 or bfloat16. All arithmetic is float32. The weights are frozen, so a way back gives the
+float16 or bfloat16. All arithmetic is float32. The weights are frozen, so a backward gives the
 gradient with respect to the input alone, and no op builds an autograd graph.
 """
 

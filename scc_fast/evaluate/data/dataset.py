@@ -6,11 +6,12 @@ import copy
 import hashlib
 import operator
 import os
+import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -194,15 +195,16 @@ class Dataset:
     opener: Callable[[], Source]
     recorded: dict[str, Any]
     _opened: list[Source] = field(default_factory=list, init=False, repr=False)
+    _decoded: Decoded = field(default_factory=lambda: Decoded(), init=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_opened": []}
+        return {**self.__dict__, "_opened": [], "_decoded": Decoded()}
 
     def batch(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """The pictures ``start`` to ``stop`` (exclusive) of ``indices``.
+        """The pictures ``start`` to ``stop`` (exclusive) of ``indices``, each decoded once.
 
         Returns:
             x (n, 3, H, W) float32 in [0, 1], not normalised, and labels (n,) int64; on the CPU.
@@ -219,7 +221,15 @@ class Dataset:
         labels = torch.tensor([int(source.labels[i]) for i in chosen], dtype=torch.int64)
         if not chosen:
             return torch.zeros(0, 3, *self.preparation.own.image_size), labels
-        return torch.stack([self.preparation(source.picture(i)) for i in chosen]), labels
+        size = self.preparation.own.image_size
+        pictures = []
+        for i in chosen:
+            picture = self._decoded.get(i, size)
+            if picture is None:
+                picture = self.preparation(source.picture(i))
+                self._decoded.put(i, picture)
+            pictures.append(picture)
+        return torch.stack(pictures), labels
 
     def facts(self) -> dict[str, Any]:
         """What a result must say of its data, as JSON values.
@@ -246,6 +256,39 @@ class Dataset:
                 )
             self._opened.append(source)
         return self._opened[0]
+
+
+class Decoded:
+    """Prepared pictures in a temporary file, a byte a channel: of any number, and out of memory.
+
+    Pictures that bytes do not hold exactly are not kept, nor any where the disk is full.
+    """
+
+    def __init__(self) -> None:
+        self._file: IO[bytes] | None = None
+        self._places: dict[int, int] = {}  # of each picture, in pictures
+
+    def get(self, index: int, size: tuple[int, int]) -> Tensor | None:
+        """The picture (3, H, W), float32 in [0, 1]; None where it is not kept."""
+        if self._file is None or index not in self._places:
+            return None
+        self._file.seek(self._places[index] * 3 * size[0] * size[1])
+        data = bytearray(self._file.read(3 * size[0] * size[1]))
+        return torch.frombuffer(data, dtype=torch.uint8).view(3, *size).float() / 255
+
+    def put(self, index: int, picture: Tensor) -> None:
+        """Keep a picture."""
+        data = (255 * picture).round().to(torch.uint8)
+        if not torch.equal(data.float() / 255, picture):
+            return
+        try:
+            if self._file is None:
+                self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 (kept open)
+            self._file.seek(len(self._places) * data.numel())
+            if self._file.write(data.numpy().tobytes()) == data.numel():
+                self._places[index] = len(self._places)
+        except OSError:
+            return
 
 
 def _facts(entry: Entry, source: Source, labels: np.ndarray, known: bool) -> dict[str, Any]:

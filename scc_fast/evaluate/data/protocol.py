@@ -10,11 +10,11 @@ from typing import Any, Literal, cast
 from PIL import Image
 from torch import Tensor
 
-from scc_fast._preprocess import Preprocess
 from scc_fast.config import nearest, shown
 from scc_fast.evaluate.data.class_names import words
 from scc_fast.images import _convert, _picture_transform
 from scc_fast.models import VisionLanguage
+from scc_fast.models.preprocess import Preprocess
 
 Geometry = Literal["ttc", "model", "none"]
 

@@ -1,0 +1,370 @@
+"""Images times views: forward, back to the pixels, the sign step, and the heads, on the ops.
+
+`Views` is what a method is written on. It runs without gradients; `LiveViews` gives the same
+numbers as functions of the images that autograd differentiates once, which is what an attacker
+needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from scc_fast import ops
+from scc_fast.config import IDENTITY, View
+from scc_fast.engine.encoder import Backward
+from scc_fast.engine.opaque import opaque, transformed
+from scc_fast.reference import heads, philox, step
+from scc_fast.reference.views import from_patches, preprocess, to_patches
+
+if TYPE_CHECKING:
+    from scc_fast.engine.session import Session
+
+Undo = Callable[[Tensor, bool], Tensor]  # of a gradient, and whether it is called again
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Images.
+
+    Args:
+        x: (B, 3, H, W) float32 in [0, 1].
+        seeds: (B,) int64.
+    """
+
+    x: Tensor
+    seeds: Tensor
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width)."""
+        return self.x.shape[-2], self.x.shape[-1]
+
+    def rows(self, index: Tensor) -> Batch:
+        """Some of the images."""
+        return Batch(self.x[index], self.seeds[index])
+
+    def still(self) -> Batch:
+        """The same images as constants."""
+        return replace(self, x=self.x.detach())
+
+
+def uniform_start(
+    x: Tensor,
+    seeds: Tensor,
+    epsilon: float,
+    purpose: int = philox.DELTA,
+    counter: int = 0,
+    backend: str | None = None,
+) -> Tensor:
+    """Π(uniform(−ε, ε)) for x (B, 3, H, W), from each image's own stream of that purpose."""
+    numel = x.shape[1:].numel()
+    uniform = ops.philox_uniform(seeds, purpose, counter, numel, backend=backend)
+    return step.project((2 * uniform.view_as(x) - 1) * epsilon, x, epsilon)
+
+
+def ascend(
+    x: Tensor,
+    delta: Tensor,
+    gradient: Callable[[Tensor, int], Tensor],
+    *,
+    steps: int,
+    alpha: float,
+    epsilon: float,
+) -> Tensor:
+    """δ after signed ascent steps in the ball and the box, Π(δ + α·sign(g)).
+
+    Args:
+        x, delta: (B, 3, H, W).
+        gradient: g at δ in step t = 0, 1, …, like δ.
+    """
+    for t in range(steps):
+        delta = step.pgd_step(delta, gradient(delta, t), x, alpha, epsilon)
+    return delta
+
+
+def gradient_of(objective: Callable[[Tensor], Tensor], delta: Tensor) -> Tensor:
+    """∂/∂δ of the sum of objective(δ), by autograd, at a constant δ."""
+    with torch.enable_grad():
+        leaf = delta.detach().requires_grad_()
+        value = objective(leaf).sum()
+    return torch.autograd.grad(value, leaf)[0]
+
+
+class Views:
+    """The L views of a batch in a session.
+
+    Args:
+        session: whose encoder looks at them.
+        batch: x and seeds.
+        views: L views.
+    """
+
+    def __init__(self, session: Session, batch: Batch, views: Sequence[View]) -> None:
+        self.session, self.batch, self.views = session, batch, views
+
+    def start(self, epsilon: float) -> Tensor:
+        """δ⁰ (B, 3, H, W)."""
+        batch, backend = self.batch, self.session.backend
+        return uniform_start(batch.x.detach(), batch.seeds, epsilon, backend=backend)
+
+    def forward(self, delta: Tensor | None) -> Tensor:
+        """f of every view of x + δ, (L, B, D)."""
+        pictures, _ = self._pictures(delta)
+        self.session.mark("views")
+        features = self._stacked(self.session.encoder.forward(pictures))
+        self.session.mark("forward")
+        return features
+
+    def vjp(
+        self, delta: Tensor | None, anchor: bool = False
+    ) -> tuple[Tensor, Tensor | None, Backward]:
+        """As forward; f(x) with them where `anchor` is asked for; and the backward closure.
+
+        The closure takes ∂J/∂f (L·B, D) to what `step` takes.
+        """
+        pictures, undo = self._pictures(delta)
+        beside = None
+        if anchor:
+            beside = Views(self.session, self.batch, (IDENTITY,))._pictures(None)[0]
+        self.session.mark("views")
+        features, plain, backward = self.session.encoder.vjp(pictures, beside)
+        self.session.mark("forward")
+        return self._stacked(features), plain, backward if undo is None else backward.then(undo)
+
+    def pull(self, backward: Backward, slope: Tensor) -> Tensor:
+        """The gradient that `step` takes, from ∂J/∂f (L, B, D)."""
+        if self.session.encoder.products == torch.float16:
+            # Its sign is all that is asked, so an image's own power of two may lift it.
+            largest = slope.abs().amax(dim=(0, 2), keepdim=True).clamp_min(1e-30)
+            slope = slope * torch.exp2(-torch.floor(torch.log2(largest)))
+        gradient = backward(slope.flatten(0, 1))
+        self.session.mark("backward")
+        return gradient
+
+    def answer(self, delta: Tensor, features: Tensor | None) -> Tensor:
+        """Mean logits (B, K) of x + δ, whose features are given where they are known."""
+        return self.logits(self.forward(delta) if features is None else features)
+
+    def step(
+        self,
+        delta: Tensor,
+        gradient: Tensor,
+        config: Any,
+        weighted: Tensor | None = None,
+        weight: float = 0.0,
+    ) -> tuple[Tensor, Tensor | None]:
+        """δ moved in place along the sign of its views' gradient; `weighted` + weight · it."""
+        ops.pgd_step_(
+            delta,
+            gradient,
+            self.batch.x,
+            self.batch.seeds,
+            self.views,
+            alpha=config.alpha,
+            epsilon=config.epsilon,
+            weighted=weighted,
+            weight=weight,
+            patch=self.session.encoder.patch if self.fits else 0,
+            backend=self.session.backend,
+        )
+        self.session.mark("step")
+        return delta, weighted
+
+    # ----------------------------------------------------------------------------------- heads
+
+    def drift(self, features: Tensor, anchor: Tensor) -> tuple[Tensor, Tensor]:
+        """The first view's relative drift τ (B,), and ∂/∂f of the mean squared drift of all."""
+        found = ops.drift_head(features, anchor, backend=self.session.backend)
+        self.session.mark("head")
+        return found
+
+    def pseudo_label(self, features: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """ŷ (B,), a row of the session's table, and t_soft (B, D)."""
+        session = self.session
+        backend = session.backend
+        _, label, soft = ops.pseudo_label(features, session.table, temperature, backend=backend)
+        return label, soft
+
+    def margin(self, features: Tensor, soft: Tensor, label: Tensor) -> Tensor:
+        """∂/∂f of the margin between t_soft and the hardest negative of ŷ, (L, B, D)."""
+        session = self.session
+        backend = session.backend
+        slope = ops.margin_head(features, soft, label, session.table, backend=backend)[1]
+        session.mark("head")
+        return slope
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Mean logits over the views, (B, K)."""
+        session = self.session
+        logits = ops.mean_logits(features, session.table, backend=session.backend)
+        session.mark("head")
+        return logits
+
+    # -------------------------------------------------------------------------------- pictures
+
+    @property
+    def fits(self) -> bool:
+        """Whether the images have the encoder's size, so that nothing is resized."""
+        return self.batch.size == self.session.size
+
+    def _stacked(self, features: Tensor) -> Tensor:
+        return features.unflatten(0, (len(self.views), len(self.batch)))
+
+    def _pictures(self, delta: Tensor | None) -> tuple[Tensor, Undo | None]:
+        """The views of x + δ as the encoder takes them.
+
+        And where they had to be resized, the map of a gradient back to them.
+        """
+        session, batch = self.session, self.batch
+        encoder = session.encoder
+        options: dict[str, Any] = {"backend": session.backend}
+        if self.fits:
+            options |= {"mean": session.mean, "std": session.std}
+            options |= {"dtype": encoder.dtype, "patch": encoder.patch}
+            return ops.make_views(batch.x, delta, batch.seeds, self.views, **options), None
+        views = ops.make_views(
+            batch.x, delta, batch.seeds, self.views, fill=session.mean, **options
+        )
+        with torch.enable_grad():
+            leaf = views.requires_grad_()
+            mean, std = (views.new_tensor(values) for values in (session.mean, session.std))
+            sized = preprocess(leaf, session.size, mean, std)
+        pictures = sized.detach()
+        if encoder.patch:
+            pictures = to_patches(pictures, encoder.patch)
+
+        def undo(gradient: Tensor, retain: bool) -> Tensor:
+            gradient = gradient.float()
+            if encoder.patch:
+                gradient = from_patches(gradient, encoder.patch, session.size)
+            return torch.autograd.grad(sized, leaf, gradient, retain_graph=retain)[0]
+
+        return pictures.to(encoder.dtype), undo
+
+
+class LiveViews(Views):
+    """Views whose first pass and last look autograd takes back to the images, once.
+
+    What lies between counts as constant, as if the repair were the identity (BPDA, Athalye et al.,
+    arXiv 1802.00420).
+    """
+
+    def forward(self, delta: Tensor | None) -> Tensor:
+        return self._seen(self.batch.x if delta is None else self.batch.x + delta)
+
+    def vjp(
+        self, delta: Tensor | None, anchor: bool = False
+    ) -> tuple[Tensor, Tensor | None, Backward]:
+        if anchor:  # a first pass, of which no repair goes on
+            return self.forward(delta), self.session.encode(self.batch.x), Backward(_not_pulled)
+        return self._constant().vjp(delta)
+
+    def step(
+        self,
+        delta: Tensor,
+        gradient: Tensor,
+        config: Any,
+        weighted: Tensor | None = None,
+        weight: float = 0.0,
+    ) -> tuple[Tensor, Tensor | None]:
+        return self._constant().step(delta, gradient, config, weighted, weight)
+
+    def drift(self, features: Tensor, anchor: Tensor) -> tuple[Tensor, Tensor]:
+        _, slope = super().drift(features.detach(), anchor.detach())
+        return heads.relative_drift(features[0], anchor), slope
+
+    def logits(self, features: Tensor) -> Tensor:
+        return self.session.mean_logits(features)
+
+    def answer(self, delta: Tensor, features: Tensor | None) -> Tensor:
+        return self.logits(self.forward(delta))
+
+    def _constant(self) -> Views:
+        return Views(self.session, self.batch.still(), self.views)
+
+    def _seen(self, pixels: Tensor) -> Tensor:
+        """f of the views of `pixels`, (L, B, D)."""
+        session, batch, backend = self.session, self.batch, self.session.backend
+        # clamp() has no gradient at 0 and 1 themselves, where many pixels are; this one passes it.
+        inside = pixels + (pixels.clamp(0, 1) - pixels).detach()
+        seen = ops.make_views(
+            inside, None, batch.seeds, self.views, fill=session.mean, backend=backend
+        )
+        return self._stacked(session.encode(seen))
+
+
+def _not_pulled(slope: Tensor, retain: bool) -> Tensor:
+    raise RuntimeError("the first pass of an attacker has no repair to go on with")
+
+
+class Encode:
+    """f after φ: pixels (n, 3, H, W) float32 in [0, 1] to embeddings (n, D), not normalised.
+
+    The forward and the backward pass are the encoder's own (our runner has no autograd graph);
+    around it stands plain autograd, once: a second derivative raises.
+
+    Args:
+        session: of the encoder and the ops; the classes are not used.
+        at_once: pictures that go through the encoder together.
+    """
+
+    def __init__(self, session: Session, at_once: int = 256) -> None:
+        self._session, self._at_once = session, at_once
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        if transformed():
+            unused = torch.zeros(len(pixels), dtype=torch.int64, device=pixels.device)
+            return opaque(lambda pixels, _: self(pixels), pixels, unused)
+        parts, session = pixels.split(self._at_once), self._session.now()
+        if torch.is_grad_enabled() and pixels.requires_grad:
+            return torch.cat([_Encoded.apply(part, session) for part in parts])
+        with torch.no_grad():
+            return torch.cat([_alone(session, part).forward(None)[0] for part in parts])
+
+
+def _alone(session: Session, pixels: Tensor) -> Views:
+    pixels = pixels.detach().float()
+    seeds = torch.zeros(len(pixels), dtype=torch.int64, device=pixels.device)  # no noise is drawn
+    return Views(session, Batch(pixels, seeds), (IDENTITY,))
+
+
+class _Encoded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, pixels: Tensor, session: Session) -> Tensor:
+        ctx.views = _alone(session, pixels)
+        features, _, ctx.back = ctx.views.vjp(None)
+        return features[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None]:
+        views, session, batch = ctx.views, ctx.views.session, ctx.views.batch
+        # Half precision would lose the gradients of small losses: each picture's is lifted by a
+        # power of two, and lowered again in float32.
+        largest = slope.abs().amax(dim=1).clamp_min(1e-30)
+        lift = torch.exp2(-torch.floor(torch.log2(largest)))
+        retain = (
+            torch._C._autograd._get_current_graph_task_keep_graph()
+        )  # the caller's retain_graph
+        gradient = ctx.back(slope * lift[:, None], retain=retain)
+        if views.fits:
+            gradient = ops.make_views_adjoint(
+                gradient,
+                batch.x,
+                None,
+                batch.seeds,
+                views.views,
+                std=session.std,
+                patch=session.encoder.patch,
+                backend=session.backend,
+            )
+        return gradient.float() / lift[:, None, None, None], None

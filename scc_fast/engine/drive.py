@@ -1,0 +1,367 @@
+"""The way of a call, the same for every defense and engine, strictly downwards.
+
+Input, seeds, pieces, first pass, gate, compaction, repair, result.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from scc_fast._plain import plain
+from scc_fast.engine.batch import Batch
+from scc_fast.engine.cuda_graph import graphs_of
+from scc_fast.engine.defense import Defense, Repaired, State
+from scc_fast.engine.memory import is_out_of_memory, out_of_memory
+from scc_fast.engine.opaque import NO_GRAPH, check_caller, transformed
+from scc_fast.engine.seeds import Seeds, image_seeds
+from scc_fast.engine.session import Session
+from scc_fast.images import to_batch
+from scc_fast.models import VisionLanguage
+from scc_fast.reference.ttc import Outcome
+from scc_fast.result import DefenseResult
+
+
+@torch.compiler.disable(reason=NO_GRAPH)
+def call(
+    session: Session,
+    defense: Defense,
+    images: Any,
+    seeds: Seeds,
+    *,
+    max_batch: int,
+    is_normalized: bool,
+    clamp: bool,
+) -> DefenseResult:
+    """Defend a batch; arguments and result as for Defender.__call__."""
+    check_caller(images)
+    if transformed():
+        raise TypeError(
+            "a Defender is called on pictures, outside torch.func's transforms: what they can "
+            "transform is DefendedCLIP"
+        )
+    started = time.perf_counter()
+    model = session.model
+    with plain(model.device):
+        x = to_batch(images, model, is_normalized=is_normalized, clamp=clamp)
+        if isinstance(images, Tensor) and x.data_ptr() == images.data_ptr():
+            x = x.clone()  # the result keeps its inputs; the caller may reuse the buffer
+        keys = image_seeds(seeds, len(x), x.device)
+        if keys is seeds:
+            keys = keys.clone()
+        loaded = time.perf_counter()
+        session = session.now()
+        parts = []
+        for batch in pieces(session, defense, Batch(x, keys), max_batch):
+            try:
+                outcome = run(session, defense, batch)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise too_large(session, defense, batch) from error
+            parts.append(_result(session, defense, batch, outcome))
+        result = DefenseResult.concatenate(parts)
+        finite = result.logits.isfinite().all().to("cpu", non_blocking=True)  # not read yet
+    if x.is_cuda:  # the stream, not the device: another thread may be capturing on it
+        torch.cuda.current_stream(x.device).synchronize()
+    if not finite:
+        raise not_finite(result.logits, model, session.precision)
+    done = time.perf_counter()
+    result.timings.update(input=loaded - started, defense=done - loaded, total=done - started)
+    return result
+
+
+def pieces(session: Session, defense: Defense, batch: Batch, max_batch: int) -> Iterator[Batch]:
+    """The batch in pieces of at most max_batch pictures, but at least one image."""
+    size = piece_size(session, defense, batch.size, max_batch)
+    parts = zip(batch.x.split(size), batch.seeds.split(size), strict=True)
+    return (Batch(x, seeds) for x, seeds in parts)
+
+
+def piece_size(session: Session, defense: Defense, size: tuple[int, int], max_batch: int) -> int:
+    """Images of (H, W) that go through together."""
+    piece = max(1, max_batch // defense.width(session, size))
+    # A graph's bucket would be filled up beyond it.
+    return 1 << (piece.bit_length() - 1) if serves(session, defense, size) == "graph" else piece
+
+
+def serves(session: Session, defense: Defense, size: tuple[int, int]) -> str:
+    """The engine's name for pictures (H, W)."""
+    if session.engine == "graph" and not (defense.captures and session.captures(size)):
+        return "runner"
+    return session.engine
+
+
+# ------------------------------------------------------------------------------- one piece at once
+
+
+class Run(Protocol):
+    """Who carries out a defense's two functions."""
+
+    def first_pass(self, batch: Batch) -> State:
+        """Defense.first_pass of a batch."""
+        ...
+
+    def after_gate(self, batch: Batch, state: State, chosen: Tensor | None) -> Repaired:
+        """Defense.after_gate of the batch, or of its rows `chosen` (b,)."""
+        ...
+
+
+@dataclass(eq=False)
+class Direct:
+    """By calling them."""
+
+    session: Session
+    defense: Defense
+
+    def first_pass(self, batch: Batch) -> State:
+        return self.defense.first_pass(self.session, batch)
+
+    def after_gate(self, batch: Batch, state: State, chosen: Tensor | None) -> Repaired:
+        if chosen is not None:
+            state, batch = _rows(state, chosen, len(batch)), batch.rows(chosen)
+        return self.defense.after_gate(self.session, batch, state)
+
+
+def run(session: Session, defense: Defense, batch: Batch) -> Outcome:
+    """A defense on one piece, without gradients; `session` is one that stands for the model now."""
+    if len(batch) == 0:
+        return nothing(session, batch)
+    if session.served == "reference":
+        found = defense.reference(session, batch)
+        if found is not None:
+            return found
+    batch = Batch(batch.x.contiguous(), batch.seeds)
+    with _carried(session, defense, batch) as carried:
+        return carry_out(carried, defense, batch)[0]
+
+
+@contextlib.contextmanager
+def _carried(session: Session, defense: Defense, batch: Batch) -> Iterator[Run]:
+    if serves(session, defense, batch.size) != "graph":
+        yield Direct(session, defense)
+        return
+    with graphs_of(session.encoder).of(session, defense, batch.x.device) as captures:
+        yield captures
+
+
+def carry_out(carried: Run, defense: Defense, batch: Batch) -> tuple[Outcome, State]:
+    """First pass, gate, compaction, repair: what each image comes to, and what decided.
+
+    The images that the gate takes as clean stay as the first pass left them; the others go on
+    alone.
+    """
+    state = carried.first_pass(batch)
+    drift, logits, delta = state.drift, state.logits, state.delta
+    flagged = gate(defense, state)
+    if defense.repairs == "none":
+        chosen = 0
+    elif defense.repairs == "all":
+        chosen = len(batch)
+    else:
+        chosen = int(flagged.sum())
+    if chosen == len(batch):
+        repaired = carried.after_gate(batch, state, None)
+        logits, delta = repaired.logits, repaired.delta
+    elif chosen:
+        index = flagged.nonzero().squeeze(1)
+        repaired = carried.after_gate(batch, state, index)
+        logits, delta = _merged(logits, repaired.logits, index), state.delta
+        if repaired.delta is not None:
+            delta = torch.zeros_like(batch.x.detach()) if delta is None else delta
+            delta = _merged(delta, repaired.delta, index)
+    assert logits is not None
+    delta = torch.zeros_like(batch.x.detach()) if delta is None else delta
+    return Outcome(logits, delta, drift, flagged), state
+
+
+def dense(session: Session, defense: Defense, batch: Batch) -> Outcome:
+    """As `carry_out`, with every image repaired and the gate choosing after: no branch on data."""
+    state = defense.first_pass(session, batch)
+    flagged = gate(defense, state)
+    if defense.repairs == "none":
+        repaired = Repaired(state.logits, state.delta)  # type: ignore[arg-type]
+    else:
+        repaired = defense.after_gate(session, batch, state)
+    logits, delta = repaired.logits, repaired.delta
+    if defense.repairs == "flagged":
+        assert state.logits is not None
+        logits = torch.where(flagged[:, None], logits, state.logits)
+        left = torch.zeros_like(batch.x) if state.delta is None else state.delta
+        each = flagged[:, None, None, None]
+        delta = left if delta is None else torch.where(each, delta, left)
+    delta = torch.zeros_like(batch.x) if delta is None else delta
+    return Outcome(logits, delta, state.drift, flagged)
+
+
+def gate(defense: Defense, state: State) -> Tensor:
+    """The gate: (B,) bool, the images that are taken as attacked."""
+    if state.margin is not None:
+        return state.margin > 0
+    whole = torch.full_like(state.drift, float(defense.repairs != "none"))
+    return whole > 0
+
+
+@dataclass(frozen=True, eq=False)
+class Live:
+    """A defense's answer as a function of the images, which autograd differentiates once.
+
+    Args:
+        logits: (B, K); what was optimised counts as constant, so that this is BPDA.
+        delta: (B, 3, H, W), what was added.
+        drift: (B,) the gate's measure, NaN without one.
+        flagged: (B,) bool.
+        session, defense, batch: what it is of.
+    """
+
+    logits: Tensor
+    delta: Tensor
+    drift: Tensor
+    flagged: Tensor
+    session: Session
+    defense: Defense
+    batch: Batch
+
+    @property
+    def outcome(self) -> Outcome:
+        """As a run without gradients gives it."""
+        return Outcome(self.logits, self.delta, self.drift, self.flagged)
+
+    @functools.cached_property
+    def margin(self) -> Tensor | None:
+        """(B,) above 0 where the gate takes an image as attacked, live; None without a gate.
+
+        It takes a first pass of its own.
+        """
+        if not self.defense.has_gate:
+            return None
+        with torch.enable_grad():
+            return self.defense.first_pass(self.session.live(), self.batch).margin
+
+
+def live(session: Session, defense: Defense, batch: Batch) -> Live:
+    """A defense on one piece, differentiable with respect to x; called where gradients are on.
+
+    Only what is looked at last is live, so that it takes no more memory than a run.
+    """
+    session = session.now()
+    logits: Tensor | None = None
+    delta: Tensor | None = None
+    if len(batch) == 0:
+        found = nothing(session, batch)
+        return Live(found.logits, batch.x, found.drift, found.flagged, session, defense, batch)
+    if defense.repairs == "none":
+        state = defense.first_pass(session.live(), batch)
+        assert state.logits is not None
+        logits, delta, drift = state.logits, state.delta, state.drift.detach()
+        flagged = gate(defense, state)
+    else:
+        with torch.no_grad():
+            direct, still = Direct(session, defense), batch.still()
+            state = direct.first_pass(still)
+        drift, flagged = state.drift, gate(defense, state)
+        every = defense.repairs == "all" or bool(flagged.all())
+        chosen = None if every else flagged.nonzero().squeeze(1)
+        if chosen is not None and len(chosen) < len(batch):
+            left = (~flagged).nonzero().squeeze(1)
+            as_it_stands = defense.first_pass(session.live(), batch.rows(left))
+            assert as_it_stands.logits is not None
+            logits = as_it_stands.logits.new_zeros(len(batch), as_it_stands.logits.shape[1])
+            logits = logits.index_copy(0, left, as_it_stands.logits)
+            delta = state.delta
+        if chosen is None or len(chosen):
+            repaired = Direct(session.live(), defense).after_gate(batch, state, chosen)
+            if chosen is None:
+                logits, delta = repaired.logits, repaired.delta
+            else:
+                logits = _merged(logits, repaired.logits, chosen)
+                if repaired.delta is not None:
+                    delta = torch.zeros_like(still.x) if delta is None else delta
+                    delta = _merged(delta, repaired.delta.detach(), chosen)
+        assert logits is not None
+    delta = torch.zeros_like(batch.x.detach()) if delta is None else delta.detach()
+    return Live(logits, delta, drift, flagged, session, defense, batch)
+
+
+def nothing(session: Session, batch: Batch) -> Outcome:
+    """The outcome of no images."""
+    x = batch.x
+    rows = x.new_zeros(0)
+    return Outcome(x.new_zeros(0, len(session.classes.text)), x, rows, rows.bool())
+
+
+def _rows(state: State, index: Tensor, batch: int) -> State:
+    """The state of some of the images; a closure that cannot be cut is left out."""
+    backward = state.backward
+    if backward is not None:
+        views = len(next(iter(state.views.values())))
+        pictures = torch.arange(views, device=index.device)[:, None] * batch + index
+        backward = backward.rows(pictures.flatten())
+    return replace(
+        state,
+        drift=state.drift[index],
+        margin=None if state.margin is None else state.margin[index],
+        logits=None,
+        delta=None if state.delta is None else state.delta[index],
+        rows={name: part[index] for name, part in state.rows.items()},
+        views={name: part[:, index] for name, part in state.views.items()},
+        backward=backward,
+    )
+
+
+def _merged(whole: Tensor | None, part: Tensor, index: Tensor) -> Tensor:
+    assert whole is not None
+    return whole.index_copy(0, index, part)
+
+
+# ---------------------------------------------------------------------------------- what is said
+
+
+def _result(session: Session, defense: Defense, batch: Batch, outcome: Outcome) -> DefenseResult:
+    return DefenseResult(
+        logits=outcome.logits,
+        delta=outcome.delta,
+        inputs=batch.x,
+        drift=outcome.drift,
+        flagged=outcome.flagged,
+        seeds=batch.seeds,
+        method=defense.name,
+        backend=session.served,
+        engine=serves(session, defense, batch.size),
+    )
+
+
+def too_large(session: Session, defense: Defense, batch: Batch) -> RuntimeError:
+    """What a call raises where a piece did not fit."""
+
+    def estimate(count: int, size: tuple[int, int]) -> int:
+        plan = defense.plan(session, size)
+        if plan is None:
+            raise RuntimeError("not counted")
+        return session.memory(plan, count, size)
+
+    width = defense.width(session, batch.size)
+    return out_of_memory(batch.x.device, len(batch), batch.size, width, estimate)
+
+
+def not_finite(logits: Tensor, model: VisionLanguage, precision: str) -> ValueError:
+    """What is raised where logits (B, K) hold NaN or infinity.
+
+    Weights and text embeddings were seen to be finite, so the encoder left its precision's range.
+    """
+    index = int((~logits.isfinite().all(dim=-1)).nonzero()[0])
+    held = getattr(model, "dtype", torch.float32)
+    instead = {"fp16": 'precision="bf16" or "fp32"', "bf16": 'precision="fp32"'}.get(precision)
+    if instead is None:
+        why = "its encoder gives values that are not finite, though in float32"
+    else:
+        load = "load the model with " if held.itemsize < 4 else "use "
+        why = f"its encoder overflows in {precision}: {load}{instead}"
+    return ValueError(f"model: logits of {model.name} for image {index} are not finite: {why}")

@@ -1,0 +1,58 @@
+"""What a call needs of the memory, what is free, and what is said where it did not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch could not allocate: on CUDA it has a class of its own, on the CPU words."""
+    known = ("can't allocate memory", "not enough memory", "CUDA out of memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in known)
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that are free on a device; None where that cannot be told."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]  # what torch has cached may be a graph's
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024 * int(next(line for line in lines if "MemAvailable" in line).split()[1])
+    except (OSError, StopIteration, ValueError, IndexError):
+        return None
+
+
+def out_of_memory(
+    device: torch.device,
+    batch: int,
+    size: tuple[int, int],
+    width: int,
+    estimate: Callable[[int, tuple[int, int]], int],
+) -> RuntimeError:
+    """What to raise where `batch` images of (H, W) did not fit at once: says what would.
+
+    Args:
+        width: pictures of one image that are held together.
+        estimate: bytes that so many images of a size take; RuntimeError where that is not known.
+    """
+    free, needs, fits = free_memory(device), "", batch // 2
+    try:
+        needs = f": they need about {estimate(batch, size) / 2**20:.0f} MiB"
+        while free and fits > 1 and estimate(fits, size) > free // 2:
+            fits //= 2
+    except RuntimeError:  # a model whose cost cannot be counted
+        pass
+    there = "" if free is None else f", {free / 2**20:.0f} MiB are free"
+    advice = (
+        f"max_batch={max(1, fits) * width} ({max(1, fits)} images at once) should fit"
+        if batch > 1
+        else "one image at once is the least: use smaller pictures, a smaller model, bf16 or "
+        "fewer views"
+    )
+    return torch.OutOfMemoryError(
+        f"out of memory with {batch} images of {size[0]}x{size[1]} at once in {width} views"
+        f"{needs}{there}; {advice}"
+    )

@@ -1,0 +1,299 @@
+"""A session: a model prepared for classes, with the engine, precision and ops that serve it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from scc_fast import ops
+from scc_fast._plain import plain
+from scc_fast.config import View
+from scc_fast.engine.batch import Batch, Encode, LiveViews, Views
+from scc_fast.engine.cost import Cost, cost_of
+from scc_fast.engine.encoder import PRECISIONS, Encoder, Modules, Runner, encoder_of, is_native
+from scc_fast.engine.encoder import not_served as _not_served
+from scc_fast.engine.plan import Plan
+from scc_fast.models import VisionLanguage
+from scc_fast.reference import heads
+from scc_fast.reference.heads import Classes
+from scc_fast.reference.ttc import Setting
+from scc_fast.reference.views import preprocess
+
+ENGINES = ("auto", "eager", "compile", "runner", "graph")
+
+# What a whole defense needs.
+OPS = (
+    "philox_uniform",
+    "make_views",
+    "make_views_adjoint",
+    "pgd_step_",
+    "drift_head",
+    "pseudo_label",
+    "margin_head",
+    "mean_logits",
+)
+
+
+def unmarked(part: str) -> None:
+    """Marks nothing: nobody measures the parts."""
+
+
+def served_by(device: torch.device, backend: str | None) -> str:
+    """The backends that serve a defense, joined by "+".
+
+    Raises:
+        ValueError, RuntimeError: an unknown backend, or one that lacks an op; says why.
+    """
+    return "+".join(sorted({ops.choose(op, device.type, backend) for op in OPS}))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Session:
+    """A model prepared for classes.
+
+    Args:
+        model: as it was given: what encodes texts, and says how pixels are prepared.
+        snapshot: its image side, frozen.
+        encoder: f, as the engine runs it.
+        prompts: the class prompts; None where text embeddings were given.
+        classes, table: the text embeddings, for the reference and for the ops.
+        backend: who serves the ops; None: for each the best.
+        served: the names of the backends that serve, joined by "+"; "reference" is
+            scc_fast.reference.
+        engine, precision: of the encoder, by name.
+        size: (height, width) of the encoder's pictures.
+        mean, std: the model's normalisation.
+        flip: whether views may mirror, where a config does not say.
+        insists: the engine that was asked for by name.
+        judge: the session whose encoder a gate looks through; None: this one.
+        mark: told the name of each part of a pass when it is done.
+        kind: of the views that methods are given.
+        encoded: what `encode` is, where it is not the encoder's.
+    """
+
+    model: VisionLanguage
+    snapshot: VisionLanguage
+    encoder: Encoder
+    prompts: tuple[str, ...] | None
+    classes: Classes
+    table: ops.ClassTable
+    backend: str | None
+    served: str
+    engine: str
+    precision: str
+    size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    flip: bool
+    insists: str = ""
+    judge: Session | None = None
+    mark: Callable[[str], None] = unmarked
+    kind: Callable[..., Views] = Views
+    encoded: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def encode(self) -> Callable[[Tensor], Tensor]:
+        """f after φ as a function of pixels that autograd differentiates once."""
+        return Encode(self) if self.encoded is None else self.encoded  # kept, it were a cycle
+
+    def views(self, batch: Batch, views: Sequence[View]) -> Views:
+        """The views of a batch, ready for the encoder."""
+        return self.kind(self, batch, views)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """s·cos(f, t_k) + b: (..., D) → (..., K), differentiable."""
+        return heads.logits(features, self.classes)
+
+    def mean_logits(self, features: Tensor) -> Tensor:
+        """Mean over the views: (L, B, D) → (B, K), differentiable."""
+        return self.logits(features).mean(dim=0)
+
+    def features(self, pictures: Tensor) -> Tensor:
+        """f of pictures (L, B, 3, H, W): (L, B, D), differentiable where gradients are on."""
+        return self.encode(pictures.flatten(0, 1)).unflatten(0, pictures.shape[:2])
+
+    def live(self) -> Session:
+        """This one, whose views are differentiable with respect to the images."""
+        return replace(self, kind=LiveViews)
+
+    # ------------------------------------------------------------------------------- the engine
+
+    def now(self) -> Session:
+        """This one, on the modules where something has changed that the runner does not see.
+
+        Raises:
+            RuntimeError: the runner was asked for by name; says what has changed.
+        """
+        if self.judge is not None:
+            judge = self.judge.now()
+            if judge is not self.judge:  # which graphs would not see
+                engine = "runner" if self.engine == "graph" else self.engine
+                return replace(self, judge=judge, engine=engine).now()
+        reason = self.mistrust
+        if not reason:
+            return self
+        if self.insists:
+            raise RuntimeError(_not_served(self.snapshot, self.insists, reason))
+        return replace(self, encoder=Modules(self.snapshot), engine="eager")
+
+    @property
+    def mistrust(self) -> str:
+        """Why the runner does not stand for the modules any more; "" where it does, or is none."""
+        return self.encoder.trust.reason(self.snapshot) if isinstance(self.encoder, Runner) else ""
+
+    def captures(self, size: tuple[int, int]) -> bool:
+        """Whether graphs serve pictures (H, W): those of the encoder's size."""
+        return self.engine == "graph" and size == self.size
+
+    @functools.cached_property
+    def reference(self) -> Setting:
+        """What scc_fast.reference works with: the model's modules, under autograd."""
+        with plain(self.snapshot.device):
+            mean, std = (
+                torch.tensor(three, dtype=torch.float32, device=self.snapshot.device)
+                for three in (self.mean, self.std)
+            )
+        return Setting(_Pixels(self.snapshot, self.size, mean, std), self.classes, mean)
+
+    # --------------------------------------------------------------------------------- its cost
+
+    @functools.cached_property
+    def cost(self) -> Cost:
+        """What one picture costs the encoder."""
+        tower = self.encoder.tower if isinstance(self.encoder, Runner) else None
+        return cost_of(self.snapshot, tower, PRECISIONS[self.precision])
+
+    def memory(self, plan: Plan, batch: int, size: tuple[int, int]) -> int:
+        """Bytes that a call with `batch` images of (H, W) takes at its peak, about.
+
+        Beyond the weights: what the forward pass keeps, what is on its way, pictures and views in
+        the encoder's precision, and the logits of the heads.
+        """
+        cost, pixels = self.cost, 3 * size[0] * size[1]
+        first = max(one.forward for one in plan.passes)
+        keeps = any(one.backward for one in plan.passes)
+        picture = 3 * self.size[0] * self.size[1]
+        each = (
+            cost.working + 2 * picture * self.encoder.dtype.itemsize + (cost.kept if keeps else 0)
+        )
+        classes = len(self.classes.text)
+        return batch * (first * each + 6 * 4 * pixels + 3 * 4 * plan.views * classes)
+
+
+@dataclass(frozen=True, eq=False)
+class _Pixels:
+    """A snapshot's encoder as a function of pixels (B, 3, H, W) in [0, 1]: φ, then f."""
+
+    snapshot: VisionLanguage
+    size: tuple[int, int]
+    mean: Tensor
+    std: Tensor
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        return self.snapshot.encode_image(preprocess(pixels, self.size, self.mean, self.std))
+
+
+def session_of(
+    model: VisionLanguage,
+    snapshot: VisionLanguage,
+    prompts: tuple[str, ...] | None,
+    classes: Classes,
+    *,
+    engine: str,
+    precision: str,
+    backend: str | None,
+    judge: Session | None = None,
+) -> Session:
+    """The session of a snapshot and its classes.
+
+    Args:
+        engine: one of ENGINES.
+        precision: "auto" or one of PRECISIONS.
+        backend: of the ops; None takes the best.
+
+    Raises:
+        RuntimeError: what was asked for by name is not to be had; says why.
+    """
+    served = served_by(snapshot.device, backend)
+    encoder, name, precision = _chosen(snapshot, engine, precision, backend, served)
+    with plain(snapshot.device):
+        table = ops.ClassTable.of(classes)
+    height, width = model.image_size
+    mean, std = (tuple(map(float, values)) for values in (model.mean, model.std))
+    insists = engine if engine in ("runner", "graph") else ""
+    return Session(
+        *(model, snapshot, encoder, prompts, classes, table, backend, served, name, precision),
+        *((height, width), mean, std, bool(model.flip), insists, judge),
+    )
+
+
+def _chosen(
+    model: VisionLanguage, engine: str, precision: str, backend: str | None, served: str
+) -> tuple[Encoder, str, str]:
+    """Encoder, engine and precision."""
+    held, kind = held_precision(model), model.device.type
+    if served == "reference":
+        if engine not in ("auto", "eager"):
+            raise _by_reference(model, backend, f"engine={engine!r}", 'engine="eager"')
+        if precision not in ("auto", held):
+            asked, instead = f"precision={precision!r}", f'precision="{held}"'
+            raise _by_reference(model, backend, asked, instead)
+        engine, precision = "eager", held
+    if engine == "graph" and kind != "cuda":
+        raise RuntimeError(
+            f"engine='graph' cannot serve {model.name}: CUDA graphs need a CUDA device, the "
+            f'model is on {model.device}; use engine="auto"'
+        )
+    if precision not in ("auto", held) and not is_native(PRECISIONS[precision], kind):
+        raise RuntimeError(
+            f"precision={precision!r} cannot serve {model.name}: this CPU has no arithmetic "
+            f'for it; use precision="{held}" or "auto"'
+        )
+    encoder = encoder_of(model, engine, PRECISIONS[held])
+    if precision == "auto":
+        # Half the weights to read, and tensor cores, where there is a GPU; bfloat16 is as wide
+        # as float32, so that nothing underflows. The model's own modules stay as they are.
+        reduced = (
+            kind == "cuda"
+            and held == "fp32"
+            and torch.cuda.is_bf16_supported(including_emulation=False)
+        )
+        precision = "bf16" if reduced and isinstance(encoder, Runner) else held
+    if precision != held:
+        encoder = encoder_of(model, engine, PRECISIONS[precision])
+    if isinstance(encoder, Runner):
+        graphs = kind == "cuda" and engine in ("auto", "graph")
+        return encoder, "graph" if graphs else "runner", precision
+    if precision != held != "fp32":  # autocast casts down from float32 alone
+        raise RuntimeError(
+            f"precision={precision!r} cannot be had of {model.name}, whose modules are in "
+            f'{held}: load it with precision="fp32", or use precision="{held}"'
+        )
+    return encoder, "compile" if engine == "compile" else "eager", precision
+
+
+def held_precision(model: VisionLanguage) -> str:
+    """That of the model's weights.
+
+    Raises:
+        ValueError: it is none of PRECISIONS.
+    """
+    dtype = getattr(model, "dtype", torch.float32)
+    for name, known in PRECISIONS.items():
+        if dtype == known:
+            return name
+    raise ValueError(f"model: its dtype must be one of {list(PRECISIONS.values())}, got {dtype!r}")
+
+
+def _by_reference(
+    model: VisionLanguage, backend: str | None, asked: str, instead: str
+) -> RuntimeError:
+    why = "with backend='reference'" if backend else "here, where no op is compiled"
+    return RuntimeError(
+        f"{asked} cannot serve {model.name} {why}: scc_fast.reference does, on the "
+        f'model\'s modules (scc-fast doctor); use {instead} or "auto"'
+    )
