@@ -73,7 +73,7 @@ def both(defender: Defender, graphs: Graphs, x: Tensor, seed: int = 3) -> tuple[
     session, defense = defender.session, defender.defense
     with torch.no_grad():
         with graphs.of(session, defense, x.device) as captures:
-            captured, _ = drive.carry_out(captures, defense, Batch(x, seeds))
+            captured = drive.carry_out(captures, defense, Batch(x, seeds))
         return defender.run(x, seeds), captured
 
 

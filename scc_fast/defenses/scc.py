@@ -7,6 +7,7 @@ nothing else.
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
@@ -220,8 +221,9 @@ class Ascent(OnViews):
                 delta = delta.index_put((rows,), found.delta)
         return Outcome(logits, delta, drift, flagged)
 
+    @abstractmethod
     def _plain_reference(self, session: Session, batch: Batch, config: Any) -> Outcome:
-        raise NotImplementedError
+        """By scc_fast.reference, whose gate looks through the session's own encoder."""
 
     def plan(self, session: Session, size: tuple[int, int]) -> Plan:
         views = self.width(session, size)

@@ -140,7 +140,7 @@ def run(session: Session, defense: Defense, batch: Batch) -> Outcome:
             return found
     batch = Batch(batch.x.contiguous(), batch.seeds)
     with _carried(session, defense, batch) as carried:
-        return carry_out(carried, defense, batch)[0]
+        return carry_out(carried, defense, batch)
 
 
 @contextlib.contextmanager
@@ -152,34 +152,25 @@ def _carried(session: Session, defense: Defense, batch: Batch) -> Iterator[Run]:
         yield captures
 
 
-def carry_out(carried: Run, defense: Defense, batch: Batch) -> tuple[Outcome, State]:
-    """First pass, gate, compaction, repair: what each image comes to, and what decided.
+def carry_out(carried: Run, defense: Defense, batch: Batch) -> Outcome:
+    """First pass, gate, compaction, repair: what each image comes to.
 
     The images that the gate takes as clean stay as the first pass left them; the others go on
     alone.
     """
     state = carried.first_pass(batch)
-    drift, logits, delta = state.drift, state.logits, state.delta
-    flagged = gate(defense, state)
-    if defense.repairs == "none":
-        chosen = 0
-    elif defense.repairs == "all":
-        chosen = len(batch)
-    else:
-        chosen = int(flagged.sum())
-    if chosen == len(batch):
+    logits, delta, flagged = state.logits, state.delta, gate(defense, state)
+    chosen = chosen_rows(defense, flagged)
+    if chosen is None:
         repaired = carried.after_gate(batch, state, None)
         logits, delta = repaired.logits, repaired.delta
-    elif chosen:
-        index = flagged.nonzero().squeeze(1)
-        repaired = carried.after_gate(batch, state, index)
-        logits, delta = _merged(logits, repaired.logits, index), state.delta
-        if repaired.delta is not None:
-            delta = torch.zeros_like(batch.x.detach()) if delta is None else delta
-            delta = _merged(delta, repaired.delta, index)
+    elif len(chosen):
+        logits, delta = _joined(
+            batch, logits, delta, carried.after_gate(batch, state, chosen), chosen
+        )
     assert logits is not None
-    delta = torch.zeros_like(batch.x.detach()) if delta is None else delta
-    return Outcome(logits, delta, drift, flagged), state
+    delta = torch.zeros_like(batch.x) if delta is None else delta
+    return Outcome(logits, delta, state.drift, flagged)
 
 
 def dense(session: Session, defense: Defense, batch: Batch) -> Outcome:
@@ -207,6 +198,14 @@ def gate(defense: Defense, state: State) -> Tensor:
         return state.margin > 0
     whole = torch.full_like(state.drift, float(defense.repairs != "none"))
     return whole > 0
+
+
+def chosen_rows(defense: Defense, flagged: Tensor) -> Tensor | None:
+    """The rows (b,) whose repair follows; None: all."""
+    count = int(flagged.sum()) if defense.repairs == "flagged" else 0
+    if defense.repairs == "all" or count == len(flagged):
+        return None
+    return flagged.nonzero().squeeze(1) if count else flagged.new_zeros(0, dtype=torch.int64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -267,24 +266,19 @@ def live(session: Session, defense: Defense, batch: Batch) -> Live:
             direct, still = Direct(session, defense), batch.still()
             state = direct.first_pass(still)
         drift, flagged = state.drift, gate(defense, state)
-        every = defense.repairs == "all" or bool(flagged.all())
-        chosen = None if every else flagged.nonzero().squeeze(1)
-        if chosen is not None and len(chosen) < len(batch):
+        chosen = chosen_rows(defense, flagged)
+        if chosen is not None:
             left = (~flagged).nonzero().squeeze(1)
-            as_it_stands = defense.first_pass(session.live(), batch.rows(left))
-            assert as_it_stands.logits is not None
-            logits = as_it_stands.logits.new_zeros(len(batch), as_it_stands.logits.shape[1])
-            logits = logits.index_copy(0, left, as_it_stands.logits)
+            stands = defense.first_pass(session.live(), batch.rows(left)).logits
+            assert stands is not None
+            logits = stands.new_zeros(len(batch), stands.shape[1]).index_copy(0, left, stands)
             delta = state.delta
         if chosen is None or len(chosen):
             repaired = Direct(session.live(), defense).after_gate(batch, state, chosen)
             if chosen is None:
                 logits, delta = repaired.logits, repaired.delta
             else:
-                logits = _merged(logits, repaired.logits, chosen)
-                if repaired.delta is not None:
-                    delta = torch.zeros_like(still.x) if delta is None else delta
-                    delta = _merged(delta, repaired.delta.detach(), chosen)
+                logits, delta = _joined(still, logits, delta, repaired, chosen)
         assert logits is not None
     delta = torch.zeros_like(batch.x.detach()) if delta is None else delta.detach()
     return Live(logits, delta, drift, flagged, session, defense, batch)
@@ -316,9 +310,16 @@ def _rows(state: State, index: Tensor, batch: int) -> State:
     )
 
 
-def _merged(whole: Tensor | None, part: Tensor, index: Tensor) -> Tensor:
-    assert whole is not None
-    return whole.index_copy(0, index, part)
+def _joined(
+    batch: Batch, logits: Tensor | None, delta: Tensor | None, repaired: Repaired, chosen: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Logits and δ of a batch, with those of its repaired rows put in."""
+    assert logits is not None
+    logits = logits.index_copy(0, chosen, repaired.logits)
+    if repaired.delta is not None:
+        delta = torch.zeros_like(batch.x) if delta is None else delta
+        delta = delta.index_copy(0, chosen, repaired.delta)
+    return logits, delta
 
 
 # ---------------------------------------------------------------------------------- what is said
