@@ -11,8 +11,8 @@ import torch
 
 import scc_fast
 from scc_fast import Defender
-from scc_fast.defenses import DEFENSES
-from scc_fast.engine import cuda_graph
+from scc_fast.defenses import DEFENSES, State
+from scc_fast.engine import cuda_graph, drive
 from toys import FIVE, Tuned, defender_of, model_of, pictures, small_open_clip, small_tokenizer
 
 SEEDS = torch.arange(2)
@@ -79,3 +79,19 @@ def test_every_method_takes_as_many_pictures_as_fit(monkeypatch: pytest.MonkeyPa
             pictures_held = defender._default_max_batch()
             assert pictures_held == 1024 if most == 1024 else 1 <= pictures_held <= most, method
         monkeypatch.undo()
+
+
+def test_the_gate_is_shut_on_its_threshold() -> None:
+    """As METHOD.md has it: an image with τ ≥ τ* is left; what is not a number is left too."""
+    ttc, none, hd = (DEFENSES[name](DEFENSES[name].Config()) for name in ("ttc", "none", "hd"))
+    margin = torch.tensor([0.0, 1e-30, -1.0, torch.nan])
+    flagged = drive.gate(ttc, State(margin, margin=margin))
+    assert flagged.tolist() == [False, True, False, False]
+    chosen = drive.chosen_rows(ttc, flagged)
+    assert chosen is not None
+    assert chosen.tolist() == [1]
+    assert drive.chosen_rows(ttc, torch.ones(3).bool()) is None
+    empty = drive.chosen_rows(none, drive.gate(none, State(margin)))
+    assert empty is not None
+    assert empty.tolist() == []
+    assert drive.chosen_rows(hd, drive.gate(hd, State(margin))) is None
