@@ -1,4 +1,4 @@
-"""The class list of a Defender: checked, embedded once per model, kept as long as the model."""
+"""Class prompts and text embeddings of a Defender, cached with the model."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _layout(module: nn.Module) -> Any:
         return None
 
 
-def checked(classes: Iterable[str] | None) -> tuple[str, ...] | None:
+def check_prompts(classes: Iterable[str] | None) -> tuple[str, ...] | None:
     """The prompts as a tuple, of a mapping its keys.
 
     Duplicates and templates are warned about where the caller called us.
@@ -106,16 +106,16 @@ def _hint(classes: Any) -> str:
     return ""
 
 
-def embedded(
+def text_embeddings(
     model: VisionLanguage,
     snapshot: VisionLanguage,
     classes: tuple[str, ...] | None,
     given: Any,
 ) -> Tensor:
-    """The (K, D) float32 unit embeddings of `classes`, or `given` checked and scaled.
+    """The (K, D) float32 unit embeddings of `classes`, or `given` check_prompts and scaled.
 
     Those of `classes` are kept with the snapshot that has just been taken of the model, whose key
-    covers the text side too; a model that is its own snapshot is embedded every time.
+    covers the text side too; a model that is its own snapshot is text_embeddings every time.
 
     Raises:
         ValueError: embeddings that are not finite; says why.
@@ -124,11 +124,11 @@ def embedded(
         raise ValueError("give exactly one of classes= and text_features=")
     if classes is not None:
         if snapshot is model:
-            return _embedded(model, classes)
+            return _encode(model, classes)
         with LOCK:
             known = _TEXT.get(snapshot)  # one class list bounds the memory
             if known is None or known[0] != classes or not known[1].hold():
-                text = _embedded(model, classes)
+                text = _encode(model, classes)
                 module: Any = getattr(model, "module", None)
                 known = _TEXT[snapshot] = classes, Surroundings(module), text
             return known[2]
@@ -166,7 +166,7 @@ def _unit_rows(given: Any, dim: int) -> Tensor:
     return nn.functional.normalize(values / largest, dim=-1).float()
 
 
-def _embedded(model: VisionLanguage, classes: tuple[str, ...]) -> Tensor:
+def _encode(model: VisionLanguage, classes: tuple[str, ...]) -> Tensor:
     text = model.encode_text(classes).to(model.device)
     if bool(text.isfinite().all()):
         return text

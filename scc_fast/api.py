@@ -28,12 +28,12 @@ from scc_fast.defenses import DEFENSES, Defense, Traits, parse_defense
 from scc_fast.defenses.scc import OnViews
 from scc_fast.engine import drive
 from scc_fast.engine.batch import Batch
+from scc_fast.engine.choose import ENGINES, PRECISIONS
 from scc_fast.engine.cost import Cost
-from scc_fast.engine.encoder import PRECISIONS
 from scc_fast.engine.memory import free_memory
 from scc_fast.engine.plan import Plan, ascent_plan
 from scc_fast.engine.seeds import Seeds, image_seeds
-from scc_fast.engine.session import ENGINES, Session, session_of
+from scc_fast.engine.session import Session, session_of
 from scc_fast.engine.snapshot import snapshot_of
 from scc_fast.engine.waterfall import Stage, waterfall
 from scc_fast.images import to_batch
@@ -125,10 +125,10 @@ class Defender:
         if max_batch is not None:
             max_batch = whole("max_batch", max_batch, 1, 2**31, " of pictures")
         self._asked = precision, backend, engine, max_batch
-        self.classes = _classes.checked(classes)
+        self.classes = _classes.check_prompts(classes)
         self.snapshot = snapshot_of(self.model)
         with plain(self.snapshot.device):
-            text = _classes.embedded(self.model, self.snapshot, self.classes, text_features)
+            text = _classes.text_embeddings(self.model, self.snapshot, self.classes, text_features)
             self._classes = Classes(text, *_classes.scale_of(self.snapshot))
         self._judge: Defender | None = None
         original = getattr(self.model, "original", None)

@@ -15,8 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from scc_fast import _options as options
 from scc_fast.defenses import DEFENSES, PLANNED
-from scc_fast.engine.encoder import PRECISIONS
-from scc_fast.engine.session import ENGINES
+from scc_fast.engine.choose import ENGINES, PRECISIONS
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -202,7 +202,7 @@ class _Reader:
 
     @functools.cached_property
     def _transform(self) -> Callable[[Image.Image], Tensor]:
-        return _picture_transform(self.model)
+        return resize_transform(self.model)
 
     def pixels(self, given: Tensor | np.ndarray, where: str) -> Tensor:
         """(B, 3, H, W) of a tensor or an array of numbers."""
@@ -449,7 +449,7 @@ def _grey_16_to_8(picture: Image.Image, where: str) -> Image.Image:
     return Image.fromarray(np.rint(values / 257).astype(np.uint8))
 
 
-def _picture_transform(model: VisionLanguage) -> Callable[[Image.Image], Tensor]:
+def resize_transform(model: VisionLanguage) -> Callable[[Image.Image], Tensor]:
     """The model's own preprocessing up to the normalisation: RGB picture -> (3, h, w) in [0, 1]."""
     from open_clip.transform import PreprocessCfg, image_transform_v2
     from torchvision import transforms as tv  # type: ignore[import-untyped]

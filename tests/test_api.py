@@ -14,7 +14,7 @@ from PIL import Image
 import scc_fast
 from scc_fast import Defender, SCCConfig, TTCConfig, tiny
 from scc_fast.engine import drive
-from scc_fast.engine.session import served_by
+from scc_fast.engine.choose import choose_backends
 from scc_fast.reference.views import make_views, preprocess
 from toys import (
     FIVE,
@@ -54,7 +54,7 @@ def test_every_method_on_every_model(kind: str, method: str) -> None:
     assert torch.equal(result.flagged, result.drift < 0.2)
     assert (result.method, result.backend, result.engine) == (
         method,
-        served_by(x.device, None),
+        choose_backends(x.device, None),
         defender.engine,
     )
     assert result.timings["total"] >= result.timings["defense"] > 0

@@ -15,9 +15,10 @@ from scc_fast import DefendedCLIP, ops, tiny
 from scc_fast.api import Defender
 from scc_fast.config import TTCConfig, View
 from scc_fast.defenses import TTC
-from scc_fast.engine import encoder, session
+from scc_fast.engine import choose, encoder
 from scc_fast.engine.batch import Batch, Views
-from scc_fast.engine.encoder import PRECISIONS, Runner
+from scc_fast.engine.choose import PRECISIONS
+from scc_fast.engine.encoder import Runner
 from scc_fast.engine.vit import Tower
 from scc_fast.engine.vit_from import tower_of
 from scc_fast.images import to_batch
@@ -136,13 +137,13 @@ def test_every_delta_and_the_answer(
 def test_auto_takes_the_ops(model: Any) -> None:
     """And says who served."""
     found = Defender(model, PROMPTS)
-    assert found.backend == session.served_by(model.device, None)
-    if all(ops.backends_of(op, model.device)["cpp"] is None for op in session.OPS):
+    assert found.backend == choose.choose_backends(model.device, None)
+    if all(ops.backends_of(op, model.device)["cpp"] is None for op in choose.OPS):
         assert found.backend != "reference"
 
 
 def test_ops_of_a_defense_are_ops() -> None:
-    assert set(session.OPS) <= set(ops.names())
+    assert set(choose.OPS) <= set(ops.names())
 
 
 @pytest.mark.slow
@@ -195,7 +196,7 @@ def test_every_op_is_asked_for_the_backend(
 ) -> None:
     model = scc_fast.load_model("tiny", device=device)
     asked: dict[str, Any] = {}
-    for name in session.OPS:
+    for name in choose.OPS:
         whole = getattr(ops, name)
 
         def noted(*rest: Any, _name: str = name, _whole: Any = whole, **options: Any) -> Any:
@@ -204,7 +205,7 @@ def test_every_op_is_asked_for_the_backend(
 
         monkeypatch.setattr(ops, name, noted)
     Defender(model, PROMPTS, config={"gate": False}, backend=backend)(pictures(1, 64, model.device))
-    assert set(asked) == set(session.OPS) - {"make_views_adjoint"}
+    assert set(asked) == set(choose.OPS) - {"make_views_adjoint"}
     assert set.union(*asked.values()) == {backend}
 
 
@@ -230,7 +231,7 @@ def test_the_runner_gives_the_same_defense(model: Any, name: str, size: int) -> 
     assert torch.equal(got.labels, plain.labels)
 
 
-HALF = [name for name in ("bf16", "fp16") if encoder.is_native(PRECISIONS[name], "cpu")]
+HALF = [name for name in ("bf16", "fp16") if choose.is_native(PRECISIONS[name], "cpu")]
 
 
 @pytest.mark.parametrize("engine", ["eager", "runner"])
@@ -318,7 +319,7 @@ def test_changed_weights_are_seen_by_a_new_defender(precision: str) -> None:
 
 def test_modules_in_fp16_do_not_underflow_either(monkeypatch: pytest.MonkeyPatch) -> None:
     model = scc_fast.load_model("tiny", device="cpu")
-    monkeypatch.setattr(session, "is_native", lambda dtype, kind: True)
+    monkeypatch.setattr(choose, "is_native", lambda dtype, kind: True)
     defender = Defender(model, PROMPTS, precision="fp16", engine="eager")
     images = pictures(1, 64, model.device)
     views = Views(defender.session, Batch(images, torch.arange(1)), (View(),))

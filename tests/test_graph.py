@@ -22,8 +22,9 @@ from scc_fast.api import make_defense
 from scc_fast.engine import cuda_graph as graph
 from scc_fast.engine import drive, vit
 from scc_fast.engine.batch import Batch
+from scc_fast.engine.choose import PRECISIONS
 from scc_fast.engine.cuda_graph import Graphs, bucket
-from scc_fast.engine.encoder import PRECISIONS, Runner
+from scc_fast.engine.encoder import Runner
 from scc_fast.engine.vit_from import tower_of
 from scc_fast.reference import step
 from scc_fast.reference.ttc import Outcome
@@ -34,7 +35,7 @@ PROMPTS = tiny.prompts()[:40]
 
 
 class Called:
-    """What `graph.Captured` is, without a graph; counts the captures."""
+    """What `graph.Graph` is, without a graph; counts the captures."""
 
     made = 0
 
@@ -52,7 +53,7 @@ class Called:
 @pytest.fixture
 def uncaptured(monkeypatch: pytest.MonkeyPatch) -> None:
     Called.made = 0
-    monkeypatch.setattr(graph, "Captured", Called)
+    monkeypatch.setattr(graph, "Graph", Called)
     monkeypatch.setattr(graph, "on", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(graph, "Pool", lambda device: None)
     monkeypatch.setattr(graph, "record", lambda: None)
@@ -72,8 +73,8 @@ def both(defender: Defender, graphs: Graphs, x: Tensor, seed: int = 3) -> tuple[
     seeds = scc_fast.image_seeds(seed, len(x))
     session, defense = defender.session, defender.defense
     with torch.no_grad():
-        with graphs.of(session, defense, x.device) as captures:
-            captured = drive.carry_out(captures, defense, Batch(x, seeds))
+        with graphs.passes(session, defense, x.device) as passes:
+            captured = drive.carry_out(passes, defense, Batch(x, seeds))
         return defender.run(x, seeds), captured
 
 
@@ -196,7 +197,7 @@ def test_a_failed_capture_is_told_and_leaves_nothing(
         raise RuntimeError("operation not permitted when stream is capturing")
 
     with monkeypatch.context() as patch:
-        patch.setattr(graph, "Captured", failing)
+        patch.setattr(graph, "Graph", failing)
         with pytest.raises(RuntimeError, match=r"engine='graph': .*runner.*not permitted.*eager"):
             both(defender, graphs, x)
     assert not graphs._sets

@@ -22,7 +22,7 @@ import torch
 import scc_fast
 from runs import BATCH, FOUR, results, run_in, setting
 from scc_fast.evaluate import command, on_ray
-from scc_fast.evaluate.on_ray import OnRay
+from scc_fast.evaluate.on_ray import RayExecutor
 from scc_fast.evaluate.runner import Asked
 from scc_fast.evaluate.worker import Made, Task
 
@@ -60,14 +60,14 @@ def one_thread() -> Iterator[None]:
 
 def workers() -> set[int]:
     """The processes of our actors."""
-    listed = subprocess.run(["pgrep", "-f", r"ray::.*_Actor"], capture_output=True, text=True)
+    listed = subprocess.run(["pgrep", "-f", r"ray::.*RayWorker"], capture_output=True, text=True)
     return {int(line) for line in listed.stdout.split()}
 
 
 @pytest.mark.ray
 def test_a_worker_that_dies_changes_nothing(tmp_path: Path, cluster: None, alone: bytes) -> None:
     run = run_in(tmp_path, n_samples=N)
-    execute = OnRay(setting(n_samples=N), run.store.facts, workers=2)
+    execute = RayExecutor(setting(n_samples=N), run.store.facts, workers=2)
     seen: list[int] = []
 
     def killing(tasks: Any, kept: Any) -> Iterator[tuple[Task, Any]]:
@@ -93,7 +93,7 @@ def test_kept_images_are_not_made_again(tmp_path: Path, cluster: None, alone: by
         run_in(tmp_path, n_samples=N).go(Asked(("none",), ("pgd3",), (FOUR,)))
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.safetensors")}
     run = run_in(tmp_path, n_samples=N)
-    run.go(ASKED, execute=OnRay(setting(n_samples=N), run.store.facts, workers=2))
+    run.go(ASKED, execute=RayExecutor(setting(n_samples=N), run.store.facts, workers=2))
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.safetensors")} == before
     assert len(before) == 6
     assert results(tmp_path) == alone
@@ -103,7 +103,7 @@ def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(sys.modules, "ray", None)
     task = Task("clean", 0.0, None, 0, 1, ("none",))
     with pytest.raises(ImportError, match=r'pip install "scc_fast\[ray\]"'):
-        list(OnRay(setting(), {})([task], lambda task: None))
+        list(RayExecutor(setting(), {})([task], lambda task: None))
 
 
 class FakeRay:
@@ -181,7 +181,7 @@ def test_what_no_node_has_is_refused(
     ray = beside(tmp_path, monkeypatch, FakeRay(*nodes, works=False))
     task = Task("clean", 0.0, None, 0, 2, ("none",))
     with pytest.raises(ValueError, match=told):
-        list(OnRay(setting(), FACTS, **options)([task], lambda task: None))
+        list(RayExecutor(setting(), FACTS, **options)([task], lambda task: None))
     assert ray.actors == []
 
 
@@ -194,7 +194,7 @@ def test_as_many_actors_as_nodes_hold(
 ) -> None:
     ray = beside(tmp_path, monkeypatch, FakeRay(SMALL, GPU, works=False))
     tasks = [Task("clean", 0.0, None, batch, 2, ("none",)) for batch in range(9)]
-    list(OnRay(setting(), FACTS, **options)(tasks, lambda task: None))
+    list(RayExecutor(setting(), FACTS, **options)(tasks, lambda task: None))
     assert ray.options["concurrency"] == actors
 
 
@@ -232,7 +232,7 @@ def test_relative_files_are_the_drivers(tmp_path: Path, monkeypatch: pytest.Monk
     found = evaluated(tmp_path / "out", 0.0, model="local-dir:model")
     assert [row["n"] for row in found["rows"]] == [2]
     here = os.getcwd()
-    on_ray._Actor(setting(), FACTS, None, str(tmp_path / "of another machine"))
+    on_ray.RayWorker(setting(), FACTS, None, str(tmp_path / "of another machine"))
     assert os.getcwd() == here
 
 
@@ -243,7 +243,11 @@ def test_what_goes_wrong_in_a_worker_is_one_line(tmp_path: Path, cluster: None) 
     other = {**run.store.facts, "batch": 7}
     with pytest.raises(RuntimeError, match=r"^a worker failed: ValueError: it has another model or "
                        r"other data than the run: batch is 7 there and 2 here$"):  # fmt: skip
-        list(OnRay(setting(n_samples=2), other, workers=1)([task], lambda task: None))
+        list(RayExecutor(setting(n_samples=2), other, workers=1)([task], lambda task: None))
     wrong = Task("clean", 0.0, None, 0, 2, ("sccc",))
     with pytest.raises(RuntimeError, match=r"^a worker failed: ValueError: defense must be one of"):
-        list(OnRay(setting(n_samples=2), run.store.facts, workers=1)([wrong], lambda task: None))
+        list(
+            RayExecutor(setting(n_samples=2), run.store.facts, workers=1)(
+                [wrong], lambda task: None
+            )
+        )

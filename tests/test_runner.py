@@ -57,7 +57,7 @@ def put(run: Run, spec: str, epsilon: float, *right: str) -> None:
     for batch, bits in enumerate(right):
         if bits:
             task = Task(spec, epsilon, None, batch, len(bits), ("none",))
-            folder.keep(task, Judged("none", bits, "", (), 1.0))
+            folder.append_record(task, Judged("none", bits, "", (), 1.0))
 
 
 def test_rows_are_what_the_defenses_say(whole: Path) -> None:
@@ -220,9 +220,9 @@ def test_rows_stay_while_more_images_are_asked_for(
 def test_the_fewest_images_asked_for_count(tmp_path: Path) -> None:
     store = run_in(tmp_path).store
     folder = store.attack("bpda", FOUR)
-    store.wants(folder, {"none": 1, "rn": 2})
-    store.wants(folder, {"none": 3})
-    assert store.wanted(folder) == {"none": 1, "rn": 2}
+    store.keep_counts(folder, {"none": 1, "rn": 2})
+    store.keep_counts(folder, {"none": 3})
+    assert store.counts(folder) == {"none": 1, "rn": 2}
 
 
 def test_a_row_that_is_not_whole_is_not_shown(tmp_path: Path) -> None:
@@ -239,7 +239,7 @@ def test_images_behind_a_short_batch_do_not_count(tmp_path: Path) -> None:
     run = run_in(tmp_path)
     put(run, "clean", 0.0, "11", "11", "1")
     put(run, "bpda", FOUR, "1", "0")
-    run.store.wants(run.store.attack("bpda", FOUR), {"none": 1})
+    run.store.keep_counts(run.store.attack("bpda", FOUR), {"none": 1})
     row = by_name(run.rows())["none", "bpda"]
     assert (row.n, row.hits) == (1, 1)
 
@@ -314,9 +314,9 @@ def test_an_attack_or_a_defense_with_other_settings_is_refused(tmp_path: Path) -
         store.attack("pgd3", FOUR, facts)
     with pytest.raises(ValueError, match="the attack had other settings"):
         store.attack("pgd3", FOUR, {**facts, "settings": {"alpha": 2}})
-    store.describe({"ttc": {"config": {"steps": 2}}})
+    store.add_defenses({"ttc": {"config": {"steps": 2}}})
     with pytest.raises(ValueError, match="ttc had other settings"):
-        store.describe({"ttc": {"config": {"steps": 3}}})
+        store.add_defenses({"ttc": {"config": {"steps": 3}}})
     assert store.defenses()["ttc"]["config"] == {"steps": 2}
 
 
@@ -337,7 +337,7 @@ def test_two_processes_do_not_do_the_same(tmp_path: Path) -> None:
             (task,) = run.tasks(asked)
             for found in run.worker.work(task):
                 assert isinstance(found, Judged)
-                folder.keep(task, found)
+                folder.append_record(task, found)
         rows = done.result()
     assert said == [f"waiting for another process that works in {folder.path}"]
     assert ticks == []

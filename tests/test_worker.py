@@ -32,7 +32,7 @@ def test_the_data_is_opened_as_the_setting_says(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_precision_is_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("scc_fast.engine.session.is_native", lambda *_: True)  # on every processor
+    monkeypatch.setattr("scc_fast.engine.choose.is_native", lambda *_: True)  # on every processor
     assert worker(precision="bf16").facts()["model"]["precision"] == "bf16"
 
 

@@ -14,7 +14,7 @@ import torch
 import scc_fast
 from scc_fast.bench import timing
 from scc_fast.bench.rows import Row
-from scc_fast.engine.encoder import PRECISIONS
+from scc_fast.engine.choose import PRECISIONS
 from scc_fast.engine.plan import Cost, Plan
 
 

@@ -47,7 +47,7 @@ class Pool:
 _CAPTURING = threading.Lock()  # torch allows one capture in a process
 
 
-class Captured:
+class Graph:
     """A CUDA graph of `call`, after the calls that compile and choose its kernels.
 
     `result` lies in the graph's own memory, and is rewritten by every replay. `final`, where it is
@@ -135,7 +135,7 @@ def key_of(session: Session, defense: Defense) -> Key:
     )
 
 
-class Slot:
+class BucketGraphs:
     """The graphs of one bucket: a defense's first pass, and what comes after its gate."""
 
     def __init__(
@@ -146,7 +146,7 @@ class Slot:
         place = torch.arange(batch, device=x.device) % len(x)
         seeds = torch.arange(batch, device=x.device)
         self.batch = Batch(x[place].contiguous(), seeds)
-        self.first = Captured(lambda: defense.first_pass(session, self.batch), pool)
+        self.first = Graph(lambda: defense.first_pass(session, self.batch), pool)
         if defense.repairs == "none":
             return
         self.first()  # the repair's first calls read what this has written
@@ -165,7 +165,7 @@ class Slot:
             self.first.result = replace(state, backward=None)
             return defense.after_gate(session, self.batch, state)
 
-        self.repair = Captured(repair, pool, final)
+        self.repair = Graph(repair, pool, final)
 
     def load(self, batch: Batch) -> None:
         """Copy pictures in; the rest of the bucket repeats the first."""
@@ -184,10 +184,12 @@ class Graphs:
         self._lock = threading.Lock()
         self._pool: Pool | None = None
         self._last: Any = None  # an event: the end of the last call, on whatever stream it was
-        self._sets: OrderedDict[Key, tuple[Classes, dict[int, Slot]]] = OrderedDict()
+        self._sets: OrderedDict[Key, tuple[Classes, dict[int, BucketGraphs]]] = OrderedDict()
 
     @contextlib.contextmanager
-    def of(self, session: Session, defense: Defense, device: torch.device) -> Iterator[Captures]:
+    def passes(
+        self, session: Session, defense: Defense, device: torch.device
+    ) -> Iterator[GraphPasses]:
         """A defense's two functions as graphs, for one call.
 
         What they give lies in the graphs' own memory, and is only good until the next call.
@@ -198,11 +200,11 @@ class Graphs:
             if self._last is not None:
                 torch.cuda.current_stream().wait_event(self._last)
             try:
-                yield Captures(self, session, defense, key, self._slots(session, key))
+                yield GraphPasses(self, session, defense, key, self._buckets(session, key))
             finally:
                 self._last = record()
 
-    def _slots(self, session: Session, key: Key) -> dict[int, Slot]:
+    def _buckets(self, session: Session, key: Key) -> dict[int, BucketGraphs]:
         if key not in self._sets:
             self._sets[key] = Classes(session.table), {}
             if len(self._sets) > _KEPT:
@@ -210,21 +212,26 @@ class Graphs:
                     self._last.synchronize()  # a replay on another stream may still read it
                 self._sets.popitem(last=False)
         self._sets.move_to_end(key)
-        classes, slots = self._sets[key]
+        classes, buckets = self._sets[key]
         classes.hold(session.table)
-        return slots
+        return buckets
 
-    def slot(
-        self, session: Session, defense: Defense, key: Key, slots: dict[int, Slot], batch: Batch
-    ) -> Slot:
+    def bucket_graphs(
+        self,
+        session: Session,
+        defense: Defense,
+        key: Key,
+        buckets: dict[int, BucketGraphs],
+        batch: Batch,
+    ) -> BucketGraphs:
         """The graphs of a batch's bucket, its pictures copied in."""
         size = bucket(len(batch))
-        if size not in slots:
+        if size not in buckets:
             if self._pool is None:
                 self._pool = Pool(batch.x.device)
             fixed = replace(_without_model(session), table=self._sets[key][0].table)
             try:
-                slots[size] = Slot(fixed, defense, size, batch.x, self._pool)
+                buckets[size] = BucketGraphs(fixed, defense, size, batch.x, self._pool)
             except RuntimeError as error:
                 # What is left of the pool after a capture that failed is nobody's.
                 self._sets.clear()
@@ -235,19 +242,19 @@ class Graphs:
                     f"engine='graph': a pass through the {session.encoder.name} encoder could not "
                     f'be captured: {error}; use engine="runner" or "eager"'
                 ) from error
-        slots[size].load(batch)
-        return slots[size]
+        buckets[size].load(batch)
+        return buckets[size]
 
 
 @dataclass(eq=False)
-class Captures:
+class GraphPasses:
     """A defense's two functions as graphs, in one call."""
 
     graphs: Graphs
     session: Session
     defense: Defense
     key: Key
-    slots: dict[int, Slot]
+    buckets: dict[int, BucketGraphs]
 
     def first_pass(self, batch: Batch) -> State:
         """What decides about the images of a batch, as copies."""
@@ -266,18 +273,20 @@ class Captures:
         is none, all of the bucket are repaired, and the chosen rows are taken out.
         """
         rows: Any = slice(len(batch)) if chosen is None else chosen
-        if chosen is not None and bucket(len(chosen)) != self._slot.count:
+        if chosen is not None and bucket(len(chosen)) != self._bucket.count:
             self._first(batch.rows(chosen))
             rows = slice(len(chosen))
-        found = self._slot.repair()
+        found = self._bucket.repair()
         logits = found.logits[rows, : self._classes].clone()
         return Repaired(logits, None if found.delta is None else found.delta[rows].clone())
 
     def _first(self, batch: Batch) -> State:
         """In fixed memory, of as many rows as the bucket."""
         self._count = len(batch)
-        self._slot = self.graphs.slot(self.session, self.defense, self.key, self.slots, batch)
-        return self._slot.first()
+        self._bucket = self.graphs.bucket_graphs(
+            self.session, self.defense, self.key, self.buckets, batch
+        )
+        return self._bucket.first()
 
     def _copy(self, part: Tensor) -> Tensor:
         return part[: self._count].clone()

@@ -102,8 +102,8 @@ def serves(session: Session, defense: Defense, size: tuple[int, int]) -> str:
 # ------------------------------------------------------------------------------- one piece at once
 
 
-class Run(Protocol):
-    """Who carries out a defense's two functions."""
+class Passes(Protocol):
+    """A defense's two functions: called directly, or replayed as CUDA graphs."""
 
     def first_pass(self, batch: Batch) -> State:
         """Defense.first_pass of a batch."""
@@ -115,8 +115,8 @@ class Run(Protocol):
 
 
 @dataclass(eq=False)
-class Direct:
-    """By calling them."""
+class DirectPasses:
+    """Direct calls of a defense's two functions."""
 
     session: Session
     defense: Defense
@@ -139,34 +139,34 @@ def run(session: Session, defense: Defense, batch: Batch) -> Outcome:
         if found is not None:
             return found
     batch = Batch(batch.x.contiguous(), batch.seeds)
-    with _carried(session, defense, batch) as carried:
-        return carry_out(carried, defense, batch)
+    with _passes(session, defense, batch) as passes:
+        return carry_out(passes, defense, batch)
 
 
 @contextlib.contextmanager
-def _carried(session: Session, defense: Defense, batch: Batch) -> Iterator[Run]:
+def _passes(session: Session, defense: Defense, batch: Batch) -> Iterator[Passes]:
     if serves(session, defense, batch.size) != "graph":
-        yield Direct(session, defense)
+        yield DirectPasses(session, defense)
         return
-    with graphs_of(session.encoder).of(session, defense, batch.x.device) as captures:
-        yield captures
+    with graphs_of(session.encoder).passes(session, defense, batch.x.device) as passes:
+        yield passes
 
 
-def carry_out(carried: Run, defense: Defense, batch: Batch) -> Outcome:
+def carry_out(passes: Passes, defense: Defense, batch: Batch) -> Outcome:
     """First pass, gate, compaction, repair: what each image comes to.
 
     The images that the gate takes as clean stay as the first pass left them; the others go on
     alone.
     """
-    state = carried.first_pass(batch)
+    state = passes.first_pass(batch)
     logits, delta, flagged = state.logits, state.delta, gate(defense, state)
     chosen = chosen_rows(defense, flagged)
     if chosen is None:
-        repaired = carried.after_gate(batch, state, None)
+        repaired = passes.after_gate(batch, state, None)
         logits, delta = repaired.logits, repaired.delta
     elif len(chosen):
         logits, delta = _joined(
-            batch, logits, delta, carried.after_gate(batch, state, chosen), chosen
+            batch, logits, delta, passes.after_gate(batch, state, chosen), chosen
         )
     assert logits is not None
     delta = torch.zeros_like(batch.x) if delta is None else delta
@@ -263,7 +263,7 @@ def live(session: Session, defense: Defense, batch: Batch) -> Live:
         flagged = gate(defense, state)
     else:
         with torch.no_grad():
-            direct, still = Direct(session, defense), batch.still()
+            direct, still = DirectPasses(session, defense), batch.still()
             state = direct.first_pass(still)
         drift, flagged = state.drift, gate(defense, state)
         chosen = chosen_rows(defense, flagged)
@@ -274,7 +274,7 @@ def live(session: Session, defense: Defense, batch: Batch) -> Live:
             logits = stands.new_zeros(len(batch), stands.shape[1]).index_copy(0, left, stands)
             delta = state.delta
         if chosen is None or len(chosen):
-            repaired = Direct(session.live(), defense).after_gate(batch, state, chosen)
+            repaired = DirectPasses(session.live(), defense).after_gate(batch, state, chosen)
             if chosen is None:
                 logits, delta = repaired.logits, repaired.delta
             else:

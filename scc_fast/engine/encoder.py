@@ -7,7 +7,6 @@ a defense knows which it is.
 from __future__ import annotations
 
 import itertools
-import threading
 import types
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -16,17 +15,8 @@ import torch
 from torch import Tensor
 
 from scc_fast.engine.trust import Trust
-from scc_fast.engine.vit import Tower, has_onednn, narrow, take
-from scc_fast.engine.vit_from import adapter_of, tower_of
-from scc_fast.engine.vit_from.parts import UnknownPartError
+from scc_fast.engine.vit import Tower, narrow, take
 from scc_fast.models import VisionLanguage
-
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def is_native(dtype: torch.dtype, kind: str) -> bool:
-    """Whether a device computes in a dtype itself; a CPU may else take 20 times as long."""
-    return kind != "cpu" or dtype == torch.float32 or has_onednn(dtype)
 
 
 class Backward:
@@ -176,56 +166,3 @@ class Runner:
             lambda slope, retain: self.tower.back(slope, kept),
             lambda index: self._backward(take(kept, index)),
         )
-
-
-# --------------------------------------------------------------------------------------- the choice
-
-_LOCK = threading.RLock()
-
-
-def encoder_of(model: VisionLanguage, engine: str, dtype: torch.dtype) -> Encoder:
-    """The encoder that serves `engine` ("auto", "eager", "compile", "runner", "graph") in `dtype`.
-
-    Args:
-        model: a snapshot. A runner is kept on it, so that weights are packed and graphs captured
-            once, and all Defenders round alike.
-
-    Raises:
-        RuntimeError: an engine asked for by name cannot serve this model; says why.
-    """
-    if engine == "compile":
-        return Compiled(model, dtype)
-    if engine == "eager":
-        return Modules(model, dtype)
-    found = _runner(model, dtype)
-    if isinstance(found, Runner):
-        return found
-    if engine == "runner":
-        raise RuntimeError(not_served(model, engine, found))
-    return Modules(model, dtype)
-
-
-def not_served(model: VisionLanguage, engine: str, reason: str) -> str:
-    """What is said where an engine was asked for by name."""
-    return f'engine={engine!r} cannot serve {model.name}: {reason}; use engine="eager" or "auto"'
-
-
-def _runner(model: VisionLanguage, dtype: torch.dtype) -> Runner | str:
-    """The runner of a snapshot, or why it has none."""
-    try:
-        adapter_of(model)
-    except UnknownPartError as unknown:
-        return str(unknown)
-    with _LOCK:
-        kept = vars(model)
-        if "runners" not in kept:
-            kept["runners"] = Trust(model), {}
-        trust, runners = kept["runners"]
-        reason = trust.reason(model)
-        if reason:
-            return reason
-        if dtype not in runners:
-            tower = tower_of(model, dtype)
-            assert isinstance(tower, Tower)  # what is known does not depend on the dtype
-            runners[dtype] = Runner(tower, trust)
-        return runners[dtype]

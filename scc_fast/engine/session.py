@@ -13,9 +13,9 @@ from scc_fast import ops
 from scc_fast._plain import plain
 from scc_fast.config import View
 from scc_fast.engine.batch import Batch, Encode, LiveViews, Views
+from scc_fast.engine.choose import PRECISIONS, cannot_serve, choose_backends, choose_encoder
 from scc_fast.engine.cost import Cost, cost_of
-from scc_fast.engine.encoder import PRECISIONS, Encoder, Modules, Runner, encoder_of, is_native
-from scc_fast.engine.encoder import not_served as _not_served
+from scc_fast.engine.encoder import Encoder, Modules, Runner
 from scc_fast.engine.plan import Plan
 from scc_fast.models import VisionLanguage
 from scc_fast.reference import heads
@@ -23,32 +23,9 @@ from scc_fast.reference.heads import Classes
 from scc_fast.reference.ttc import Setting
 from scc_fast.reference.views import preprocess
 
-ENGINES = ("auto", "eager", "compile", "runner", "graph")
-
-# What a whole defense needs.
-OPS = (
-    "philox_uniform",
-    "make_views",
-    "make_views_adjoint",
-    "pgd_step_",
-    "drift_head",
-    "pseudo_label",
-    "margin_head",
-    "mean_logits",
-)
-
 
 def unmarked(part: str) -> None:
     """Marks nothing: nobody measures the parts."""
-
-
-def served_by(device: torch.device, backend: str | None) -> str:
-    """The backends that serve a defense, joined by "+".
-
-    Raises:
-        ValueError, RuntimeError: an unknown backend, or one that lacks an op; says why.
-    """
-    return "+".join(sorted({ops.choose(op, device.type, backend) for op in OPS}))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -137,7 +114,7 @@ class Session:
         if not reason:
             return self
         if self.insists:
-            raise RuntimeError(_not_served(self.snapshot, self.insists, reason))
+            raise RuntimeError(cannot_serve(self.snapshot, self.insists, reason))
         return replace(self, encoder=Modules(self.snapshot), engine="eager")
 
     @property
@@ -218,8 +195,8 @@ def session_of(
     Raises:
         RuntimeError: what was asked for by name is not to be had; says why.
     """
-    served = served_by(snapshot.device, backend)
-    encoder, name, precision = _chosen(snapshot, engine, precision, backend, served)
+    served = choose_backends(snapshot.device, backend)
+    encoder, name, precision = choose_encoder(snapshot, engine, precision, backend, served)
     with plain(snapshot.device):
         table = ops.ClassTable.of(classes)
     height, width = model.image_size
@@ -228,72 +205,4 @@ def session_of(
     return Session(
         *(model, snapshot, encoder, prompts, classes, table, backend, served, name, precision),
         *((height, width), mean, std, bool(model.flip), insists, judge),
-    )
-
-
-def _chosen(
-    model: VisionLanguage, engine: str, precision: str, backend: str | None, served: str
-) -> tuple[Encoder, str, str]:
-    """Encoder, engine and precision."""
-    held, kind = held_precision(model), model.device.type
-    if served == "reference":
-        if engine not in ("auto", "eager"):
-            raise _by_reference(model, backend, f"engine={engine!r}", 'engine="eager"')
-        if precision not in ("auto", held):
-            asked, instead = f"precision={precision!r}", f'precision="{held}"'
-            raise _by_reference(model, backend, asked, instead)
-        engine, precision = "eager", held
-    if engine == "graph" and kind != "cuda":
-        raise RuntimeError(
-            f"engine='graph' cannot serve {model.name}: CUDA graphs need a CUDA device, the "
-            f'model is on {model.device}; use engine="auto"'
-        )
-    if precision not in ("auto", held) and not is_native(PRECISIONS[precision], kind):
-        raise RuntimeError(
-            f"precision={precision!r} cannot serve {model.name}: this CPU has no arithmetic "
-            f'for it; use precision="{held}" or "auto"'
-        )
-    encoder = encoder_of(model, engine, PRECISIONS[held])
-    if precision == "auto":
-        # Half the weights to read, and tensor cores, where there is a GPU; bfloat16 is as wide
-        # as float32, so that nothing underflows. The model's own modules stay as they are.
-        reduced = (
-            kind == "cuda"
-            and held == "fp32"
-            and torch.cuda.is_bf16_supported(including_emulation=False)
-        )
-        precision = "bf16" if reduced and isinstance(encoder, Runner) else held
-    if precision != held:
-        encoder = encoder_of(model, engine, PRECISIONS[precision])
-    if isinstance(encoder, Runner):
-        graphs = kind == "cuda" and engine in ("auto", "graph")
-        return encoder, "graph" if graphs else "runner", precision
-    if precision != held != "fp32":  # autocast casts down from float32 alone
-        raise RuntimeError(
-            f"precision={precision!r} cannot be had of {model.name}, whose modules are in "
-            f'{held}: load it with precision="fp32", or use precision="{held}"'
-        )
-    return encoder, "compile" if engine == "compile" else "eager", precision
-
-
-def held_precision(model: VisionLanguage) -> str:
-    """That of the model's weights.
-
-    Raises:
-        ValueError: it is none of PRECISIONS.
-    """
-    dtype = getattr(model, "dtype", torch.float32)
-    for name, known in PRECISIONS.items():
-        if dtype == known:
-            return name
-    raise ValueError(f"model: its dtype must be one of {list(PRECISIONS.values())}, got {dtype!r}")
-
-
-def _by_reference(
-    model: VisionLanguage, backend: str | None, asked: str, instead: str
-) -> RuntimeError:
-    why = "with backend='reference'" if backend else "here, where no op is compiled"
-    return RuntimeError(
-        f"{asked} cannot serve {model.name} {why}: scc_fast.reference does, on the "
-        f'model\'s modules (scc-fast doctor); use {instead} or "auto"'
     )

@@ -10,7 +10,7 @@ import torch
 
 from scc_fast.engine.batch import Batch
 from scc_fast.engine.defense import Defense
-from scc_fast.engine.drive import Direct, carry_out
+from scc_fast.engine.drive import DirectPasses, carry_out
 from scc_fast.engine.plan import Plan
 from scc_fast.engine.session import Session
 
@@ -37,7 +37,7 @@ def waterfall(session: Session, defense: Defense, batch: Batch) -> list[Stage]:
     clock = _Recorder(batch.x.device)
     timed = replace(session, mark=clock.mark)
     clock.mark("")
-    carry_out(Direct(timed, defense), defense, Batch(batch.x.contiguous(), batch.seeds))
+    carry_out(DirectPasses(timed, defense), defense, Batch(batch.x.contiguous(), batch.seeds))
     return clock.stages(plan)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from scc_fast.config import parse_epsilon, shown
-from scc_fast.evaluate.on_ray import Driver, OnRay
+from scc_fast.evaluate.on_ray import Driver, RayExecutor
 from scc_fast.evaluate.results import Row
 from scc_fast.evaluate.runner import Asked, Run
 from scc_fast.evaluate.worker import Setting, Worker
@@ -17,7 +17,7 @@ from scc_fast.evaluate.worker import Setting, Worker
 
 @dataclass(frozen=True)
 class Cluster:
-    """Where `--engine ray` runs; see OnRay."""
+    """Where `--engine ray` runs; see RayExecutor."""
 
     workers: int | None = None
     cores: int = 1
@@ -96,7 +96,7 @@ def run_all(
         run = Run(setting, out, worker)
         execute = None
         if cluster is not None:
-            execute = OnRay(
+            execute = RayExecutor(
                 setting,
                 run.store.facts,
                 workers=cluster.workers,

@@ -62,7 +62,7 @@ class Driver(Worker):
         facts = super().facts()
         if self._elsewhere:
             bare = self.defense("none")
-            # What engine.session makes of "auto" on a GPU that has bfloat16.
+            # What engine.choose makes of "auto" on a GPU that has bfloat16.
             reduced = bare.precision == "fp32" and bare.engine == "runner"
             auto = "bf16" if reduced else bare.precision
             facts["model"]["precision"] = auto if self._asked == "auto" else self._asked
@@ -70,7 +70,7 @@ class Driver(Worker):
 
 
 @dataclass(frozen=True)
-class OnRay:
+class RayExecutor:
     """An executor for Run.go().
 
     Args:
@@ -120,7 +120,7 @@ class OnRay:
         setting = replace(self.setting, root=root, device=device, precision=precision)
         threads = None if self.gpus else self.cores
         found = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-            _Actor,
+            RayWorker,
             fn_constructor_args=(setting, self.facts, threads, os.getcwd()),
             batch_size=1,
             concurrency=min(workers, len(items)),
@@ -163,7 +163,7 @@ class OnRay:
         return min(by_cores, int(node.get("GPU", 0) / self.gpus)) if self.gpus else by_cores
 
 
-class _Actor:
+class RayWorker:
     """A worker in a process of its own, made with its first batch."""
 
     def __init__(

@@ -189,7 +189,7 @@ class Run:
             AttackFailed: an attack leaves the undefended model standing; what was done is kept.
         """
         execute = self.execute if execute is None else execute
-        self.store.describe({spec: self.worker.describe(spec) for spec in asked.defenses})
+        self.store.add_defenses({spec: self.worker.describe(spec) for spec in asked.defenses})
         tasks = self.tasks(asked)
         for spec, epsilon in dict.fromkeys((task.attack, task.epsilon) for task in tasks):
             folder = self.store.attack(spec, epsilon, _settings(spec, epsilon))
@@ -198,7 +198,7 @@ class Run:
                 if task.owner and (task.attack, task.epsilon) == (spec, epsilon):
                     counts[task.owner] = counts.get(task.owner, 0) + task.count
             if counts:
-                self.store.wants(folder, counts)
+                self.store.keep_counts(folder, counts)
         for spec in asked.attacks:
             aware = spec not in (CLEAN, ADAPTIVE) and attacks.parse_attack(spec, 4 / 255).aware
             if aware and all(task.attack != spec for task in tasks):
@@ -237,17 +237,17 @@ class Run:
                 key = task.attack, task.epsilon, spec
                 remaining[key] = remaining.get(key, 0) + 1
         places: list[Place] = []
-        for task, found in execute(tasks, lambda task: self._folder(task).load(task)):
+        for task, found in execute(tasks, lambda task: self._folder(task).load_images(task)):
             folder = self._folder(task)
             if isinstance(found, Place):
                 if found not in places:
-                    self.store.saw(found.environment)
+                    self.store.add_environment(found.environment)
                     places.append(found)
                 continue
             if isinstance(found, Made):
-                folder.save(task, found)
+                folder.save_images(task, found)
                 continue
-            folder.keep(task, found)
+            folder.append_record(task, found)
             key = task.attack, task.epsilon, found.defense
             remaining[key] -= 1
             if not remaining[key]:  # the row is known
@@ -283,7 +283,7 @@ class Run:
             key = folder.spec, folder.epsilon
             settings[key] = facts
             records = folder.records()
-            wanted = self.store.wanted(folder) if facts["aware"] else {}
+            wanted = self.store.counts(folder) if facts["aware"] else {}
             for spec in dict.fromkeys(defense for defense, _ in records):
                 found = list(_in_order(records, spec, self.worker.setting.batch))
                 right = "".join(record["right"] for record in found)
@@ -340,7 +340,7 @@ class Run:
         found = []
         for folder, _ in self.store.attacks():
             made: dict[str, dict[int, float]] = {}
-            for owner, batch, seconds, _ in folder.kept():
+            for owner, batch, seconds, _ in folder.kept_images():
                 made.setdefault(owner, {})[batch] = seconds
             judged: dict[str, dict[int, tuple[float, int]]] = {}
             for (spec, batch), record in sorted(folder.records().items()):
@@ -365,7 +365,7 @@ class Run:
         found = []
         for folder, _ in self.store.attacks():
             undone: dict[str, int] = {}
-            for owner, _, _, count in folder.kept():
+            for owner, _, _, count in folder.kept_images():
                 undone[owner] = undone.get(owner, 0) + count
             for owner, count in sorted(undone.items()):
                 facts = {"attack": folder.spec, "eps": format_epsilon(folder.epsilon)}
@@ -385,7 +385,7 @@ class Run:
                 "images": self.rounded(),
                 "rows": format_rows(rows),
             }
-            self.store.publish(results, {"rows": self.timings()})
+            self.store.write_results(results, {"rows": self.timings()})
         return rows
 
 

@@ -125,7 +125,7 @@ class AttackFolder:
         self._read = facts.st_ino, start + whole
         return {**self._records, **_records(added[whole:])}
 
-    def keep(self, task: Task, judged: Judged) -> None:
+    def append_record(self, task: Task, judged: Judged) -> None:
         """Append what a defense said, as a line of its own."""
         record = {**dataclasses.asdict(judged), "batch": task.batch}
         file = self.path / "records.jsonl"
@@ -140,17 +140,17 @@ class AttackFolder:
             stream.flush()
             os.fsync(stream.fileno())
 
-    def images(self, task: Task) -> Path:
+    def images_path(self, task: Task) -> Path:
         """Where the perturbation of a batch is kept."""
         return self.path / "images" / owner_folder(task.owner) / f"{task.batch:05d}.safetensors"
 
-    def load(self, task: Task) -> Tensor | None:
+    def load_images(self, task: Task) -> Tensor | None:
         """The perturbation of a batch; None where it, or some of it, has not been made.
 
         Raises:
             ValueError: a file that is not whole.
         """
-        path = self.images(task)
+        path = self.images_path(task)
         if task.attack == CLEAN or not path.exists():
             return None
         try:
@@ -161,14 +161,14 @@ class AttackFolder:
             ) from error
         return delta if len(delta) >= task.count else None
 
-    def save(self, task: Task, made: Made) -> None:
+    def save_images(self, task: Task, made: Made) -> None:
         """Keep what was made of a batch."""
         assert made.delta.dtype == torch.float16
-        with atomic(self.images(task)) as partial:
+        with atomic(self.images_path(task)) as partial:
             facts = {"seconds": str(made.seconds), "undone": str(made.undone)}
             save_file({"delta": made.delta.contiguous()}, partial, facts)
 
-    def kept(self) -> Iterator[Kept]:
+    def kept_images(self) -> Iterator[Kept]:
         """(owner, batch, seconds, undone) of every batch whose images are kept."""
         for path in sorted((self.path / "images").glob("*/*.safetensors")):
             with contextlib.suppress(FileNotFoundError):
@@ -193,7 +193,7 @@ def _records(lines: bytes) -> dict[tuple[str, int], dict[str, Any]]:
 
 
 def _kept(path: Path) -> Kept | None:
-    """What a file of kept images says; None if it cannot be read: load() says what is wrong."""
+    """Facts stored in a file of images; None if it cannot be read (load_images() raises)."""
     try:
         with safe_open(path, "pt") as file:
             facts = file.metadata()
@@ -268,7 +268,7 @@ class Store:
         """One object for each folder, which keeps what it has read."""
         return self._folders.setdefault(path, AttackFolder(path, spec, epsilon))
 
-    def describe(self, defenses: dict[str, dict[str, Any]]) -> None:
+    def add_defenses(self, defenses: dict[str, dict[str, Any]]) -> None:
         """Keep what rows say of the defenses; one that differs from before is refused."""
         with locked(self.folder, wait=True):
             known = self._read("defenses.json") or {}
@@ -285,7 +285,7 @@ class Store:
         """What rows say of the defenses."""
         return self._read("defenses.json") or {}
 
-    def saw(self, environment: dict[str, Any]) -> None:
+    def add_environment(self, environment: dict[str, Any]) -> None:
         """Keep where some of the numbers were made."""
         with locked(self.folder, wait=True):
             known = self.environments()
@@ -299,7 +299,7 @@ class Store:
         """Where the numbers were made, in an order that does not depend on time."""
         return (self._read("environments.json") or {"environments": []})["environments"]
 
-    def wants(self, folder: AttackFolder, counts: dict[str, int]) -> None:
+    def keep_counts(self, folder: AttackFolder, counts: dict[str, int]) -> None:
         """Keep how many images an attack that knows the defense was asked for, by defense.
 
         The fewest count, so that a row that was known stays when more are asked for, and grows.
@@ -310,11 +310,11 @@ class Store:
             fewest = {spec: min(n, known.get(spec, n)) for spec, n in counts.items()}
             write_json(self.folder / name, {**known, **fewest})
 
-    def wanted(self, folder: AttackFolder) -> dict[str, int]:
-        """What wants() kept."""
+    def counts(self, folder: AttackFolder) -> dict[str, int]:
+        """What keep_counts() kept."""
         return self._read(f"{folder.path.name}/asked.json") or {}
 
-    def publish(self, results: dict[str, Any], timings: dict[str, Any]) -> None:
+    def write_results(self, results: dict[str, Any], timings: dict[str, Any]) -> None:
         """Write both files whole."""
         write_json(self.folder / "results.json", results)
         write_json(self.folder / "timings.json", timings)

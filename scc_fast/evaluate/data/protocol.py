@@ -12,7 +12,7 @@ from torch import Tensor
 
 from scc_fast.config import nearest, shown
 from scc_fast.evaluate.data.class_names import words
-from scc_fast.images import _convert, _picture_transform
+from scc_fast.images import _convert, resize_transform
 from scc_fast.models import VisionLanguage
 from scc_fast.models.preprocess import Preprocess
 
@@ -102,7 +102,7 @@ class Preparation:
         from torchvision import transforms as tv  # type: ignore[import-untyped]
 
         if self.geometry == "model":
-            return _picture_transform(cast(VisionLanguage, self.own))
+            return resize_transform(cast(VisionLanguage, self.own))
         steps: list[Any] = [tv.ToTensor()]
         if self.geometry == "ttc":
             bilinear = tv.InterpolationMode.BILINEAR
