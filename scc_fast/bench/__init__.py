@@ -1,1 +1,1 @@
-"""What `pytest benchmarks` and `scc-fast bench` measure with: rows, their tables and figures."""
+"""Measurement for `pytest benchmarks` and `scc-fast bench`: rows, tables and figures."""

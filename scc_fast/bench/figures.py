@@ -1,4 +1,4 @@
-"""The two figures of a benchmark, from its rows: latency by batch, and where the time goes."""
+"""Figures of a benchmark: latency by batch, and a waterfall of one call."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from scc_fast._files import atomic
 from scc_fast.bench.rows import TOO_WIDE, Row
 
-# Told apart without colour vision, too.
+# Distinct without colour vision.
 _LINES = {
     "reference": ("#6e6e6e", "s", "reference, eager float32"),
     "undefended": ("#e69f00", "^", "undefended, one forward pass"),
@@ -41,7 +41,7 @@ def _saved(figure: Any, path: Path) -> None:
 
 
 def latency_figure(rows: Sequence[Row], method: str) -> Any:
-    """p50 by batch for each name of the rows, log-log, and the method's floor as a line."""
+    """p50 by batch for each name, log-log, with the method's floor."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullFormatter, NullLocator
 
@@ -60,7 +60,7 @@ def latency_figure(rows: Sequence[Row], method: str) -> Any:
         color=_FLOOR,
         linestyle="--",
         marker="_",
-        label=f"floor of {method}; %: share of it reached",
+        label=f"floor of {method}; %: share of floor",
     )
     for row in ours:
         axis.annotate(
@@ -90,10 +90,10 @@ def latency_figure(rows: Sequence[Row], method: str) -> Any:
 
 
 def waterfall_figure(row: Row) -> Any:
-    """One line a step of the defense, its parts side by side, where the one before has ended.
+    """Waterfall of a call: one line per step, parts in order of time.
 
     Args:
-        row: of the defense, with its `stages`: {"step", "part", "ms"} in the order of time.
+        row: of the defense, with `stages`: {"step", "part", "ms"} in order of time.
     """
     from matplotlib.figure import Figure
 
@@ -107,7 +107,7 @@ def waterfall_figure(row: Row) -> Any:
     ends: dict[str, float] = {}
     for stage in stages:
         step, part, ms = stage["step"], stage["part"], stage["ms"]
-        label = "_" if part in shown else part  # matplotlib's legend passes over "_…"
+        label = "_" if part in shown else part  # no legend entry
         shown.add(part)
         axis.barh(
             steps.index(step), ms, left=start, height=0.6, color=_PARTS.get(part, _OTHER),

@@ -1,4 +1,4 @@
-"""The machine that a run measures on: what it is called, and how fast it can be."""
+"""Machine of a benchmark: name, versions, and measured rates."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from scc_fast.engine.plan import Cost, Plan
 
 
 class Machine:
-    """A device, its rates, each measured when it is first asked for, and what rows say of it.
+    """A device, its rates (measured on first use), and its columns in rows.
 
     Args:
         kind: "cpu" or "cuda".
         memory: "kept" or "fresh" on a CPU (timing.keep_memory), "cached" on CUDA.
-        quick: rates from small sizes, which mean nothing.
+        quick: rates from small sizes, not meaningful.
     """
 
     def __init__(self, kind: str, memory: str, quick: bool = False) -> None:
@@ -58,22 +58,22 @@ class Machine:
         return self._copy
 
     def floor_ms(self, plan: Plan, cost: Cost, batch: int, precision: str) -> float:
-        """plan.floor_ms here; weights that may stay in the last cache cost nothing to read."""
+        """Floor of a plan on this machine; cached weights cost no bandwidth."""
         return plan.floor_ms(cost, batch, *self.limits(cost, precision))
 
     def limits(self, cost: Cost, precision: str) -> tuple[float, float | None]:
-        """FLOP/s, and bytes/s where the weights cannot stay in the last cache."""
+        """FLOP/s, and bytes/s if the weights exceed the last cache."""
         read = cost.weights > timing.last_cache(self.kind)
         return self.flops_per_s(precision), self.bytes_per_s() if read else None
 
     def columns(self) -> Row:
-        """What every row of this run says."""
+        """Columns common to all rows of this run."""
         same = ("device", "threads", "memory", "versions", "commit")
         return {"quick": self.quick, **{key: self.environment[key] for key in same}}
 
 
 def device_name(kind: str) -> str:
-    """What the hardware calls itself."""
+    """Name of the processor."""
     if kind == "cuda":
         return torch.cuda.get_device_name()
     try:
@@ -85,12 +85,12 @@ def device_name(kind: str) -> str:
 
 
 def folder(kind: str) -> str:
-    """The name of this machine's folder of results: cpu, nvidia-h200, …"""
+    """Folder name of this machine's results: cpu, nvidia-h200, …"""
     return "cpu" if kind == "cpu" else "-".join(device_name(kind).lower().split())
 
 
 def versions() -> dict[str, str]:
-    """Of what the times depend on."""
+    """Versions of the packages that affect the times."""
     try:
         triton = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
@@ -105,9 +105,9 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The checkout's commit, "-dirty" where files differ from it; $COMMIT where git is not.
+    """Commit of the checkout, "-dirty" with local changes; $COMMIT without git.
 
-    An installed package is in no checkout, even if its environment lies inside of one.
+    An installed package has no commit, even inside a checkout.
     """
     here = Path(__file__).parent
 
@@ -117,7 +117,7 @@ def commit() -> str:
 
     try:
         git("ls-files", "--error-unmatch", Path(__file__).name)
-        # Results are written by the run itself: they do not make it dirty.
+        # The run's own results do not make it dirty.
         changed = git("status", "--porcelain", "--", ":/", ":(exclude,top)benchmarks/results")
         return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):

@@ -1,6 +1,6 @@
-"""Defenders and other calls, measured in turns: one round is each of them once.
+"""Interleaved timing of Defenders and other calls: one round calls each side once.
 
-What drives the rounds may be another's, as pytest-benchmark's.
+The rounds may be driven by another tool, such as pytest-benchmark.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from scc_fast.defenses.scc import SCC, Ascent
 from scc_fast.result import DefenseResult
 
 Call = Callable[[], Any]
-# (what comes before each round, the call to be timed, rounds) -> its ms; None: nothing was timed
+# (setup of each round, timed call, rounds) -> ms per round; None: not timed
 Driver = Callable[[Call, Call, int], "list[float] | None"]
 
-_LONG_MS = 4000.0  # on a CPU nothing longer is called once more for its memory alone
+_LONG_MS = 4000.0  # longer calls are not repeated to measure memory
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How long a case may take: `seconds` of rounds, but at least and at most so many rounds."""
+    """Time for a case: `seconds` of rounds, within `fewest` and `most` rounds."""
 
     seconds: float
     fewest: int = 5
@@ -40,14 +40,14 @@ class Budget:
 
 @dataclass
 class Side:
-    """One of those who take turns, and what its row says.
+    """One side of a comparison, and its columns in the row.
 
     Args:
-        name, model, precision, backend, engine, shape: as in the row.
-        images: pictures of one call.
-        floor: ms than which no implementation is faster; asked once, when the times are known.
-        reach: what is asked of the row.
-        warmup: what compiles and captures, called once before the first round.
+        name, model, precision, backend, engine, shape: columns of the row.
+        images: pictures per call.
+        floor: lower bound of the time, ms; called once, after the rounds.
+        reach: targets of the row.
+        warmup: compiles and captures; called once, before the rounds.
     """
 
     name: str
@@ -77,11 +77,11 @@ def defense(
     reach: dict[str, float] | None = None,
     work: Defender | None = None,
 ) -> Side:
-    """A defender on pictures.
+    """Side of a Defender on pictures.
 
     Args:
-        flagged: how many of them the gate lets through, None for all.
-        work: whose plan and cost the floor counts, where another does the same with less.
+        flagged: number of repaired images; None: all.
+        work: the Defender whose plan and cost set the floor; None: this one.
     """
     batch = len(images)
 
@@ -90,10 +90,10 @@ def defense(
         plan, cost = least.plan(), least.cost()
         many = batch if flagged is None else flagged
         parts = [(plan, many), (plan.clean(), batch - many)]
-        # Not the sum: who reads the weights for some images has read them for the others.
+        # Not the sum: weights are read once for all images.
         return max(machine.floor_ms(p, cost, n, defender.precision) for p, n in parts if n)
 
-    # On a CPU only torch.compile compiles, and for the reference nobody: a first round is enough.
+    # On a CPU only torch.compile compiles, and never for the reference.
     compiles = machine.kind == "cuda" or defender.engine == "compile"
     compiles = compiles and defender.backend != "reference"
     return Side(
@@ -113,7 +113,7 @@ def defense(
 
 
 def setting(defender: Defender) -> str:
-    """The method and its steps, in words."""
+    """Description of the method and its steps."""
     defense, config = defender.defense, defender.config
     views = len(defender.views(min(defender.model.image_size)))
     said = f"{defender.method}, {views} view{'s' if views > 1 else ''}"
@@ -126,10 +126,9 @@ def setting(defender: Defender) -> str:
 
 
 def take_turns(sides: Sequence[Side], timed: int, kind: str, budget: Budget, drive: Driver) -> bool:
-    """Rounds of all sides, into their `times` and `result`; False where nothing was timed.
+    """Run the rounds, filling each side's `times` and `result`; False if nothing was timed.
 
-    The first round warms up and is dropped, unless the case is so slow that the fewest rounds are
-    over the budget anyway.
+    The first round is a warm-up; it counts only if the fewest rounds exceed the budget.
     """
     clock = timing.Clock(kind)
     first = []
@@ -166,7 +165,7 @@ def _first(side: Side) -> None:
 
 
 def loop(before: Call, call: Call, rounds: int) -> list[float]:
-    """The driver of who has no other."""
+    """Default driver of rounds."""
     found = []
     for _ in range(rounds):
         before()
@@ -184,7 +183,7 @@ def measure(
     drive: Driver = loop,
     timed: int = -1,
 ) -> list[Row]:
-    """A row for each side; the first side is the baseline of all. Empty where nothing was timed.
+    """A row per side, the first being the baseline; empty if nothing was timed.
 
     rows.finished(machine.columns() | row) completes a row.
     """
@@ -199,7 +198,7 @@ def measure(
     found = []
     for side in sides:
         times = timings(side.times, baseline.times, images=side.images, others=others)
-        # A replay allocates nothing but its results: the group "memory" measures the capture.
+        # A replay allocates only its results: the group "memory" measures the capture.
         seen = side.engine != "graph" and times["p50_ms"] < _LONG_MS
         floor = None if side.floor is None else side.floor()
         found.append(
@@ -213,7 +212,7 @@ def measure(
 
 
 def described(side: Side, group: str, baseline: str) -> Row:
-    """What a row says of who was measured."""
+    """Columns that identify a side."""
     return {
         "group": group,
         "name": side.name,
@@ -230,10 +229,10 @@ def described(side: Side, group: str, baseline: str) -> Row:
 
 
 def check(want: DefenseResult, got: DefenseResult, precision: str) -> None:
-    """Whether two defenses of the same pictures are the same work; parity is the tests' matter.
+    """Check that two results are of the same computation (tests check parity).
 
     Raises:
-        RuntimeError: they are not.
+        RuntimeError: their logits disagree.
     """
     a, b = (normalize(r.logits - r.logits.mean(-1, keepdim=True), dim=-1) for r in (want, got))
     alike = float((a * b).sum(-1).mean())
@@ -246,12 +245,12 @@ def check(want: DefenseResult, got: DefenseResult, precision: str) -> None:
 
 
 def unit_features(classes: int, width: int, device: torch.device | str) -> Tensor:
-    """(classes, width) random text embeddings of unit length, the same in every call."""
+    """(classes, width) fixed random text embeddings of unit length."""
     generator = torch.Generator().manual_seed(0)
     return normalize(torch.randn(classes, width, generator=generator), dim=-1).to(device)
 
 
 def pictures(batch: int, model: Any) -> Tensor:
-    """(batch, 3, H, W) random pixels in [0, 1] of a model's size, the same in every call."""
+    """(batch, 3, H, W) fixed random pixels in [0, 1] of a model's size."""
     generator = torch.Generator().manual_seed(1)
     return torch.rand(batch, 3, *model.image_size, generator=generator).to(model.device)

@@ -1,4 +1,4 @@
-"""Rows of a benchmark: their keys, what was measured, whether they reached what was asked.
+"""Rows of a benchmark: keys, statistics, and targets.
 
 A row is a plain dict with all of KEYS. `ratio` is baseline over ours: above 1 we are faster.
 """
@@ -25,7 +25,7 @@ KEYS = (
     "p50_ms",
     "p99_ms",
     "images_per_s",
-    "baseline",  # the name of a row of the group, or of what its `shape` says
+    "baseline",  # name of a row of the group, or described in `shape`
     "baseline_ms",
     "ratio",  # of times; in the group "memory", of peaks
     "bytes_moved",
@@ -36,32 +36,32 @@ KEYS = (
     "share_of_floor",
     "peak_mib",
     "spread",  # the larger interquartile range over median of the two sides
-    "others",  # cores that other processes kept busy meanwhile; None where that cannot be told
+    "others",  # cores kept busy by other processes; None: unknown
     "loaded",  # spread > TOO_WIDE, others > TOO_BUSY, or rounds < TOO_FEW: conclude nothing
     "rounds",
     "memory",  # "kept" or "fresh", see timing.keep_memory; on CUDA "cached"
-    "quick",  # small sizes and few rounds: proves that the suite runs, no more
+    "quick",  # small sizes and few rounds: a smoke test
     "threads",
     "versions",
     "commit",
-    "reach",  # what is asked: {key: value}, or None
+    "reach",  # targets {key: value}, or None
     "reached",
 )
 
-# Of a row that measures no op.
+# Columns of a row that is not of an op.
 NO_TRAFFIC: Row = dict.fromkeys(("bytes_moved", "gb_per_s", "copy_gb_per_s", "share_of_copy"))
-# Of a row that measures no time.
+# Columns of a row without times.
 NO_TIME: Row = dict.fromkeys(
     ("p50_ms", "p99_ms", "images_per_s", "baseline_ms", "floor_ms", "share_of_floor")
 )
 
 TOO_WIDE, TOO_BUSY, TOO_FEW = 0.25, 0.15, 3
-# Of these, less is better.
+# Columns where less is better.
 CEILINGS = frozenset({"p50_ms", "p99_ms", "peak_mib"})
 
 
 def quantile(values: Sequence[float], share: float) -> float:
-    """Linear between the sorted values."""
+    """Quantile with linear interpolation."""
     ordered = sorted(values)
     place = share * (len(ordered) - 1)
     low = int(place)
@@ -77,12 +77,12 @@ def spread(values: Sequence[float]) -> float:
 def timings(
     ours: Sequence[float], theirs: Sequence[float], *, images: int, others: float | None
 ) -> Row:
-    """The times of a row, from ms taken in turns.
+    """Time columns of a row, from interleaved rounds.
 
     Args:
         ours, theirs: ms of each round; `theirs` may be empty.
-        images: pictures of one call.
-        others: cores that other processes kept busy; None where that is unknown or no matter.
+        images: pictures per call.
+        others: cores kept busy by other processes; None: unknown or irrelevant.
     """
     p50 = statistics.median(ours)
     baseline = statistics.median(theirs) if theirs else None
@@ -109,12 +109,12 @@ def traffic(
     flops: int,
     flops_per_s: float | None,
 ) -> Row:
-    """What an op moved beside a copy taken in turns, and its floor.
+    """Traffic columns of an op, beside an interleaved copy, and its floor.
 
     Args:
-        p50_ms: what the op took; `copies`: ms of the copies.
-        bytes_moved: what the op must move; `copied`: what a copy reads and writes.
-        flops, flops_per_s: what the op must compute, and the matmul rate measured here.
+        p50_ms: time of the op; `copies`: ms of the copies.
+        bytes_moved: least traffic of the op; `copied`: traffic of a copy.
+        flops, flops_per_s: least work of the op, and the measured matmul rate.
     """
     copy = statistics.median(copies)
     floor = bytes_moved / copied * copy
@@ -130,13 +130,13 @@ def traffic(
 
 
 def floored(p50_ms: float, floor_ms: float | None) -> Row:
-    """The floor and the share of it that was reached."""
+    """Floor columns of a row."""
     share = None if floor_ms is None else floor_ms / p50_ms
     return {"floor_ms": floor_ms, "share_of_floor": share}
 
 
 def finished(row: Row) -> Row:
-    """The row in the order of KEYS, with `reached` filled in.
+    """Complete a row: `reached` filled in, keys in the order of KEYS.
 
     Raises:
         KeyError: a key is missing or unknown.
@@ -150,7 +150,7 @@ def finished(row: Row) -> Row:
 
 
 def misses(row: Row) -> list[str]:
-    """What the row fails to reach, as "ratio 2.10 of 4"."""
+    """Missed targets of a row, as "ratio 2.10 of 4"."""
     missed = []
     for key, asked in (row["reach"] or {}).items():
         got = row[key]
@@ -160,7 +160,7 @@ def misses(row: Row) -> list[str]:
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """One line that counts what was reached."""
+    """One-line count of reached targets."""
     asked = [row for row in rows if row["reach"]]
     missed = [row for row in asked if not row["reached"]]
     unsure, noisy = (sum(row["loaded"] for row in some) for some in (asked, rows))
@@ -171,12 +171,12 @@ def summary(rows: Sequence[Row]) -> str:
 
 
 def is_quick(rows: Sequence[Row]) -> bool:
-    """Whether a quick run is among them."""
+    """Whether any row is of a quick run."""
     return any(row["quick"] for row in rows)
 
 
 def warnings(rows: Sequence[Row]) -> list[str]:
-    """In words, why nothing can be concluded from some rows; empty where all are calm."""
+    """Warnings about rows too noisy to conclude from."""
     wide = [row for row in rows if (row["spread"] or 0.0) > TOO_WIDE]
     busy = [row for row in rows if (row["others"] or 0.0) > TOO_BUSY]
     few = [row for row in rows if row["rounds"] < TOO_FEW and row["loaded"]]
@@ -204,7 +204,7 @@ def warnings(rows: Sequence[Row]) -> list[str]:
 
 
 def same_setting(row: Row) -> tuple[Any, ...]:
-    """What two rows share that measure the same thing with the same code on the same machine."""
+    """Key of a measurement: what, with which code, on which machine."""
     keys: tuple[str, ...] = ("group", "name", "device", "model", "batch", "classes", "precision")
     keys += ("shape", "backend", "engine", "baseline", "memory", "quick", "threads", "commit")
     return (*(row[key] for key in keys), *sorted(row["versions"].items()))

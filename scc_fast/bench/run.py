@@ -1,7 +1,7 @@
-"""`scc-fast bench`: a defense of the user's own model, row by row into a file that is gone on with.
+"""`scc-fast bench`: timing of a defense on the user's model, into a resumable file.
 
-The file holds {"environment", "rows", "waterfalls"}. A case, all sides of a batch size, is written
-as soon as it is known, and taken from the file where it was measured before.
+The file holds {"environment", "rows", "waterfalls"}. A case (all sides of
+a batch size) is written when it is done, and read from the file if it was measured before.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ GROUP = "end to end"
 FEWEST = 3  # rounds
 MOST_WATERFALLS = 5
 CLASSES = 1000
-# Every picture is to be repaired: what a gate does depends on the pictures.
+# Every picture is repaired: a gate's share would depend on the pictures.
 UNGATED: dict[str, dict[str, Any]] = {"scc": {"gate": False}, "ttc": {"tau": math.inf}}
 
 Tick = Callable[[float], None]
@@ -38,13 +38,13 @@ Tick = Callable[[float], None]
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line asks for; None leaves a choice to the device or the model.
+    """Options of the command line; None leaves a choice to the device or the model.
 
     Args:
         seconds: of rounds per batch size.
-        classes: so many random text embeddings.
-        reference: measure the eager reference loop, too.
-        json: the file of rows; `fresh`: pass over what it holds.
+        classes: number of random text embeddings.
+        reference: also measure the eager reference loop.
+        json: the file of rows; `fresh`: ignore its content.
     """
 
     model: str = "tiny"
@@ -62,7 +62,7 @@ class Options:
 
 
 class Bench:
-    """A model and its defenders, about to be measured."""
+    """A model and its Defenders, ready to measure."""
 
     def __init__(self, options: Options) -> None:
         self.options = options
@@ -85,12 +85,12 @@ class Bench:
 
     @property
     def baseline(self) -> str:
-        """The row that ratios are against."""
+        """Name of the baseline's row."""
         return next(iter(self._sides))
 
     @property
     def ticks(self) -> int:
-        """What run() counts up to: its batch sizes, and the waterfall."""
+        """Total of run()'s ticks: batch sizes and the waterfall."""
         return len(self.batches) + 1
 
     def _defender(self, **options: Any) -> Defender:
@@ -106,7 +106,7 @@ class Bench:
         return Defender(self.model, text_features=text, **options)
 
     def run(self, tick: Tick) -> tuple[list[Row], Row]:
-        """The rows, and a row of the defense with its `stages`; counts up to `ticks`."""
+        """Measure; returns the rows, and a row of the defense with its `stages`."""
         rows: list[Row] = []
         for batch in self.batches:
             rows += self._case(batch, tick)
@@ -149,7 +149,7 @@ class Bench:
         return same_setting(self.machine.columns() | measure.described(side, GROUP, self.baseline))
 
     def _waterfall(self) -> Row:
-        """Where the time of one defense of the first batch size goes: medians of a few calls."""
+        """Waterfall at the first batch size: medians of a few calls."""
         images = measure.pictures(self.batches[0], self.model)
         side = measure.defense(self.options.method, self.defender, images, self.machine)
         described = self.machine.columns() | measure.described(side, GROUP, self.baseline)
@@ -187,7 +187,7 @@ def _ms(stages: Any) -> list[float]:
 
 
 def _stored(options: Options) -> dict[str, Any]:
-    """What the file holds, if it is to be gone on with."""
+    """Content of the --json file, to continue from."""
     nothing: dict[str, Any] = {"environment": {}, "rows": [], "waterfalls": []}
     path = options.json
     if path is None or options.fresh or not path.exists():

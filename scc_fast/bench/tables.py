@@ -1,4 +1,4 @@
-"""Rows as tables: of a terminal, of a page, and of what was asked."""
+"""Tables of rows: terminal, Markdown page, and targets."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _asked(row: Row) -> str:
     return ", ".join(f"{key} {sign} {value:g}" for key, sign, value in limits)
 
 
-_Column = tuple[Callable[[Row], str], bool]  # what it shows, whether it is text
+_Column = tuple[Callable[[Row], str], bool]  # cell text, whether it is left-aligned
 _COLUMNS: dict[str, _Column] = {
     "op": (lambda row: row["name"], True),
     "name": (lambda row: row["name"], True),
@@ -68,65 +68,35 @@ _COLUMNS: dict[str, _Column] = {
     "asked": (_asked, True),
     "reach": (_verdict, True),
 }
-_OPS: tuple[str, ...] = (
-    "op",
-    "shape",
-    "precision",
-    "backend",
-    "engine",
-    "p50 ms",
-    "p99 ms",
-    "baseline",
+_OPS = (
+    "op, shape, precision, backend, engine, p50 ms, p99 ms, baseline, baseline ms, ratio, GB/s, "
+    "of copy, floor ms, of floor, extra MiB, spread, reach"
 )
-_OPS += ("baseline ms", "ratio", "GB/s", "of copy", "floor ms", "of floor", "extra MiB", "spread")
-_OPS += ("reach",)
-_DEFENSES: tuple[str, ...] = (
-    "name",
-    "model",
-    "batch",
-    "classes",
-    "precision",
-    "backend",
-    "engine",
-    "p50 ms",
+_DEFENSES = (
+    "name, model, batch, classes, precision, backend, engine, p50 ms, p99 ms, images/s, baseline, "
+    "baseline ms, ratio, floor ms, of floor, extra MiB, spread, reach"
 )
-_DEFENSES += ("p99 ms", "images/s", "baseline", "baseline ms", "ratio", "floor ms", "of floor")
-_DEFENSES += ("extra MiB", "spread", "reach")
-_BRIEF: tuple[str, ...] = (
-    "op",
-    "shape",
-    "precision",
-    "backend",
-    "p50 ms",
-    "baseline",
-    "baseline ms",
-    "ratio",
+_BRIEF = (
+    "op, shape, precision, backend, p50 ms, baseline, baseline ms, ratio, of copy, extra MiB, "
+    "asked, reach"
 )
-_BRIEF += ("of copy", "extra MiB", "asked", "reach")
-_BRIEF_DEFENSES: tuple[str, ...] = ("name", "model", "batch", "precision", "engine", "p50 ms")
-_BRIEF_DEFENSES += ("p99 ms", "baseline", "baseline ms", "ratio", "of floor", "extra MiB", "asked")
-_BRIEF_DEFENSES += ("reach",)
-# A terminal's has room for 80 characters.
-_TERMINAL: tuple[str, ...] = (
-    "batch",
-    "p50 ms",
-    "p99 ms",
-    "images/s",
-    "ratio",
-    "floor ms",
-    "of floor",
+_BRIEF_DEFENSES = (
+    "name, model, batch, precision, engine, p50 ms, p99 ms, baseline, baseline ms, ratio, "
+    "of floor, extra MiB, asked, reach"
 )
-_TERMINAL += ("extra MiB", "spread")
+# Fits 80 characters.
+_TERMINAL = "batch, p50 ms, p99 ms, images/s, ratio, floor ms, of floor, extra MiB, spread"
 
 
-def _table(rows: Sequence[Row], names: Sequence[str]) -> str:
+def _table(rows: Sequence[Row], columns: str) -> str:
+    names = columns.split(", ")
     body = [[_COLUMNS[name][0](row) for name in names] for row in rows]
     rule = ["---" if _COLUMNS[name][1] else "--:" for name in names]
-    return "\n".join("| " + " | ".join(line) + " |" for line in [list(names), rule, *body])
+    return "\n".join("| " + " | ".join(line) + " |" for line in [names, rule, *body])
 
 
 def groups(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """The rows of each group, in the order in which they came."""
+    """Rows by group, in order."""
     found: dict[str, list[Row]] = {}
     for row in rows:
         found.setdefault(row["group"], []).append(row)
@@ -134,16 +104,16 @@ def groups(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """The tables of a run, one a group."""
+    """Markdown tables of a run, one per group."""
     return _by_group(rows, _OPS, _DEFENSES)
 
 
 def brief(rows: Sequence[Row]) -> str:
-    """The tables of what was asked for, one a group."""
+    """Markdown tables of rows with targets, one per group."""
     return _by_group([row for row in rows if row["reach"]], _BRIEF, _BRIEF_DEFENSES)
 
 
-def _by_group(rows: Sequence[Row], of_ops: Sequence[str], of_others: Sequence[str]) -> str:
+def _by_group(rows: Sequence[Row], of_ops: str, of_others: str) -> str:
     return "\n\n".join(
         f"### {name}\n\n{_table(some, of_ops if name == 'ops' else of_others)}"
         for name, some in groups(rows).items()
@@ -151,16 +121,17 @@ def _by_group(rows: Sequence[Row], of_ops: Sequence[str], of_others: Sequence[st
 
 
 def terminal(rows: Sequence[Row], title: str) -> Table:
-    """The table of `scc-fast bench`."""
+    """Terminal table of `scc-fast bench`."""
     from rich import box
     from rich.table import Table
 
     drawn = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     drawn.add_column("name")
-    for name in _TERMINAL:
+    names = _TERMINAL.split(", ")
+    for name in names:
         drawn.add_column(name.replace(" ", "\n").replace("/", "\n/"), justify="right")
     for row in rows:
-        cells = [_COLUMNS[name][0](row) for name in _TERMINAL]
+        cells = [_COLUMNS[name][0](row) for name in names]
         cells[-1] += "\nnoisy" if row["loaded"] else ""
         drawn.add_row(f"{row['name']}\n{row['precision']} {row['engine']}", *cells)
     return drawn
@@ -185,7 +156,7 @@ LEGEND = (
 
 
 def page(rows: Sequence[Row], environment: Row) -> str:
-    """The Markdown page of a run."""
+    """Markdown page of a run."""
     quick = "**Quick run: the sizes are too small to mean anything.**\n\n" if is_quick(rows) else ""
     asked = ""
     if any(row["reach"] for row in rows):
@@ -198,7 +169,7 @@ def page(rows: Sequence[Row], environment: Row) -> str:
 
 
 def write(path: Path, rows: Sequence[Row], environment: Row) -> None:
-    """JSON at `path` and the tables beside it, each whole or not at all."""
+    """Write JSON at `path` and Markdown beside it, atomically."""
     write_json(path, {"environment": environment, "rows": list(rows)})
     with atomic(path.with_suffix(".md")) as partial:
         partial.write_text(page(rows, environment))

@@ -1,4 +1,4 @@
-"""Clocks, ceilings and peak memory, for the CPU and for CUDA."""
+"""Clocks, ceilings and peak memory on CPU and CUDA."""
 
 from __future__ import annotations
 
@@ -17,17 +17,16 @@ from torch import Tensor
 Call = Callable[[], Any]
 
 REPLAYS = 200
-_CYCLES_PER_S = 2e9  # at least the clock of any GPU meant here
+_CYCLES_PER_S = 2e9  # clock of a GPU, at least
 _UNKNOWN_CACHE = 64 * 2**20  # bytes
-_LONGEST_HOLD_S = 0.02  # a first call that compiles must not be waited for again
+_LONGEST_HOLD_S = 0.02  # bounds the hold after a slow first call
 
 
 def keep_memory() -> bool:
-    """Have the C library keep what is freed, as an engine with static buffers would.
+    """Make the C library keep freed memory, as an engine with static buffers would.
 
-    A result of 154 MB is else mapped anew by every call, and on a small virtual machine the page
-    faults take 20 times as long as the work: baseline and op alike would measure the kernel.
-    False where the C library has no such switch.
+    Otherwise every call maps a large result (154 MB) again, and page faults on a small virtual
+    machine take 20 times as long as the work. False if the C library has no such switch.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -38,19 +37,18 @@ def keep_memory() -> bool:
 
 
 class Clock:
-    """Times one call on a device.
+    """Clock of calls on a device.
 
-    On the CPU by the wall. On CUDA by events, with the stream held back until the call has been
-    enqueued: what is measured is the device's time, launches hidden, as in a graph or in a pass
-    that keeps the device busy. Triton's and C++'s launch costs are in `wall`.
+    Wall time on the CPU. On CUDA events, with the stream held until the call is enqueued: device
+    time without launch overhead, which is in `wall`.
     """
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
-        self._enqueue: dict[str, float] = {}  # s, the longest seen per label
+        self._enqueue: dict[str, float] = {}  # s, longest so far per label
 
     def wall(self, call: Call) -> float:
-        """ms by the wall, until the result is there."""
+        """Wall time in ms, until the device is idle."""
         self.wait()
         start = time.perf_counter()
         call()
@@ -58,7 +56,7 @@ class Clock:
         return (time.perf_counter() - start) * 1e3
 
     def __call__(self, call: Call, label: str) -> float:
-        """ms; `label` names the call, whose enqueuing has been seen before."""
+        """Time in ms; `label` names the call, to look up its enqueue time."""
         if self.kind == "cpu":
             return self.wall(call)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -74,16 +72,16 @@ class Clock:
         return start.elapsed_time(end)
 
     def wait(self) -> None:
-        """Until the device is idle."""
+        """Wait until the device is idle."""
         if self.kind == "cuda":
             torch.cuda.synchronize()
 
 
 class Others:
-    """How many cores other processes kept busy since this was made.
+    """Number of cores kept busy by other processes since the object was made.
 
-    Two threads that wait for each other beside one busy neighbour take a scheduler's quantum, 8 ms,
-    for anything: evenly, so that the spread does not show it.
+    Beside one busy neighbour, two threads that wait for each other take a scheduler quantum (8 ms)
+    for anything, evenly: the spread does not show it.
     """
 
     def __init__(self) -> None:
@@ -102,7 +100,7 @@ class Others:
         return busy, own, time.perf_counter()
 
     def cores(self) -> float | None:
-        """None where the system does not tell."""
+        """Busy cores; None if unknown."""
         end = self._read()
         if self.start is None or end is None:
             return None
@@ -111,7 +109,7 @@ class Others:
 
 
 class Copy:
-    """`out.copy_(x)` that reads and writes `bytes_moved` together: the measured ceiling."""
+    """`out.copy_(x)` with `bytes_moved` of traffic: the measured ceiling."""
 
     def __init__(self, bytes_moved: int, device: str) -> None:
         size = max(1, bytes_moved // 8)
@@ -124,9 +122,9 @@ class Copy:
 
 
 def matmul_rate(kind: str, quick: bool, dtype: torch.dtype = torch.float32) -> float:
-    """FLOP/s of a square product at its best; in float32 the arithmetic is float32's own.
+    """Best FLOP/s of a square product; float32 without TF32.
 
-    Of torch's libraries the faster: on AMD processors oneDNN is twice as fast as MKL.
+    On a CPU the faster of MKL and oneDNN, which is twice as fast on AMD.
     """
     size = 512 if quick else 2048 if kind == "cpu" else 8192
     a, b = (torch.randn(size, size, device=kind).to(dtype) for _ in range(2))
@@ -139,14 +137,14 @@ def matmul_rate(kind: str, quick: bool, dtype: torch.dtype = torch.float32) -> f
 
 
 def copy_rate(kind: str, quick: bool) -> float:
-    """Bytes/s that a copy reads and writes together, past the last cache, at its best."""
+    """Best bytes/s of a copy (reads and writes) beyond the last cache."""
     size = 2**25 if quick else 2**28 if kind == "cpu" else 2**31
     copy, clock = Copy(size, kind), Clock(kind)
     return copy.bytes / min(clock(copy, "copy") for _ in range(6)) * 1e3
 
 
 def last_cache(kind: str) -> int:
-    """Bytes of the last cache: what is smaller may stay there from one call to the next."""
+    """Bytes of the last cache; smaller data may stay there between calls."""
     if kind == "cuda":
         return int(torch.cuda.get_device_properties().L2_cache_size)
     try:
@@ -157,7 +155,7 @@ def last_cache(kind: str) -> int:
 
 
 def peak_mib(call: Call, kind: str) -> float:
-    """The peak of torch's allocator during a call, beyond what it returns. In MiB."""
+    """Peak of torch's allocator during a call beyond its result, in MiB."""
     if kind == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -183,7 +181,7 @@ def peak_mib(call: Call, kind: str) -> float:
 
 @contextmanager
 def _no_stderr() -> Iterator[None]:
-    """Without what a library writes there past Python: the profiler tells when it starts."""
+    """Mute native writes to stderr: the profiler announces its start."""
     sys.stderr.flush()
     kept = os.dup(2)
     nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -203,9 +201,9 @@ def _bytes(result: Any) -> int:
 
 
 class Graph:
-    """A CUDA graph of CALLS calls, replayed until REPLAYS are done when called.
+    """A CUDA graph of CALLS calls; calling it replays REPLAYS calls.
 
-    Several calls in a graph, as in a captured defense: the gap between two graphs is not the op's.
+    Several calls per graph, so that gaps between graphs do not count.
     """
 
     CALLS = 20

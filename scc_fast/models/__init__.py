@@ -1,4 +1,4 @@
-"""Vision-language models behind one interface: frozen, in eval mode, your object untouched."""
+"""Vision-language models behind one interface: frozen copies in eval mode."""
 
 from scc_fast.models.checkpoints import frozen_twin, parse_model
 from scc_fast.models.load import load_model, load_spec

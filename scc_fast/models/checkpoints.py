@@ -1,4 +1,4 @@
-"""One-line names of models, frozen twins, and image encoders that were saved on their own."""
+"""Model specs, frozen twins, and separately saved image encoders."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from scc_fast.models.objects import unwrap
 from scc_fast.models.state_dicts import content, located, misfit, plain, state_dict
 
 _TOWER = "vision_encoder_state_dict"
-_PROMPTS = ("state_dict", "add_prompter")  # beside _TOWER: of visual prompts, empty without any
+_PROMPTS = ("state_dict", "add_prompter")  # visual prompts beside _TOWER, mostly empty
 _READS = (
     "an image tower is needed under OpenAI's names: a dict that has it as "
     f"{_TOWER!r} (TeCoA, PMG-AFT, TTC) or the tower's own state dict (FARE)"
@@ -22,7 +22,7 @@ _READS = (
 
 
 class ModelSpec(NamedTuple):
-    """What a model's one-line name says, as load_model() takes it."""
+    """Parsed model spec: arguments of load_model()."""
 
     model: str
     pretrained: str | None = None
@@ -30,15 +30,15 @@ class ModelSpec(NamedTuple):
 
 
 def parse_model(spec: str) -> ModelSpec:
-    """The parts of NAME[@PRETRAINED][+IMAGE_ENCODER]; nothing is looked up.
+    """Parse NAME[@PRETRAINED][+IMAGE_ENCODER] without any lookup.
 
-    NAME is "tiny", an open_clip name, "hf-hub:org/repo", "local-dir:folder" or a folder. What
-    follows the first "+" is a file, what follows the first "@" before it a tag or a file; a
-    "local-dir:" may have an "@" in its path. A path with a "+" is for load_model().
+    NAME is "tiny", an open_clip name, "hf-hub:org/repo", "local-dir:folder" or a folder. The
+    first "+" begins the encoder's file, the first "@" before it a tag or file. A "local-dir:" path
+    may contain "@"; a path with "+" needs load_model().
 
     Raises:
-        TypeError: no string.
-        ValueError: a part is empty, or "@" after a name that brings its weights.
+        TypeError: not a string.
+        ValueError: an empty part, or "@" after a name that implies its weights.
 
     Example:
         >>> parse_model("ViT-B-32-quickgelu@openai+tecoa.pth.tar")
@@ -60,7 +60,7 @@ def parse_model(spec: str) -> ModelSpec:
 
 
 def without_folders(spec: str) -> str:
-    """A model's one-line name with its files' and folders' names alone, to be read."""
+    """Model spec for display: paths are cut to their last part."""
     model, pretrained, encoder = parse_model(spec)
     if model.startswith(("local-dir:", "/", "~", ".")):
         model = Path(model.removeprefix("local-dir:")).name
@@ -111,14 +111,14 @@ def frozen_twin(model: nn.Module) -> nn.Module:
 def with_image_encoder(model: nn.Module, state: Mapping[str, Tensor], source: Path) -> nn.Module:
     """Frozen twin of an open_clip ``model`` with another image tower.
 
-    What is not the image tower shares the storage of ``model``, which stays as it was.
+    All other parts share the storage of ``model``, which is unchanged.
 
     Args:
-        state: the tower's tensors by the names of ``model.visual``, which wrappers may have put
-            something before (see plain()); cast to the type of each weight that they replace.
-        source: the file they came from, for messages.
+        state: the tower's tensors by their names in ``model.visual``, wrapper prefixes allowed (see
+            plain()); cast to the dtypes of the weights they replace.
+        source: their file, for messages.
     Raises:
-        ValueError: names or shapes that are not those of ``model.visual``, or a whole model's.
+        ValueError: names or shapes differ from ``model.visual``, or are a whole model's.
     """
     twin = frozen_twin(model)
     tower = cast(nn.Module, twin.visual)
@@ -139,21 +139,21 @@ def with_image_encoder(model: nn.Module, state: Mapping[str, Tensor], source: Pa
 
 
 def read_image_encoder(path: Path) -> dict[str, Tensor]:
-    """The tensors of an image tower that was saved on its own, by OpenAI's names, on the CPU.
+    """Tensors of a separately saved image tower, by OpenAI's names, on the CPU.
 
-    Read are the layouts of the adversarially fine-tuned releases:
+    Layouts of adversarially fine-tuned releases:
 
     - TeCoA (arXiv 2212.07016), PMG-AFT (2401.04350) and the CLIP-FT, TeCoA and PMG-AFT of TTC
       (2503.03613), ``.pth.tar``: a dict whose "vision_encoder_state_dict" is the tower's;
-      "epoch", "best_acc1" and "optimizer" are passed over.
+      other keys are ignored.
     - FARE and TeCoA of RobustVLM (2402.12336), ``.pt``: the tower's state dict itself.
 
-    Both may be in torch.save's format or in safetensors. Nothing in a file is run. Names are as
-    the file has them: with_image_encoder() drops what wrappers put before them.
+    Both may be torch.save or safetensors files. No code in them is run. Names are the file's:
+    with_image_encoder() drops wrapper prefixes.
 
     Raises:
-        ValueError: no file, no such layout, an object that is no plain data, a visual prompt that
-            belongs to the tower, or weights that are not finite.
+        ValueError: no file, unknown layout, objects other than plain data, a visual prompt beside
+            the tower, or non-finite weights.
     """
     what = f"image_encoder: {located(path)}"
     if not path.is_file():

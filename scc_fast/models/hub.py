@@ -1,4 +1,4 @@
-"""Files of the hub, tokenizers and processors: what needs the network says so without one."""
+"""Hub files, tokenizers and processors; errors say what is needed without a network."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _LOCAL_HINT = (
 def build_tokenizer(
     text: Mapping[str, Any], folder: Path | None, cache_dir: Any
 ) -> Callable[..., Any]:
-    """open_clip's tokenizer for a text_cfg; ``folder`` is where the model's own files lie."""
+    """open_clip tokenizer of a text_cfg; ``folder`` holds the model's own files."""
     from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 
     options = {"context_length": text.get("context_length", 77), **text.get("tokenizer_kwargs", {})}
@@ -41,7 +41,7 @@ def build_tokenizer(
     if cache_dir is not None:
         options["cache_dir"] = str(cache_dir)
     try:
-        try:  # without the network first: a failed look-up there is retried for most of a minute
+        try:  # local files first: a failed download is retried for most of a minute
             return HFTokenizer(str(folder or repo), local_files_only=True, **options)
         except Exception:
             if folder is not None:
@@ -55,7 +55,7 @@ def build_tokenizer(
 
 
 def stand_in_tokenizer(text: Mapping[str, Any]) -> Callable[..., Any]:
-    """Words to arbitrary fixed ids: for random weights, where the real ids would mean nothing."""
+    """Tokenizer of arbitrary fixed ids, for random weights."""
     size, length = int(text.get("vocab_size", CLIP_VOCABULARY)), int(text.get("context_length", 77))
 
     def tokenize(prompts: Sequence[str]) -> Tensor:
@@ -99,10 +99,9 @@ def fetch(
 
 
 def transformers_folder(repo: str, cache_dir: Any, cause: BaseException | None) -> Path | None:
-    """The folder of a repository in transformers' layout, from the cache or the hub.
+    """Folder of a repository in transformers' layout, from cache or hub; None if it has none.
 
-    Asked after a look for open_clip's files failed with ``cause``; None where transformers' are
-    not there either.
+    ``cause`` is the error of the search for open_clip's files.
     """
     import huggingface_hub as hub
     from huggingface_hub.utils import EntryNotFoundError
@@ -111,7 +110,7 @@ def transformers_folder(repo: str, cache_dir: Any, cause: BaseException | None) 
     config = hub.try_to_load_from_cache(repo, "config.json", cache_dir=cache)
     folder = Path(config).parent if isinstance(config, str) else None
     for weights in ("model*.safetensors", "pytorch_model*.bin"):
-        if isinstance(cause, EntryNotFoundError):  # the hub answers, and has other files
+        if isinstance(cause, EntryNotFoundError):  # the hub is reachable, but has other files
             files = ["*.json", "*.txt", "*.model", weights]
             folder = Path(hub.snapshot_download(repo, cache_dir=cache, allow_patterns=files))
         if folder is not None and (folder / "config.json").is_file() and any(folder.glob(weights)):
@@ -120,7 +119,7 @@ def transformers_folder(repo: str, cache_dir: Any, cause: BaseException | None) 
 
 
 def named_folder(name: str, folder: Path | None) -> Path | None:
-    """The folder that a config calls a repository: from the root, or beside the config."""
+    """Folder that a config names as a repository: absolute, or beside the config."""
     place = Path(name).expanduser()
     if folder is not None and (folder / place).is_dir():
         return folder / place

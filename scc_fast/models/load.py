@@ -47,7 +47,7 @@ def load_model(
     flip: bool | None = None,
     image_encoder: str | Path | None = None,
 ) -> VisionLanguage:
-    """Load a vision-language model, or wrap one; it is frozen, and a model object stays as it was.
+    """Load or wrap a vision-language model, frozen; a given object is unchanged.
 
     Args:
         model: "tiny" (bundled); an open_clip name; "hf-hub:org/repo"; a folder, "local-dir:folder",
@@ -61,18 +61,18 @@ def load_model(
         processor: transformers: AutoProcessor's object, or (image_processor, tokenizer).
         device: default: an object's own, else CUDA where there is one.
         cache_dir: where open_clip keeps downloads; a file found there is used without the network.
-        precision: open_clip's name of the weights' type, for what is loaded here.
+        precision: open_clip's name of the weights' dtype; not for objects.
         mean, std: three numbers each, in place of the declared normalisation.
         flip: False if a mirrored picture may be another class; default: what the model declares.
         image_encoder: file of a fine-tuned image tower (TeCoA, PMG-AFT, FARE; see
-            read_image_encoder) that takes the place of the model's own. Text tower, logit scale
+            read_image_encoder) that replaces the model's own. Text tower, logit scale
             and preprocessing stay; PMG-AFT's own release was tuned with ImageNet's mean and std.
-            ``original`` of what is returned is the model without it.
+            The result's ``original`` is the model without it.
     Raises:
-        TypeError, ValueError: an argument that cannot be right.
-        RuntimeError: weights that cannot be reached; says where it looked.
+        TypeError, ValueError: an invalid argument.
+        RuntimeError: unreachable weights; names the places searched.
 
-    What was resolved goes to the logger "scc_fast" as one line at INFO.
+    The logger "scc_fast" gets one INFO line on the loaded model.
 
     Example:
         >>> model = load_model("ViT-B-32-quickgelu", pretrained="openai")  # doctest: +SKIP
@@ -83,7 +83,7 @@ def load_model(
     if not isinstance(model, (str, Path)) and not missing_members(model):
         return cast(VisionLanguage, model)
     check_tokenizer(tokenizer)
-    # Initialisation draws from torch's global generator, whose state is put back
+    # Initialisation draws from torch's global generator: restore it
     own = torch.random.fork_rng(devices=[])
     with torch.inference_mode(False), own, default_dtype(), default_device():
         tower = None if image_encoder is None else as_path(image_encoder, "image_encoder")
@@ -128,7 +128,7 @@ def load_model(
 
 
 def _resolved(model: FrozenModel) -> str:
-    """One line of what a model is made of."""
+    """One-line summary of a model."""
     numbers = (f"({', '.join(f'{v:.3g}' for v in values)})" for values in (model.mean, model.std))
     mean, std = numbers
     tokenizer = getattr(model.tokenizer, "__name__", type(model.tokenizer).__name__)
@@ -141,11 +141,11 @@ def _resolved(model: FrozenModel) -> str:
 
 
 def load_spec(spec: str, device: torch.device | str | None = None) -> VisionLanguage:
-    """load_model() of a model's one-line name (see parse_model), as command lines take it.
+    """Load a model by its spec (see parse_model).
 
     Raises:
-        TypeError, ValueError: not such a name, or as load_model().
-        RuntimeError: weights that cannot be reached.
+        TypeError, ValueError: an invalid spec, or as load_model().
+        RuntimeError: unreachable weights.
 
     Example:
         >>> load_spec("tiny", device="cpu").name

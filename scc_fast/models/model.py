@@ -1,4 +1,4 @@
-"""What a model is, and the adapters of open_clip's and transformers' models."""
+"""Model protocol, and the adapters of open_clip and transformers models."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from scc_fast.models.tokens import (
 
 
 class VisionLanguage(Protocol):
-    """What the rest of scc_fast asks of a model.
+    """Interface of a model.
 
     ``image_size`` is (height, width). ``mean`` and ``std`` normalise pixels in [0, 1]. ``defaults``
     maps a method to overrides of its configuration. ``flip=False`` says that a mirrored picture
@@ -71,10 +71,10 @@ def missing_members(model: object) -> list[str]:
 
 
 class FrozenModel:
-    """The one implementation of :class:`VisionLanguage`; the adapters say how to call the towers.
+    """Base of the adapters, which implement :class:`VisionLanguage`.
 
-    ``module`` is the frozen twin, for engines that run it in their own way. ``original`` is the
-    model before load_model() replaced its image encoder, on the same text tower; else None.
+    ``module`` is the frozen twin. ``original`` is the model before load_model() replaced its image
+    encoder, on the same text tower; else None.
     """
 
     kind = ""
@@ -108,11 +108,11 @@ class FrozenModel:
         self.embed_dim = self._proved()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the runners that the engine keeps on a snapshot."""
+        """State without the engine's runners."""
         return {name: value for name, value in vars(self).items() if name != "runners"}
 
     def read(self) -> None:
-        """Take device, dtype, logit scale and bias from the module as it is now."""
+        """Read device, dtype, logit scale and bias from the module."""
         self.device = next(self.module.parameters()).device
         scale, bias = (getattr(self.module, key, None) for key in ("logit_scale", "logit_bias"))
         if not isinstance(scale, Tensor) or scale.numel() != 1:
@@ -121,13 +121,13 @@ class FrozenModel:
             )
         self.logit_scale = float(scale.detach().float().exp())
         self.logit_bias = float(bias.detach().float()) if isinstance(bias, Tensor) else 0.0
-        self.as_read = self.logit_scale, self.logit_bias  # who sets others by hand means them
-        # The patch convolution decides: reduced precisions keep some parameters in float32
+        self.as_read = self.logit_scale, self.logit_bias  # differs once set by hand
+        # By the patch convolution: reduced precisions keep some parameters in float32
         dtypes = [p.dtype for p in self._vision().parameters() if p.ndim == 4]
         self.dtype = dtypes[0] if dtypes else next(self._vision().parameters()).dtype
 
     def _proved(self) -> int:
-        """The embeddings' length D, when tokenizer and towers have been seen to fit together."""
+        """Embedding length D, from a trial run of tokenizer and towers."""
         what = "its text tower"
         try:
             with plain(self.device):
@@ -154,11 +154,11 @@ class FrozenModel:
         raise NotImplementedError
 
     def text_size(self) -> TextSize:
-        """What the text tower takes."""
+        """Vocabulary and context length of the text tower."""
         raise NotImplementedError
 
     def text_inputs(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """What the text tower is called with, on the CPU: "input_ids" and perhaps a mask."""
+        """Inputs of the text tower, on the CPU: "input_ids" and perhaps a mask."""
         raise NotImplementedError
 
     def _image_features(self, pixels: Tensor) -> Tensor:
@@ -168,14 +168,14 @@ class FrozenModel:
         raise NotImplementedError
 
     def encode_image(self, pixels: Tensor) -> Tensor:
-        """Un-normalised image embeddings; gradients reach the pixels and nothing else.
+        """Un-normalised image embeddings, differentiable with respect to the pixels alone.
 
         Args:
             pixels: (B, 3, H, W), resized to ``image_size`` and normalised.
         Returns:
             (B, D) float32. Under autocast the encoder runs in the autocast type.
         Raises:
-            ValueError: another shape.
+            ValueError: wrong shape.
         """
         if pixels.ndim != 4 or tuple(pixels.shape[1:]) != (3, *self.image_size):
             raise ValueError(
@@ -188,12 +188,12 @@ class FrozenModel:
         return check_features(features, len(pixels), "its image tower").float()
 
     def encode_text(self, prompts: Sequence[str], batch_size: int = 256) -> Tensor:
-        """Text embeddings of unit length. Equal prompts get embeddings equal to the bit.
+        """Text embeddings of unit length. Equal prompts get bit-identical embeddings.
 
         Args:
-            prompts: K strings; at most ``batch_size`` of them are in memory as tokens at a time.
+            prompts: K strings, tokenized ``batch_size`` at a time.
         Returns:
-            (K, D) float32 on ``device``, an ordinary tensor without gradient in any caller's mode.
+            (K, D) float32 on ``device``, without gradient; never an inference tensor.
         Raises:
             TypeError: ``prompts`` is not a sequence of strings.
             ValueError: ``batch_size`` below 1, or a tokenizer that does not fit the model.
@@ -263,7 +263,7 @@ class OpenCLIPModel(FrozenModel):
             getattr(module, name, getattr(text, name, None))
             for name in ("vocab_size", "context_length")
         )
-        # Towers of transformers take shorter rows, too
+        # transformers' towers accept shorter rows
         return TextSize(vocabulary, length, fixed=hasattr(text, "positional_embedding"))
 
     def text_inputs(self, prompts: Sequence[str]) -> dict[str, Tensor]:
@@ -275,7 +275,7 @@ class OpenCLIPModel(FrozenModel):
 
 
 class TransformersModel(FrozenModel):
-    """CLIPModel, SiglipModel and their like, of transformers 4 and 5."""
+    """CLIPModel, SiglipModel and similar models of transformers 4 and 5."""
 
     kind = "transformers"
 
@@ -289,7 +289,7 @@ class TransformersModel(FrozenModel):
         return cast(Any, self.module).config
 
     def _check_logits(self) -> None:
-        """ValueError for a kind whose own logits are not those of its features, as CLIP's are."""
+        """Raise ValueError if the model's logits are not those of its features."""
         kind, prompts = type(self.module).__name__, ["a", "a b"]
         size = 3, *self.image_size
         pixels = torch.linspace(-1, 1, math.prod(size), device=self.device).reshape(1, *size)

@@ -1,4 +1,4 @@
-"""What was handed over where a model was meant: wrappers are taken off, the rest is named."""
+"""Checks of model objects: wrappers are removed, other objects rejected with a hint."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def is_transformers(model: Any) -> bool:
 
 
 def model_in(value: Any) -> nn.Module:
-    """The model that `value` is, or wraps; its weights are of a kind that can be used.
+    """The model in `value`, unwrapped, with its weights checked.
 
     Raises:
-        TypeError, ValueError: none; says what came and what to pass.
+        TypeError, ValueError: no usable model; says what to pass.
     """
     if not isinstance(value, nn.Module):
         raise TypeError(f"model: {_what_came(value)}")
@@ -56,7 +56,7 @@ def _is_model(value: Any) -> bool:
 
 
 def _what_came(value: Any) -> str:
-    """What to pass instead of an object that is no module."""
+    """Error text for an object that is not a module."""
     kind = type(value).__name__
     if isinstance(value, type):
         return f"got the class {value.__name__}; pass an object of it, with its weights"
@@ -87,7 +87,7 @@ def _what_came(value: Any) -> str:
 
 
 def _what_module(model: nn.Module) -> str:
-    """What to pass instead of a module that is no model of pictures and texts."""
+    """Error text for a module that is not a vision-language model."""
     kind = type(model).__name__
     if (path := _inside(model)) is not None:
         return f"got {kind}; pass the model in it, {path}"
@@ -104,7 +104,7 @@ def _what_module(model: nn.Module) -> str:
 
 
 def _check_parts(model: Any) -> None:
-    """TypeError for what embeds pictures and texts, but lacks what is asked of CLIP's like."""
+    """Raise TypeError for a model without the parts of CLIP."""
     kind = type(model).__name__
     if getattr(getattr(model, "config", None), "model_type", "") == "siglip2":
         raise TypeError(
@@ -123,12 +123,12 @@ def _check_parts(model: Any) -> None:
 def _part(value: Any, path: str) -> Any:
     try:
         return attrgetter(path)(value)
-    except Exception:  # an object may do anything when it is asked
+    except Exception:  # attribute access may raise anything
         return None
 
 
 def _inside(value: Any) -> str | None:
-    """Where a model is in an object, as ".name"; None: nowhere near."""
+    """Attribute path of a model in an object, such as ".model"; None if not found."""
     parts = [name for name, _ in value.named_children()] if isinstance(value, nn.Module) else []
     for path in ("model", "defender.model", *parts):
         part = _part(value, path)
@@ -174,7 +174,7 @@ def _check_weights(model: nn.Module) -> None:
 
 
 def check_features(features: Any, rows: int, what: str) -> Tensor:
-    """What a tower gave, if it is a tensor (rows, D); else a ValueError."""
+    """Check that a tower's output is a tensor (rows, D); else ValueError."""
     if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != rows:
         raise ValueError(
             f"model: {what} gives {shown(features)}; one embedding for each of {rows} rows is "

@@ -1,4 +1,4 @@
-"""How a model wants its pictures: size, resampling, normalisation."""
+"""Preprocessing of a model: size, resampling, normalisation."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _PIL_FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box
 
 @dataclass(frozen=True)
 class Preprocess:
-    """From a picture to the encoder's pixels; resize_mode is "shortest", "longest" or "squash".
+    """Resizing and normalisation; resize_mode is "shortest", "longest" or "squash".
 
-    ``resize_edge`` marks transformers' way of "shortest": that edge, then a floored centre crop.
+    ``resize_edge`` selects transformers' "shortest": this edge, then a floored centre crop.
     """
 
     image_size: tuple[int, int]
@@ -33,7 +33,7 @@ class Preprocess:
 
     @staticmethod
     def from_open_clip(model: Any, config: Mapping[str, Any]) -> Preprocess:
-        """From ``preprocess_cfg`` of an open_clip model; what it lacks is open_clip's default."""
+        """Read an open_clip ``preprocess_cfg``; missing keys take open_clip's defaults."""
         visual: Any = unwrap(model.visual)
         size = getattr(visual, "image_size", getattr(visual, "input_resolution", None))
         size = config.get("size") if size is None else size
@@ -48,7 +48,7 @@ class Preprocess:
 
     @staticmethod
     def from_transformers(processor: Any, config: Any) -> Preprocess:
-        """From an image processor of transformers, checked against the model's own image size."""
+        """Read a transformers image processor, checked against the model's image size."""
         side = config.vision_config.image_size
         size: tuple[int, int] = (side, side) if isinstance(side, int) else tuple(side)
         siglip = config.model_type == "siglip"

@@ -1,4 +1,4 @@
-"""Any weights file as a plain state dict; a file that is none is named for what it is."""
+"""Weights files as plain state dicts; other formats are named in the error."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from torch import Tensor
 from scc_fast.config import shown
 from scc_fast.models.hub import short
 
-# Where training scripts put the model's own beside an optimizer's, the likeliest first
+# Keys of the model's state dict in a training checkpoint, likeliest first
 _NESTS = ("state_dict", "model_state_dict", "model", "module", "net", "weights")
 _NO_MODEL = re.compile(r"optim|.*sched|.*scaler")
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-# No weights: counts of AveragedModel and batch norm, positions of old transformers, and what
-# OpenAI's archives keep beside their weights
+# Not weights: counts of AveragedModel and batch norm, positions of old transformers, metadata of
+# OpenAI's archives
 _COUNTS = {"n_averaged", "num_batches_tracked", "position_ids"}
 _COUNTS |= {"input_resolution", "context_length", "vocab_size"}
 _SIGNS = (
@@ -34,13 +34,13 @@ _SIGNS = (
 
 
 def located(path: str | Path) -> str:
-    """A path in quotes for a message; of a long one the end."""
+    """Quoted path for a message, cut to its end if long."""
     text = str(path)
     return repr(text if len(text) <= 120 else f"...{text[-117:]}")
 
 
 def as_path(path: str | Path, argument: str) -> Path:
-    """A caller's path with its "~"; TypeError or ValueError where it cannot be one."""
+    """Path with "~" expanded; TypeError or ValueError if invalid."""
     if not isinstance(path, str | Path) or not str(path):
         kind = ValueError if isinstance(path, str) else TypeError
         raise kind(f"{argument}: a path is needed, got {shown(path)}")
@@ -53,10 +53,10 @@ def as_path(path: str | Path, argument: str) -> Path:
 
 
 def kind_of(path: Path, what: str) -> str:
-    """What a file holds by its first bytes: "safetensors", "torch", or "npz".
+    """Format of a file by its first bytes: "safetensors", "torch" or "npz".
 
     Raises:
-        ValueError: anything else; begins with ``what`` and says what it is.
+        ValueError: any other format; begins with ``what`` and names it.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -104,12 +104,12 @@ def _kind_of_zip(path: Path, what: str) -> str:
 
 
 def content(path: Path, what: str) -> Any:
-    """What a file of safetensors or torch.save holds, by its content, whatever its name.
+    """Load a safetensors or torch.save file, whatever its suffix.
 
-    Nothing in it is run: only tensors, numbers, strings and containers of these are read.
+    No code is run: only tensors, numbers, strings and containers of these are read.
 
     Raises:
-        ValueError: a file that is none, not whole, or holds other objects.
+        ValueError: another format, a damaged file, or other objects.
     """
     kind = kind_of(path, what)
     if kind == "npz":
@@ -129,10 +129,10 @@ def content(path: Path, what: str) -> Any:
     names = [f"numpy.{module}.multiarray.scalar" for module in ("core", "_core")]
     types = [type(np.dtype(code)) for code in ("f8", "f4")]
     wanted: list[Any] = [*((number, name) for name in names), np.dtype, *types]
-    # What the caller allows by themselves has to stay when the context takes its own back
+    # Without the caller's own: the context removes what it adds
     safe = [entry for entry in wanted if entry not in torch.serialization.get_safe_globals()]
     try:
-        # By its handle: torch.load() takes a path that ends in .safetensors for such a file
+        # A handle: torch.load() would judge a path by its suffix
         with torch.serialization.safe_globals(safe), path.open("rb") as file:
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -150,15 +150,14 @@ def content(path: Path, what: str) -> Any:
 def state_dict(
     found: Any, what: str, nests: tuple[str, ...] = (), hint: str = ""
 ) -> dict[str, Tensor]:
-    """The tensors by name in what a training script saved, plainly or under a name such as "model".
+    """The state dict in a checkpoint, at the top or under a key such as "model".
 
     Args:
-        nests: names that are looked under before the usual ones.
-        hint: said where there are no tensors.
+        nests: keys tried before the usual ones.
+        hint: end of the message if there are no tensors.
 
     Raises:
-        ValueError: no tensors, several state dicts, something else among the tensors, or values
-            that are not finite.
+        ValueError: no tensors, several state dicts, other values, or non-finite weights.
     """
     while isinstance(found, Mapping):
         inner = [key for key, value in found.items() if _has_tensors(value)]
@@ -180,7 +179,7 @@ def state_dict(
 
 
 def _has_tensors(value: Any) -> bool:
-    """Whether a mapping holds tensors by name, here or further in: not an optimizer's numbers."""
+    """Whether a mapping holds tensors under string keys, at any depth."""
     return isinstance(value, Mapping) and any(
         isinstance(key, str) and (isinstance(entry, Tensor) or _has_tensors(entry))
         for key, entry in value.items()
@@ -188,24 +187,23 @@ def _has_tensors(value: Any) -> bool:
 
 
 def check_finite(state: Mapping[str, Tensor], what: str) -> None:
-    """Refuse weights with NaN or infinity."""
+    """Raise ValueError for weights with NaN or infinity."""
     for key, value in state.items():
         if value.is_floating_point() and not bool(value.isfinite().all()):
             raise ValueError(f"{what}: {key} has values that are not finite")
 
 
 def plain(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict by the names of a model's own, without what wrappers put before and beside.
+    """A state dict under the model's names, without wrapper prefixes and counters.
 
-    Dropped are "module.", "_orig_mod." and their like at any place; a beginning that all names
-    share, such as "model." or "visual.", while none of the names is the model's; and counts. Names
-    that are not the model's even so stay as they are.
+    Dropped are "module.", "_orig_mod." and similar parts anywhere; a prefix of all names, such as
+    "model." or "visual.", while no name is the model's; and counters. Other names are kept.
     """
     found = {
         key if key in own else ".".join(p for p in key.split(".") if p not in _WRAPPERS): key
         for key in state
     }
-    if len(found) < len(state):  # two names would be one
+    if len(found) < len(state):  # names would collide
         found = {key: key for key in state}
     found = {k: v for k, v in found.items() if k in own or k.rpartition(".")[2] not in _COUNTS}
     while own.keys().isdisjoint(found):
@@ -218,7 +216,7 @@ def plain(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, T
 
 
 def misfit(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
-    """How a state dict differs from a model's own, with the first names of both; "" if it fits."""
+    """Differences between a state dict and the model's, as text; "" if it fits."""
     lacking = [key for key in own if key not in state]
     others = [key for key in state if key not in own]
     wrong = [f"lacks {some(lacking)}"] if lacking else []
@@ -237,7 +235,7 @@ def misfit(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
 
 
 def some(keys: Iterable[Any]) -> str:
-    """The first names of some, at most five."""
+    """Up to five names, and the count of the others."""
     names = [str(key) for key in keys]
     first = names[:5]
     while len(first) > 1 and len(", ".join(first)) > 170:

@@ -1,4 +1,4 @@
-"""From prompts to ids: a tokenizer is called, and its answer checked before it meets the model."""
+"""Tokenization of prompts, with checked ids."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 class TextSize(NamedTuple):
-    """What a text tower takes: ids below ``vocabulary``, ``length`` a prompt, ``fixed`` or at most.
+    """Limits of a text tower: ids below ``vocabulary``, ``length`` ids a prompt; None: unknown.
 
-    None is not known.
+    ``fixed``: exactly ``length``, else at most.
     """
 
     vocabulary: int | None
@@ -36,10 +36,10 @@ def check_tokenizer(tokenizer: Any) -> None:
 
 
 def open_clip_ids(tokenizer: Tokenizer, prompts: Sequence[str], size: TextSize) -> Tensor:
-    """Ids (n, length) int64 on the CPU, of a tokenizer that is called as open_clip's are.
+    """Ids (n, length) int64 on the CPU, from a tokenizer with open_clip's signature.
 
     Raises:
-        TypeError, ValueError: it fails, or does not fit the model.
+        TypeError, ValueError: the tokenizer fails or does not fit the model.
     """
     ids = _called(tokenizer, prompts, "")
     if isinstance(ids, Mapping):
@@ -55,11 +55,11 @@ def transformers_inputs(
 ) -> dict[str, Tensor]:
     """input_ids, and attention_mask if there is one, both (n, length) on the CPU.
 
-    Every prompt is padded to the full length: SigLIP was trained so, and a row is then independent
-    of its batch.
+    Prompts are padded to the full length, as in SigLIP's training; a row is then independent of
+    its batch.
 
     Raises:
-        TypeError, ValueError: the tokenizer fails, or does not fit the model.
+        TypeError, ValueError: the tokenizer fails or does not fit the model.
     """
     hint = "; a transformers model takes AutoTokenizer's or AutoProcessor's, with padding="
     options = {"padding": "max_length", "truncation": True, "max_length": size.length}
@@ -81,12 +81,12 @@ def transformers_inputs(
 def cut_prompts(
     prompts: Sequence[str], ids: Tensor, ids_of: Callable[[list[str]], Tensor]
 ) -> list[str]:
-    """Those of which the end is beyond the context.
+    """Prompts truncated by the context length.
 
-    Their last letter makes no difference to the ids, and neither does a word more.
+    Dropping their last letter or appending a word leaves their ids unchanged.
 
     Args:
-        ids: (n, length), what ids_of gives for the prompts.
+        ids: (n, length), ids_of(prompts).
     """
     if ids.shape[1] < 2:
         return []
@@ -97,7 +97,7 @@ def cut_prompts(
         return []
     try:
         less, more = (ids_of([p.rstrip()[:-1] for p in long]), ids_of([f"{p} a" for p in long]))
-    except (TypeError, ValueError):  # a tokenizer that refuses what is too long
+    except (TypeError, ValueError):  # the tokenizer rejects long prompts
         return []
     if not less.shape == more.shape == full.shape:
         return []

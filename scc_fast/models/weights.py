@@ -1,4 +1,4 @@
-"""Where a model comes from: names, tags, files, folders, the hub, objects (for load.py)."""
+"""Sources of models: names, tags, files, folders, the hub, objects (for load.py)."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ _DTYPES = {
 
 @dataclass
 class Found:
-    """A model with what belongs to it; ``kind`` is "open_clip" or "transformers"."""
+    """A model with tokenizer and preprocessing; ``kind`` is "open_clip" or "transformers"."""
 
     module: nn.Module
     tokenizer: Callable[..., Any]
@@ -66,7 +66,7 @@ class Found:
 
 
 def from_object(model: Any, tokenizer: Any, processor: Any) -> Found:
-    """Wrap an open_clip or transformers model, or what PyTorch put around one."""
+    """An open_clip or transformers model object, unwrapped."""
     model = model_in(model)
     name = type(model).__name__
     if is_transformers(model):
@@ -108,14 +108,14 @@ def from_name(
     precision: str,
 ) -> Found:
     """Load "tiny", an open_clip name, "hf-hub:...", "local-dir:..." or a folder."""
-    # open_clip takes anything else for fp32
+    # open_clip treats any other name as fp32
     if not isinstance(precision, str) or precision not in _DTYPES:
         raise ValueError(
             f"precision: one of {', '.join(_DTYPES)} is needed, got {shown(precision)}"
             f"{nearest(precision, _DTYPES)}"
         )
     if pretrained is not None:
-        as_path(pretrained, "pretrained")  # or a tag, which could be one
+        as_path(pretrained, "pretrained")  # a tag passes, too
     prefix, _, rest = name.partition(":")
     local = name == "tiny" or (prefix in ("hf-hub", "local-dir") and rest)
     if local and pretrained is not None:
@@ -142,7 +142,7 @@ def from_name(
 
 
 def _no_model(name: str, known: list[str]) -> str:
-    """What a name is that no model has, and how it would be written."""
+    """Error text for an unknown name, with a suggestion."""
     path = as_path(name, "model")
     if path.is_file() or path.name.endswith(_WEIGHTS):
         there = "is a file" if path.is_file() else "is no file that exists"
@@ -170,13 +170,13 @@ def _from_hub(
     try:
         config, weights = _snapshot(repo, cache_dir, name)
     except RuntimeError as error:
-        # Many repositories, such as Google's of SigLIP, have transformers' files alone
+        # Many repositories, such as Google's SigLIP, have only transformers' files
         if (folder := transformers_folder(repo, cache_dir, error.__cause__)) is None:
             raise
         found = _from_transformers_folder(folder, tokenizer, processor, precision)
         found.name = name
         return found
-    # A snapshot folder is a local folder, but its tokenizer may live in another repository
+    # A snapshot is a local folder; its tokenizer may be in another repository
     found = from_folder(
         config.parent, tokenizer, None, precision, weights=weights, cache_dir=cache_dir
     )
@@ -185,8 +185,8 @@ def _from_hub(
 
 
 def _snapshot(repo: str, cache_dir: Any, what: str) -> tuple[Path, Path]:
-    """Config and weights of a hub repository, of one and the same revision."""
-    for _ in range(2):  # half of an old revision in the cache: its other half came in a new one
+    """Config and weights of a hub repository, from one revision."""
+    for _ in range(2):  # the cache may hold half of an old revision
         config = fetch(repo, ("open_clip_config.json",), cache_dir, what)
         weights = fetch(repo, _HUB_WEIGHTS, cache_dir, what)
         if config.parent == weights.parent:
@@ -197,7 +197,7 @@ def _snapshot(repo: str, cache_dir: Any, what: str) -> tuple[Path, Path]:
 
 
 def _text_of(tokenizer: str) -> dict[str, Any]:
-    """text_cfg of the architecture whose tokenizer is asked for."""
+    """text_cfg of an architecture."""
     import open_clip
 
     config = open_clip.get_model_config(tokenizer.replace("/", "-"))
@@ -224,7 +224,7 @@ def _from_architecture(
     tags = {tag: open_clip.get_pretrained_cfg(base, tag) for tag in _tags(base)}
     keys = ("mean", "std", "interpolation", "resize_mode")
     published = {tuple(cfg.get(key) for key in keys): cfg for cfg in tags.values()}
-    # open_clip forgets the preprocessing without a tag; the published weights know it if they agree
+    # Without a tag open_clip has no preprocessing: take that of the published weights if unique
     known = next(iter(published.values())) if len(published) == 1 else {}
     text = config["text_cfg"]
     path: Path | None = None
@@ -236,7 +236,7 @@ def _from_architecture(
         )
         torch.default_generator.manual_seed(0)
         if text.get("hf_tokenizer_name") and tokenizer is None:
-            tokenizer = stand_in_tokenizer(text)  # nothing is fetched for weights that mean nothing
+            tokenizer = stand_in_tokenizer(text)  # no download for random weights
     elif tag := open_clip.get_pretrained_cfg(name, str(pretrained)):
         known, repo = tag, tag.get("hf_hub", "")
         _check_quickgelu(name, config, str(pretrained), tag)
@@ -283,9 +283,9 @@ def _from_architecture(
 def _text_tower(
     text: Mapping[str, Any], folder: Path | None, cache_dir: Any, what: str
 ) -> dict[str, Any]:
-    """text_cfg on which open_clip builds a tower of transformers without the network.
+    """text_cfg of a transformers text tower, with its config.json found locally.
 
-    open_clip asks transformers for the tower's config.json: it is found here, before long retries.
+    Otherwise transformers would retry a download for long.
     """
     name = text.get("hf_model_name")
     if not name:
@@ -327,9 +327,9 @@ def activation(module: nn.Module) -> str:
 
 
 def check_activation(config: Any, source: str) -> None:
-    """Warn of a CLIP of transformers whose activation is not that of its weights.
+    """Warn if a transformers CLIP computes another activation than its weights were trained with.
 
-    OpenAI's were trained with QuickGELU and LAION's with GELU, which their repositories' names say.
+    By the repository's name: OpenAI's weights use QuickGELU, LAION's GELU.
     """
     towers = (getattr(config, "vision_config", None), getattr(config, "text_config", None))
     found = {getattr(tower, "hidden_act", None) for tower in towers}
@@ -355,7 +355,7 @@ def _create(
     cache_dir: Any,
     text: dict[str, Any],
 ) -> Any:
-    """open_clip's model of a name with the weights of a file; ``what`` begins messages."""
+    """Create an open_clip model with weights from a file; ``what`` begins messages."""
     import open_clip
 
     state: dict[str, Tensor] | None = None
@@ -365,7 +365,7 @@ def _create(
             state = state_dict(content(weights, f"{what}: it"), f"{what}: it")
             check_finite(state, what)
     try:
-        with _no_word_of_weights():
+        with _without_weights_warning():
             module = open_clip.create_model(
                 name,
                 load_weights=False,
@@ -395,7 +395,7 @@ def _create(
 
 
 def _fill(module: Any, state: dict[str, Tensor], what: str) -> None:
-    """Put weights into open_clip's model, in the steps of open_clip's load_checkpoint()."""
+    """Load weights into an open_clip model, as open_clip's load_checkpoint() does."""
     from open_clip import factory
 
     own = module.state_dict()
@@ -420,8 +420,8 @@ def _fill(module: Any, state: dict[str, Tensor], what: str) -> None:
 
 
 @contextmanager
-def _no_word_of_weights() -> Iterator[None]:
-    """Without open_clip's warning of random weights: they come later, or it was said already."""
+def _without_weights_warning() -> Iterator[None]:
+    """Mute open_clip's warning of random weights."""
 
     def other(record: logging.LogRecord) -> bool:
         return not record.getMessage().startswith("No pretrained weights loaded")
@@ -482,7 +482,7 @@ def from_folder(
 
 
 def _weights_in(folder: Path) -> Path:
-    """The weights that open_clip would take of a folder."""
+    """Weights file of a folder, in open_clip's order of preference."""
     ends = (".safetensors", ".bin", ".pth")
     usual = [f"open_clip_model{ends[0]}", *(f"open_clip_pytorch_model{end}" for end in ends)]
     usual += ["model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth"]
@@ -542,5 +542,5 @@ def _json(file: Path) -> dict[str, Any]:
 
 
 def _warn(message: str, stacklevel: int = 5) -> None:
-    # The level of the line that called load_model
+    # Level of load_model's caller
     warnings.warn(message, UserWarning, stacklevel=stacklevel)

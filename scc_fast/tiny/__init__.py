@@ -1,6 +1,6 @@
 """The bundled model: 201 animals, foods and plants, drawn from an emoji font (see README.md here).
 
-`scc_fast.load_model("tiny")` loads it; nothing here needs the network or the font.
+`scc_fast.load_model("tiny")` loads it, without network or font.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ __all__ = ["SPLITS", "class_names", "generate", "prompts", "samples"]
 
 
 def prompts() -> list[str]:
-    """One prompt per class, in the order of the labels."""
+    """One prompt per class, by label."""
     return [f"a photo of a {name}" for name in class_names()]
 
 

@@ -1,10 +1,8 @@
-"""The bundled model's pictures: emoji artworks on procedural backgrounds, any split, any number.
+"""Pictures of the bundled model: emoji artworks on procedural backgrounds.
 
-Every random choice of picture i of a split is a Philox number keyed by (split, i), so a split is a
-function of its name alone: no files and no global generator. Labels and choices are the same on
-every machine; a pixel may differ by 1/255 where resampling rounds differently.
-Splits show the same artworks in new places, sizes and colours: real artwork, not photographs, and
-not unseen artwork.
+Random choices of picture i are Philox numbers keyed by (split, i): a split needs no files and no
+global generator. Labels are the same on every machine; a pixel may differ by 1/255 by rounding.
+All splits show the same artworks, at other places, sizes and colours.
 """
 
 from __future__ import annotations
@@ -30,7 +28,7 @@ SPLITS = ("train", "validation", "test", "samples")
 
 @lru_cache
 def class_names() -> tuple[str, ...]:
-    """The K classes, in the order of their labels."""
+    """The K class names, by label."""
     return tuple(json.loads((ASSETS / "classes.json").read_text())["classes"].values())
 
 
@@ -47,7 +45,7 @@ def artworks() -> Tensor:
 
 
 def seeds(split: str, indices: Tensor) -> Tensor:
-    """The Philox keys of the given pictures of a split; no key serves two splits."""
+    """Philox keys of pictures of a split; splits share no key."""
     if split not in SPLITS:
         raise ValueError(f"split must be one of {SPLITS}, got {shown(split)}")
     if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < 1 << 40:
@@ -105,7 +103,7 @@ def _background(keys: Tensor, u: Tensor) -> Tensor:
 
 
 def _jitter(picture: Tensor, u: Tensor) -> Tensor:
-    """Saturation 0.75-1.25, contrast 0.35-0.9, brightness +-0.12: hazy, as photographs can be."""
+    """Saturation 0.75-1.25, contrast 0.35-0.9, brightness +-0.12: hazy."""
     u = u[..., None, None, None]
     grey = picture.mean(dim=1, keepdim=True)
     picture = grey + (picture - grey) * (0.75 + 0.5 * u[:, 0])

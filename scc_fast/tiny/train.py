@@ -1,11 +1,10 @@
 """Train the bundled model from Debian's emoji font: ``python -m scc_fast.tiny.train``.
 
-Under 30 minutes on 2 cores. Interrupt it at any time: the same command goes on from the last
-checkpoint, with the same pictures, because every picture is addressed by its index. The font is
-read once, into assets/artwork.png, which ships; --font draws it anew.
+Under 30 minutes on 2 cores. After an interruption the same command continues from the last
+checkpoint with the same pictures. assets/artwork.png is bundled; --font draws it again.
 
-Recipe: cross-entropy of each picture against the prompts of all K classes (the whole class list as
-negatives, no false ones), AdamW, cosine, and patch dropout for the first 70 %.
+Recipe: cross-entropy against the prompts of all K classes, AdamW, cosine schedule, and patch
+dropout for the first 70 %.
 """
 
 from __future__ import annotations
@@ -83,7 +82,7 @@ def draw_artwork(font_file: Path) -> None:
 
 
 def cut_vocabulary() -> None:
-    """The first merges of open_clip's byte-pair file, as many as make 4096 tokens."""
+    """Write the first merges of open_clip's byte-pair file, for 4096 tokens."""
     import open_clip
 
     full = Path(open_clip.__file__).parent / "bpe_simple_vocab_16e6.txt.gz"
@@ -94,7 +93,7 @@ def cut_vocabulary() -> None:
 
 
 def write_config() -> None:
-    """The open_clip local-dir configuration of the model."""
+    """Write the model's open_clip configuration."""
     from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 
     config = {
@@ -117,7 +116,7 @@ def _schedule(step: int, steps: int, peak: float) -> float:
 
 
 def _text_features(model: nn.Module, tokenizer: Callable[[list[str]], Tensor], step: int) -> Tensor:
-    """All K classes, each under a prompt drawn for this step: (K, D) unit length."""
+    """Unit embeddings (K, D) of all classes, with prompts drawn for this step."""
     draw = random.Random(step)
     prompts = [draw.choice(PROMPTS).format(name) for name in data.class_names()]
     return model.encode_text(tokenizer(prompts), normalize=True)  # type: ignore[operator]
@@ -132,9 +131,9 @@ def _save(path: Path, state: dict) -> None:
 def train(
     steps: int, batch: int, peak: float, checkpoint: Path, save_every: float = 60.0
 ) -> nn.Module:
-    """Train from the last checkpoint, or from the start; returns the model in eval mode.
+    """Train from the last checkpoint or the start; returns the model in eval mode.
 
-    The checkpoint is written every `save_every` seconds, whole or not at all.
+    Checkpoints are written atomically every `save_every` seconds.
     """
     import open_clip
     from open_clip.tokenizer import SimpleTokenizer
@@ -153,7 +152,7 @@ def train(
         state = torch.load(checkpoint, weights_only=True)
         if state["settings"] != settings:
             raise ValueError(
-                f"{checkpoint} was made with {state['settings']}, not {settings}: remove it, or "
+                f"{checkpoint} was made with {state['settings']}, not {settings}: remove it or "
                 "give another --checkpoint"
             )
         model.load_state_dict(state["model"])
@@ -162,12 +161,12 @@ def train(
     visual = model.visual
     saved = time.monotonic()
     for step in _progress(range(first, steps), steps):
-        # Half the patches teach nearly as much per picture and cost half.
+        # Half the patches cost half and teach nearly as much.
         visual.patch_dropout = (
             open_clip.transformer.PatchDropout(0.5) if step < 0.7 * steps else nn.Identity()
         )
         model.train()
-        torch.manual_seed(step)  # patch dropout, the only draw of torch's own generator
+        torch.manual_seed(step)  # patch dropout alone draws from torch's generator
         images, labels = data.generate("train", range(step * batch, (step + 1) * batch))
         for group in optimizer.param_groups:
             group["lr"] = _schedule(step, steps, peak)
@@ -207,7 +206,7 @@ def _progress(todo: range, total: int) -> Iterator[int]:
 
 
 def write_samples(count: int = 16) -> None:
-    """A few pictures of the split "samples" as PNG files named after their class."""
+    """Write pictures of the split "samples" as PNG files named after their class."""
     from PIL import Image
 
     images, labels = data.generate("samples", range(4 * count))
@@ -227,7 +226,7 @@ def write_samples(count: int = 16) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Draw, train, write the assets."""
     parser = argparse.ArgumentParser(prog="python -m scc_fast.tiny.train", description=__doc__)
-    parser.add_argument("--font", type=Path, help="draw the artwork anew from this font")
+    parser.add_argument("--font", type=Path, help="draw the artwork again, from this font")
     parser.add_argument("--steps", type=int, default=1700)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--peak-lr", type=float, default=1e-3)
@@ -247,7 +246,7 @@ def main(argv: list[str] | None = None) -> None:
     half = {name: value.half().contiguous() for name, value in model.state_dict().items()}
     partial = data.ASSETS / "open_clip_model.partial"
     save_file(half, partial)
-    partial.chmod(0o644)  # safetensors writes for the owner alone
+    partial.chmod(0o644)  # safetensors files are private by default
     os.replace(partial, data.ASSETS / "open_clip_model.safetensors")
     write_samples()
     options.checkpoint.unlink(missing_ok=True)
