@@ -123,7 +123,13 @@ def evaluate(
     ] = "tiny",
     dataset: Annotated[str, typer.Option(help="As clip-benchmark spells it; or emoji.")] = "emoji",
     defense: Annotated[str, typer.Option(help="Such as none,ttc:steps=5,scc.")] = "none,ttc,scc",
-    attack: Annotated[str, typer.Option(help="Such as pgd10,aa,adaptive.")] = "pgd10,adaptive",
+    attack: Annotated[
+        str,
+        typer.Option(
+            help="Such as pgd10,aa,adaptive; standard is damaged,pgd10,pgd-own10,pgd-random10,"
+            "adaptive."
+        ),
+    ] = "standard",
     eps: Annotated[str, typer.Option(help="Budgets, such as 1/255,4/255.")] = "1/255",
     n_samples: Annotated[int | None, typer.Option(help="Default: all.", min=1)] = None,
     adaptive_n: Annotated[

@@ -60,7 +60,7 @@ def test_fields_arrive() -> None:
 
 def test_who_knows_what_and_what_must_work() -> None:
     oblivious = {"pgd", "cw", "apgd-ce", "apgd-dlr", "apgd-t", "aa", "autoattack"}
-    need_not = {"square", "transfer", "pgd-own", "pgd-random"}
+    need_not = {"square", "transfer", "pgd-own", "pgd-random", "damaged"}
     assert oblivious | need_not <= set(ATTACKS)
     for name in oblivious | need_not:
         assert not ATTACKS[name].aware

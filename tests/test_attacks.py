@@ -119,7 +119,7 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
 ]
 
 
-@pytest.mark.parametrize("spec", [*SPECS, *PACKAGED])
+@pytest.mark.parametrize("spec", [*SPECS, *PACKAGED, "damaged"])
 def test_refusals(spec: str) -> None:
     right = {
         "x": torch.rand(2, 3, 32, 32),

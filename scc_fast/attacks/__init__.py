@@ -1,4 +1,4 @@
-"""Attacks by name: made on the undefended model, or knowing the defense."""
+"""Attacks by name: on the undefended model, or knowing the defense; and ordinary damage."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from scc_fast.attacks.adaptive import BPDA, GateEvasion, PseudoLabel, ViewAware
 from scc_fast.attacks.apgd import APGDCE, APGDDLR, APGDT
 from scc_fast.attacks.autoattack import AutoAttack, PaperAA, Square
 from scc_fast.attacks.base import Attack
+from scc_fast.attacks.damage import Damaged
 from scc_fast.attacks.leakage import PGDOwn, PGDRandom
 from scc_fast.attacks.margin import CW
 from scc_fast.attacks.module import BareLogits
@@ -34,6 +35,7 @@ ATTACKS: dict[str, type[Attack]] = {
         Transfer,
         PGDOwn,
         PGDRandom,
+        Damaged,
         ViewAware,
         BPDA,
         GateEvasion,
@@ -53,6 +55,7 @@ __all__ = [
     "Attack",
     "AutoAttack",
     "BareLogits",
+    "Damaged",
     "GateEvasion",
     "PGDOwn",
     "PGDRandom",
@@ -75,7 +78,7 @@ def parse_attack(spec: str, epsilon: float) -> Attack:
 
     Args:
         spec: the name and what departs from its defaults; not the budget.
-        epsilon: the budget, pixel units in [0, 1).
+        epsilon: the budget, pixel units in [0, 1); an attack that has none ("damaged") ignores it.
 
     Raises:
         ValueError: an unknown name or field, one given twice, or a value that cannot be right.
@@ -98,7 +101,7 @@ def parse_attack(spec: str, epsilon: float) -> Attack:
     for part in parts:
         key, _, text = part.partition("=")
         if key not in known:
-            hint = "the budget is given apart; " if key == "epsilon" else ""
+            hint = "the budget is given apart; " if key == "epsilon" and kind.budgeted else ""
             raise ValueError(
                 f"attack {shown(spec)}: {hint}{shown(key)} must be one of {', '.join(known)}"
                 f"{nearest(key, known)}"
@@ -106,8 +109,10 @@ def parse_attack(spec: str, epsilon: float) -> Attack:
         if key in given:
             raise ValueError(f"attack {shown(spec)}: {key} is given twice")
         given[key] = text if isinstance(fields[key].default, str) else _value(text)
+    if kind.budgeted:
+        given["epsilon"] = epsilon
     try:
-        return kind(epsilon=epsilon, **given)
+        return kind(**given)
     except ValueError as error:
         raise ValueError(f"attack {shown(spec)}: {error}") from None
 

@@ -40,6 +40,7 @@ class Attack(ABC):
             and shown to all.
         conclusive: a working one must bring the undefended model down; one that need not
             (black boxes, controls) says so.
+        budgeted: it has a budget; else its epsilon is 0, and pixels may move anywhere in [0, 1].
     """
 
     epsilon: float = 4 / 255
@@ -47,6 +48,7 @@ class Attack(ABC):
     name: ClassVar[str]
     aware: ClassVar[bool] = False
     conclusive: ClassVar[bool] = True
+    budgeted: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -76,6 +78,11 @@ class Attack(ABC):
                 )
         return ":".join(parts)
 
+    @property
+    def reach(self) -> float:
+        """How far a pixel may move."""
+        return self.epsilon if self.budgeted else 1.0
+
     def suits(self, target: Defender) -> bool:
         """Whether it can be made against this defense (a gate attack needs a gate)."""
         return True
@@ -91,13 +98,15 @@ class Attack(ABC):
             seeds: (B,) int64, the attacker's own.
 
         Returns:
-            (B, 3, H, W) float32 in [0, 1], within epsilon of x.
+            (B, 3, H, W) float32 in [0, 1], within `reach` of x.
         """
 
     def settings(self) -> dict[str, Any]:
-        """Name and fields, the budget as "4/255"."""
-        fields = dataclasses.asdict(self)
-        return {"attack": self.name, **fields, "epsilon": format_epsilon(self.epsilon)}
+        """Name and fields, the budget, if it has one, as "4/255"."""
+        found = {"attack": self.name, **dataclasses.asdict(self)}
+        if self.budgeted:
+            return found | {"epsilon": format_epsilon(self.epsilon)}
+        return {name: value for name, value in found.items() if name != "epsilon"}
 
 
 def prepared(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,6 +18,16 @@ if TYPE_CHECKING:
 
 FORMAT = 1  # of results.json
 CLEAN, WORST = "clean", "worst"
+NO_BUDGET = format_epsilon(0.0)  # clean and damaged pictures
+# Attacks under plain words at the head of a column, and what a table says of them below.
+_WORDS = {"pgd-own": "own answer", "pgd-random": "random class"}
+_NOTES = {
+    "damaged": "damaged: no attacker, but ordinary damage, one of nine kinds a picture: JPEG of "
+    "quality 50 or 20, noise of 8/255 or 16/255, blur of 1.5 pixels, half the resolution, half "
+    "the brightness, grey, 15° of rotation",
+    "pgd-own": "own answer: PGD driven by the model's own answer, so that no label leaks",
+    "pgd-random": "random class: PGD towards a random class",
+}
 
 
 def wilson(hits: int, n: int, z: float = 1.959964) -> tuple[float, float]:
@@ -38,7 +49,7 @@ class Row:
         attack, title: the same of the attack ("pgd10", "PGD-10"); "clean" is none, "worst" counts
             an image only if it is right under every attack of `of`.
         aware: the attack knew the defense.
-        eps: budget, as "4/255".
+        eps: budget, as "4/255"; "0/255" where there is none.
         clean_right, clean_wrong: the images that the undefended model gets right (wrong) when they
             are clean, {"n", "hits"}: an oblivious attack may give the label away, and then the
             defense is right where the model was wrong.
@@ -132,9 +143,41 @@ def timed_rows(rows: Sequence[Row], times: Sequence[Mapping[str, Any]]) -> list[
     return found
 
 
+def base_of(spec: str) -> str:
+    """The name of an attack, "pgd" of "pgd10" and "pgd:steps=20"."""
+    return re.sub(r"\d*(:.*)?$", "", spec)
+
+
+def place(attack: str, eps: str, aware: bool) -> int:
+    """Where the column of an attack stands among those of its budget.
+
+    Clean, damaged, PGD, its two controls, others that do not know the defense, those that know it,
+    the worst.
+    """
+    if attack in (CLEAN, WORST):
+        return 0 if attack == CLEAN else 7
+    if eps == NO_BUDGET or aware:
+        return 6 if aware else 1
+    return {"pgd": 2, "pgd-own": 3, "pgd-random": 4}.get(base_of(attack), 5)
+
+
+def footnotes(specs: Iterable[str]) -> list[str]:
+    """What a table says below of columns whose heads are short, each once."""
+    bases = {base_of(spec) for spec in specs}
+    return [note for base, note in _NOTES.items() if base in bases]
+
+
+def _head(spec: str, title: str) -> str:
+    """An attack at the head of a column; the controls in words, with what departs from 10 steps."""
+    base = base_of(spec)
+    if base not in _WORDS:
+        return title
+    return _WORDS[base] + f" ({spec})" * (spec not in (base, f"{base}10"))
+
+
 def attack_titles(some: Iterable[Any]) -> dict[tuple[str, str], str]:
-    """{(attack, eps): title}, in order; where two of one budget share a title, with the spec."""
-    named = {(one.attack, one.eps): one.title for one in some}
+    """{(attack, eps): head of a column}, in order; two of one budget that share it get the spec."""
+    named = {(one.attack, one.eps): _head(one.attack, one.title) for one in some}
     seen = [(title, eps) for (_, eps), title in named.items()]
     return {
         key: title if seen.count((title, key[1])) == 1 else f"{title} ({key[0]})"
@@ -161,17 +204,18 @@ def table(rows: Sequence[Row], title: str, times: Sequence[Mapping[str, Any]] = 
     from rich.table import Table
 
     found = {(row.defense, row.attack, row.eps): row for row in rows}
-    titles = attack_titles(rows)
+    titles = attack_titles(sorted(rows, key=lambda row: place(row.attack, row.eps, row.aware)))
+    notes = footnotes(attack for attack, _ in titles)
     drawn = Table(
         title=title,
-        caption="percent correct, 95 % Wilson interval",
+        caption="\n".join(["percent correct, 95 % Wilson interval", *notes]),
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
     drawn.add_column("defense")
     for (attack, eps), name in titles.items():
         counts = sorted({row.n for row in rows if (row.attack, row.eps) == (attack, eps)})
-        budget = "" if attack == CLEAN else f"\n{eps}"
+        budget = "" if eps == NO_BUDGET else f"\n{eps}"
         head = name.replace(" ", "\n").replace("view-aware", "view-\naware")
         head = head.replace(":", ":\n")
         drawn.add_column(f"{head}{budget}\nn={'/'.join(map(str, counts))}", justify="right")

@@ -10,6 +10,7 @@ import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -40,7 +41,9 @@ from scc_fast.evaluate.store import (
 from scc_fast.evaluate.worker import Judged, Made, Place, Setting, Task, Worker
 from scc_fast.models.checkpoints import without_folders
 
-ADAPTIVE = "adaptive"  # on a command line: every attack that suits a defense and knows it
+# On a command line: every attack that suits a defense and knows it, and the main table's columns.
+ADAPTIVE, STANDARD = "adaptive", "standard"
+STANDARDS = ("damaged", "pgd10", "pgd-own10", "pgd-random10", ADAPTIVE)
 
 
 class Executor(Protocol):
@@ -59,8 +62,9 @@ class Asked:
 
     Args:
         defenses: specs, see defenses.parse_defense; "none" is always there.
-        attacks: specs, see attacks.parse_attack, or "adaptive"; "clean" is always there.
-        eps: budgets, pixel units.
+        attacks: specs, see attacks.parse_attack, or "adaptive", or "standard" for STANDARDS;
+            "clean" is always there.
+        eps: budgets, pixel units; what has none ("damaged") is made once.
         adaptive_n: attacks that know the defense get the first so many pictures; None: all.
         allow_weak: do not stop where an attack leaves the undefended model standing.
     """
@@ -74,7 +78,8 @@ class Asked:
     def __post_init__(self) -> None:
         object.__setattr__(self, "defenses", tuple(dict.fromkeys(("none", *self.defenses))))
         alike: dict[str, str] = {}  # "pgd10" and "pgd:steps=10" are one; the first spelling stays
-        for spec in self.attacks:
+        sets = (STANDARDS if spec == STANDARD else (spec,) for spec in self.attacks)
+        for spec in chain.from_iterable(sets):
             alike.setdefault(_plainly(spec), spec)
         object.__setattr__(self, "attacks", tuple(alike.values()))
         for spec in self.defenses:
@@ -111,14 +116,17 @@ class Run:
         others = tuple(spec for spec in asked.defenses if spec != "none")
         plain = [(CLEAN, 0.0)]
         for spec in asked.attacks:
-            if spec in (CLEAN, ADAPTIVE) or attacks.parse_attack(spec, 4 / 255).aware:
+            if spec in (CLEAN, ADAPTIVE):
                 continue
-            if not attacks.parse_attack(spec, 4 / 255).suits(self.worker.defense("none")):
+            attack = attacks.parse_attack(spec, 4 / 255)
+            if attack.aware:
+                continue
+            if not attack.suits(self.worker.defense("none")):
                 raise ValueError(
                     f"attack {shown(spec)} cannot be made here: {self.worker.data.name} has "
                     f"{len(set(self.worker.data.prompts))} different classes"
                 )
-            plain += [(spec, epsilon) for epsilon in asked.eps]
+            plain += [(spec, epsilon) for epsilon in (asked.eps if attack.budgeted else (0.0,))]
         every = list(self.worker.batches())
         found = [Task(spec, e, None, *b, ("none",)) for spec, e in plain for b in every]
         found += [Task(spec, e, None, *b, others) for spec, e in plain for b in every if others]
@@ -407,7 +415,7 @@ def _plainly(spec: str) -> str:
     try:
         return attacks.parse_attack(spec, 4 / 255).spec
     except ValueError as error:
-        raise ValueError(f"{error}{nearest(spec, (ADAPTIVE,))}") from None
+        raise ValueError(f"{error}{nearest(spec, (ADAPTIVE, STANDARD))}") from None
 
 
 def _settings(spec: str, epsilon: float) -> dict[str, Any]:

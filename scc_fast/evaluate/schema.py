@@ -40,7 +40,7 @@ FIELDS: dict[str, Field] = {
     "attack": Field(_TEXT, "the attack as it was asked for; `clean` is none, `worst` is over `of`"),
     "title": Field(_TEXT, "name of the attack"),
     "aware": Field(_FLAG, "the attack knew the defense"),
-    "eps": Field(_TEXT, "budget of the attack, such as `4/255`"),
+    "eps": Field(_TEXT, "budget of the attack, such as `4/255`; `0/255` where it has none"),
     "attack_settings": Field(_DICT, "of the attack"),
     "of": Field((list,), "the attacks that a `worst` row is over: right only if right under each"),
     "n": Field(_COUNT, "pictures"),

@@ -241,7 +241,7 @@ class Store:
         self, spec: str, epsilon: float, settings: dict[str, Any] | None = None
     ) -> AttackFolder:
         """The folder of an attack; with its settings it is made, and held against them."""
-        budget = "" if spec == CLEAN else "@" + format_epsilon(epsilon).replace("/", "_")
+        budget = "@" + format_epsilon(epsilon).replace("/", "_") if epsilon else ""
         found = self._attack(self.folder / (slug(spec) + budget), spec, epsilon)
         if settings is not None:
             path = found.path / "attack.json"

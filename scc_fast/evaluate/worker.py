@@ -64,7 +64,7 @@ class Task:
 
     Args:
         attack: a spec such as "pgd10", or "clean".
-        epsilon: its budget.
+        epsilon: its budget, 0 where it has none.
         owner: the defense that the attack knows; None for one made on the undefended model.
         batch: which.
         count: how many images it has.
@@ -243,7 +243,7 @@ class Worker:
         target = self.defense(owner or "none")
         began = time.perf_counter()
         found = attack.run(target, x, labels, seeds)
-        delta = (found.clamp(0, 1) - x).clamp(-attack.epsilon, attack.epsilon)
+        delta = (found.clamp(0, 1) - x).clamp(-attack.reach, attack.reach)
         # Rounded to nearest: at most 2^-11 of the perturbation is lost, and nothing is cut off.
         stored = delta.to(torch.float16)
         seconds = time.perf_counter() - began
@@ -264,15 +264,16 @@ def restored(x: Tensor, delta: Tensor, attack: Attack, batch: int) -> Tensor:
     Raises:
         ValueError: another shape, not finite, or outside the ball by more than the rounding.
     """
-    where = f"images kept of {attack.title} at {format_epsilon(attack.epsilon)}, batch {batch}"
+    budget = f" at {format_epsilon(attack.epsilon)}" if attack.budgeted else ""
+    where = f"images kept of {attack.title}{budget}, batch {batch}"
     if delta.shape != x.shape:
         raise ValueError(f"{where}: shape {tuple(delta.shape)}, the pictures have {tuple(x.shape)}")
     delta = delta.float()
     # Half a unit in the last place of a float16, normal or not.
-    room = attack.epsilon * (1 + 2.0**-11) + 2.0**-25
+    room = attack.reach * (1 + 2.0**-11) + 2.0**-25
     if not bool((delta.abs() <= room).all()):  # NaN is not
         raise ValueError(f"{where}: not within the budget; remove the file to make them again")
-    return (x + delta.clamp(-attack.epsilon, attack.epsilon)).clamp(0, 1)
+    return (x + delta.clamp(-attack.reach, attack.reach)).clamp(0, 1)
 
 
 def _bits(flags: Tensor) -> str:
