@@ -26,13 +26,13 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from scc_fast._files import atomic, write_json
 from scc_fast.evaluate import command
 from scc_fast.evaluate.report import make_report
-from scc_fast.evaluate.results import Row, cell, wilson
+from scc_fast.evaluate.results import NO_BUDGET, Row, cell, wilson
 from scc_fast.evaluate.runner import Asked
 from scc_fast.evaluate.worker import Setting, Worker, environment
 
 HERE = Path(__file__).parent
 STORED = HERE / "results" / "cpu" / "evaluation"
-PAGE = HERE.parent / "docs" / "results.md"
+PAGE, README = HERE.parent / "docs" / "results.md", HERE.parent / "README.md"
 ALL = (1 / 255, 2 / 255, 4 / 255)
 FOUR = ALL[-1:]
 BUDGETS = ("1/255", "2/255", "4/255")
@@ -50,7 +50,6 @@ ABLATION = (
     "scc:views=paper:semantic=false",
 )
 CONTROLS = ("pgd-own10", "pgd-random10")
-CONTROLLED = ("none", "views", "ttc", "scc", "csr", "dbd")
 
 
 def flips_and_shifts(count: int) -> str:
@@ -89,10 +88,10 @@ def stages(adaptive_n: int) -> dict[str, list[tuple[str, Asked]]]:
     swept = tuple(dict.fromkeys(every))
     return {
         "table": [
-            ("test", Asked(TABLE, ("pgd10",), ALL)),
+            ("test", Asked(TABLE, ("damaged", "pgd10"), ALL)),
             ("test", Asked(TABLE, ("pgd100", "aa"), FOUR)),
         ],
-        "controls": [("test", Asked(CONTROLLED, CONTROLS, ALL))],
+        "controls": [("test", Asked(TABLE, CONTROLS, ALL))],
         "knowing": [("test", Asked(TABLE, ("adaptive",), FOUR, adaptive_n))],
         "ablation": [
             ("test", Asked(ABLATION, ("pgd10",), FOUR)),
@@ -215,15 +214,21 @@ def _auc(clean: torch.Tensor, attacked: torch.Tensor, low: bool) -> float:
 
 
 def write_page(stored: Path) -> None:
-    """Put the tables between their marks in the page."""
-    page = PAGE.read_text()
-    for name, lines in tables(stored).items():
+    """Put the tables between their marks in the page, and the first in the README."""
+    found = tables(stored)
+    _put(PAGE, found)
+    _put(README, {"docs/results.md": found["methods"]})
+
+
+def _put(path: Path, found: dict[str, list[str]]) -> None:
+    page = path.read_text()
+    for name, lines in found.items():
         mark = f"<!-- table {name} -->"
         if mark not in page:
-            raise ValueError(f"{PAGE} has no {mark}")
+            raise ValueError(f"{path} has no {mark}")
         body = "\n".join([mark, *lines, ""])
         page = re.sub(rf"{re.escape(mark)}\n(\|.*\n)*", lambda _, body=body: body, page)
-    with atomic(PAGE) as partial:
+    with atomic(path) as partial:
         partial.write_text(page)
 
 
@@ -243,9 +248,12 @@ def tables(stored: Path) -> dict[str, list[str]]:
         for validation in (False, True)
     )
     oblivious = {
-        "clean": ("clean", "0/255"),
+        "clean": ("clean", NO_BUDGET),
+        "damaged": ("damaged", NO_BUDGET),
         **{f"PGD-10, {eps}": ("pgd10", eps) for eps in BUDGETS},
         "PGD-100, 4/255": ("pgd100", BUDGET),
+        "own answer, 4/255": ("pgd-own10", BUDGET),
+        "random class, 4/255": ("pgd-random10", BUDGET),
         "AutoAttack (apgd-ce, apgd-dlr), 4/255": ("aa", BUDGET),
         "worst of all, 4/255": ("worst", BUDGET),
     }
@@ -304,18 +312,24 @@ def _gates(found: list[dict[str, Any]]) -> list[str]:
 
 
 def _controls(rows: dict[tuple[str, str, str], Row]) -> list[str]:
-    """Accuracy under PGD that knows the label and under those that do not."""
+    """Accuracy under PGD that knows the label and under those that do not, where measured."""
     attacks = ("pgd10", *CONTROLS)
     lines = [
         "| defense | budget | clean | " + " | ".join(attacks) + " |",
         "| --- | --- |" + " --: |" * (1 + len(attacks)),
     ]
-    for name in CONTROLLED:
+    for name in _controlled(rows):
         for eps in BUDGETS:
             cells = [cell(rows[name, "clean", "0/255"])]
             cells += [cell(rows[name, attack, eps]) for attack in attacks]
             lines.append(f"| {name} | {eps} | " + " | ".join(cells) + " |")
     return lines
+
+
+def _controlled(rows: dict[tuple[str, str, str], Row]) -> list[str]:
+    """The methods that both controls were measured on, at every budget."""
+    asked = [(attack, eps) for attack in CONTROLS for eps in BUDGETS]
+    return [name for name in TABLE if all((name, *one) in rows for one in asked)]
 
 
 def _leak(rows: dict[tuple[str, str, str], Row]) -> list[str]:
@@ -332,7 +346,7 @@ def _leak(rows: dict[tuple[str, str, str], Row]) -> list[str]:
         "| defense | budget | " + " | ".join(columns) + " |",
         "| --- | --- |" + " --: |" * len(columns),
     ]
-    for name in CONTROLLED:
+    for name in _controlled(rows):
         for eps in BUDGETS:
             cells = []
             for side, attack in columns.values():
@@ -392,10 +406,16 @@ def _grid(
     columns: dict[str, tuple[str, str]],
     rows: dict[tuple[str, str, str], Row],
 ) -> list[str]:
-    lines = ["| defense | " + " | ".join(columns) + " |", "| --- |" + " --: |" * len(columns)]
+    """A line a defense, a column an attack; without those that were measured on none."""
+    heads = [
+        head
+        for head, column in columns.items()
+        if any((name, *column) in rows for name in defenses)
+    ]
+    lines = ["| defense | " + " | ".join(heads) + " |", "| --- |" + " --: |" * len(heads)]
     for defense in defenses:
         cells = []
-        for attack, eps in columns.values():
+        for attack, eps in (columns[head] for head in heads):
             row = rows.get((defense, attack, eps))
             small = "" if row is None or row.n >= 1000 else f" (n={row.n})"
             cells.append(cell(row) + small)

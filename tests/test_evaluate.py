@@ -60,7 +60,7 @@ def row(defense: str, title: str, eps: str, right: str, clean: str | None = None
         "1" * len(right) if clean is None else clean,
         defense=defense,
         method=defense,
-        attack="clean" if title == "clean" else title.lower(),
+        attack="clean" if title == "clean" else title.lower().replace("-", ""),
         title=title,
         aware=False,
         eps=eps,
@@ -130,7 +130,7 @@ def test_attacks_of_one_title_have_columns_of_their_own() -> None:
     drawn = table([*ROWS[:2], strong, ROWS[2]], "a title")
     heads = [str(column.header).split("\n") for column in drawn.columns]
     assert heads[2:4] == [
-        ["PGD-10", "(pgd-10)", "1/255", "n=100"],
+        ["PGD-10", "(pgd10)", "1/255", "n=100"],
         ["PGD-10", "(pgd10:", "restarts=5)", "1/255", "n=20"],
     ]
     # Wilson by hand for 5 of 20: (0.25 + 0.0960 ± 0.2146) / 1.1921 = 0.112 to 0.469.

@@ -18,7 +18,7 @@ from pandas import DataFrame
 from scc_fast._files import atomic
 from scc_fast.config import parse_epsilon
 from scc_fast.evaluate.report.pool import beside, clean, each, is_ablation, worst
-from scc_fast.evaluate.results import CLEAN
+from scc_fast.evaluate.results import NO_BUDGET
 
 NAMES = ("pareto.png", "epsilon.png", "adaptive.png")
 # Okabe and Ito's colours, told apart without colour vision; with the markers 56 pairs.
@@ -150,7 +150,7 @@ def _sweeps(group: DataFrame) -> Iterator[Panel]:
 
 def _lines(group: DataFrame, under: DataFrame) -> dict[str, list[tuple[float, dict[str, Any]]]]:
     """Panel's lines, of each defense that has more than one figure."""
-    budgets = list(group[group.attack != CLEAN].sort_values("attack_order").eps.unique())
+    budgets = list(group[group.eps != NO_BUDGET].sort_values("attack_order").eps.unique())
     whose = group.drop_duplicates("defense")
     columns = [beside(whose, clean(group))]
     columns += [beside(whose, under[under.eps == eps]) for eps in budgets]

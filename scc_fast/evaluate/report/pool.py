@@ -18,7 +18,16 @@ from pandas import DataFrame
 
 from scc_fast.config import parse_epsilon
 from scc_fast.evaluate.report import paper
-from scc_fast.evaluate.results import CLEAN, DATA, MODEL, WORST, wilson
+from scc_fast.evaluate.results import (
+    CLEAN,
+    DATA,
+    MODEL,
+    NO_BUDGET,
+    WORST,
+    base_of,
+    place,
+    wilson,
+)
 
 DAGGER = "†"
 # A figure: percent where it has an interval or a spread, text where it is published; its 95 %
@@ -39,7 +48,7 @@ class Measured:
             unless another run of that seed has it with as many images or more.
         figures: a line for each accuracy over its seeds: FIGURE, with `group`, `where`, what all
             seeds share, and what pool() adds; by group, defense (undefended first, else in the
-            order of METHODS) and attack (clean first, by budget, "worst" last of each).
+            order of METHODS) and attack (by budget, clean and damaged first; else as place() says).
         left_out: sentences by group: what another run of the same seed had with more images.
     """
 
@@ -104,10 +113,10 @@ def pool(rows: DataFrame) -> DataFrame:
     each; `right` and `wrong`, figures of the images that the undefended model gets right (wrong)
     when clean, or {}; `flagged`, percent, and `ms`, means, None if not known; `over`, the attacks
     that a worst row is over; the attack's `base` name and `steps`; whether it is `oblivious` (does
-    not know the defense), a `control` (cannot give the label away), the `headline` of its budget
-    (PGD-10 as published, else the first that is oblivious and no control); `papers`, which of the
-    papers' attacks it is: "pgd10", "cw", "aa" or "". `defense_order` and `attack_order` are
-    their places in tables.
+    not know the defense; damage is no attack), a `control` (cannot give the label away), the
+    `headline` of its budget (PGD-10 as published, else the first that is oblivious and no control);
+    `papers`, which of the papers' attacks it is: "pgd10", "cw", "aa" or "". `defense_order` and
+    `attack_order` are their places in tables.
     """
     parts = rows.sort_values("seed", kind="stable").groupby(
         ["group", "defense", "attack", "eps"], sort=False
@@ -120,7 +129,7 @@ def pool(rows: DataFrame) -> DataFrame:
     )
     attacks = sorted(
         dict.fromkeys((one.attack, one.eps, one.aware) for one in each(found)),
-        key=lambda one: (one[0] != CLEAN, parse_epsilon(one[1]), one[0] == WORST, one[2]),
+        key=lambda one: (parse_epsilon(one[1]), place(*one)),
     )
     defense_order = {spec: order for order, (*_, spec) in enumerate(defenses)}
     attack_order = {one[:2]: order for order, one in enumerate(attacks)}
@@ -145,7 +154,7 @@ def _pooled(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     figure = shares([(row["hits"], row["n"]) for row in rows])
     if len(rows) == 1:
         figure |= {"ci_low": 100 * one["ci_low"], "ci_high": 100 * one["ci_high"]}
-    oblivious = one["attack"] not in (CLEAN, WORST) and not one["aware"]
+    oblivious = one["attack"] != WORST and one["eps"] != NO_BUDGET and not one["aware"]
     base, steps = _base_and_steps(one)
     of = [" + ".join(spec for spec in row["of"] if spec != CLEAN) for row in rows]
     over = [names or "attacks that are not named" for names in of]
@@ -269,7 +278,7 @@ def _base_and_steps(one: Mapping[str, Any]) -> tuple[str, int | None]:
     if type(steps) is not int:
         match = re.fullmatch(r"[^:]*?(\d+)", spec)
         steps = int(match[1]) if match else None
-    return base if isinstance(base, str) else re.sub(r"\d*(:.*)?$", "", spec), steps
+    return base if isinstance(base, str) else base_of(spec), steps
 
 
 def _paper_attack(one: Mapping[str, Any], base: str, steps: int | None) -> str:

@@ -31,7 +31,7 @@ from scc_fast.evaluate.report.pool import (
     titles,
     worst,
 )
-from scc_fast.evaluate.results import CLEAN, DATA, MODEL, WORST, attack_titles
+from scc_fast.evaluate.results import DATA, MODEL, NO_BUDGET, WORST, attack_titles, footnotes
 
 ROBUST, ADAPTIVE, ACCURACY, WORST_ADAPTIVE = "Rob.", "Adapt.", "Acc.", "worst adaptive"
 _ATTACKS = {"pgd10": "PGD-10", "cw": "CW", "aa": "AutoAttack (apgd-ce, apgd-dlr)"}
@@ -455,7 +455,7 @@ def _attacks(group: DataFrame) -> Iterator[Table]:
         if some.empty:
             continue
         named = attack_titles(each(some.sort_values("attack_order", kind="stable")))
-        headings = {key: "" if key[0] == CLEAN else f"at {key[1]}" for key in named}
+        headings = {key: "" if key[1] == NO_BUDGET else f"at {key[1]}" for key in named}
         keys = list(zip(some.attack, some.eps, strict=True))
         some = some.assign(heading=[headings[k] for k in keys], column=[named[k] for k in keys])
         columns = [(headings[key], title) for key, title in named.items()]
@@ -477,6 +477,7 @@ def _attacks(group: DataFrame) -> Iterator[Table]:
             (
                 _MEASURED,
                 _SUITS if aware else _BESIDE,
+                *(f"{note}." for note in footnotes(attack for attack, _ in named)),
                 *(_over_notes(known.column.iloc[0], common) if len(known) else ()),
             ),
         )
@@ -507,8 +508,8 @@ def _leak(group: DataFrame) -> Iterator[Table]:
         "Rob.": [figure_of(one) for one in each(some)],
         "Rob., clean-right": list(some.right),
         "Rob., clean-wrong": list(some.wrong),
-        "own label": control("pgd-own"),
-        "random target": control("pgd-random"),
+        "own answer": control("pgd-own"),
+        "random class": control("pgd-random"),
     }
     cells = [_replaced(some, figures, column=name) for name, figures in parts.items()]
     yield Table(
@@ -522,8 +523,8 @@ def _leak(group: DataFrame) -> Iterator[Table]:
             "when they are clean. An attack that pushes away from the true class tells a defense "
             "which class that was: right answers on clean-wrong images that appear only under "
             "attack come from the label, and so does robust above clean accuracy.",
-            "own label, random target: the same attack away from the model's own prediction, and "
-            "towards a random wrong class; neither uses the true label.",
+            "own answer, random class: the same attack away from the model's own answer, and "
+            "towards a random wrong class; neither gives the true label away.",
             _MEASURED,
         ),
     )
