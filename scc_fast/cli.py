@@ -51,7 +51,7 @@ def demo(
     """Attack the bundled model, defend it, print one table and draw one figure."""
     from scc_fast._files import write_json
     from scc_fast.evaluate.demo import Demo
-    from scc_fast.evaluate.results import table, timed_rows
+    from scc_fast.evaluate.results import tables, timed_rows
 
     options.figure_format(figure)
     show = Demo(n=n, adaptive_n=min(n, adaptive_n), seed=seed)
@@ -62,7 +62,8 @@ def demo(
         )
         show.figure(figure)
         bar.advance(task)
-    out.print(table(rows, f"bundled model, test split, seed {seed}", times))
+    for drawn in tables(rows, f"bundled model, test split, seed {seed}", times):
+        out.print(drawn)
     out.print(
         "An oblivious attacker (PGD) does not know the defense. View-aware and BPDA ones do: "
         "read those columns before you rely on it."
@@ -162,7 +163,7 @@ def evaluate(
     """Robust accuracy of defenses under attacks, into a folder that `report` makes tables of."""
     from scc_fast._files import write_json
     from scc_fast.evaluate import command
-    from scc_fast.evaluate.results import table, timed_rows
+    from scc_fast.evaluate.results import tables, timed_rows
 
     options.engine_suits(
         engine, workers is not None or cores != 1 or gpus != 0 or ray_address is not None
@@ -214,7 +215,8 @@ def evaluate(
             settings, asked, folder, cluster, start=start, tick=tick, say=say
         )
     for outcome in outcomes:
-        out.print(table(outcome.rows, outcome.folder.name, outcome.times))
+        for drawn in tables(outcome.rows, outcome.folder.name, outcome.times):
+            out.print(drawn)
     if json is not None:
         write_json(json, {"rows": [r for o in outcomes for r in timed_rows(o.rows, o.times)]})
     text = f"results: {folder}; tables and figures: scc-fast report {folder}"

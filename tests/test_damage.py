@@ -19,7 +19,7 @@ from runs import FOUR, run_in
 from scc_fast import image_seeds
 from scc_fast.attacks import Damaged, parse_attack
 from scc_fast.attacks.damage import DAMAGES, kinds_of
-from scc_fast.evaluate.results import table
+from scc_fast.evaluate.results import tables
 from scc_fast.evaluate.runner import STANDARDS, Asked
 from scc_fast.evaluate.schema import misfits
 from scc_fast.evaluate.worker import restored
@@ -232,7 +232,8 @@ def test_it_is_in_no_worst_row(tmp_path: Path) -> None:
     asked = Asked(("none",), ("damaged", "bpda:steps=1:warmup=0"), (FOUR,), allow_weak=True)
     rows = {row.attack: row for row in run_in(tmp_path, n_samples=2).go(asked)}
     assert rows["worst"].of == ["clean", "bpda:steps=1:warmup=0"]
-    heads = [str(column.header).split("\n") for column in table([*rows.values()], "t").columns]
+    (drawn,) = tables([*rows.values()], "t")
+    heads = [str(column.header).split("\n") for column in drawn.columns]
     assert heads[2] == ["damaged", "n=2"]
 
 

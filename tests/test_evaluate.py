@@ -25,7 +25,7 @@ from scc_fast.evaluate.results import (
     format_rows,
     read,
     row_of,
-    table,
+    tables,
     wilson,
     worst_of,
 )
@@ -110,7 +110,9 @@ def test_an_attack_must_cost_a_tenth_of_what_was_right(kept: int, right: int, fa
 def test_the_terminal_table() -> None:
     assert cell(ROWS[0]) == "95.0 [88.8, 97.8]"
     assert cell(None) == "–"
-    drawn = table(ROWS, "a title", [{"defense": "none", "attack": "clean", "ms_per_image": 2.04}])
+    (drawn,) = tables(
+        ROWS, "a title", [{"defense": "none", "attack": "clean", "ms_per_image": 2.04}]
+    )
     heads = [str(column.header).split("\n") for column in drawn.columns]
     assert heads == [
         ["defense"], ["clean", "n=100"], ["PGD-10", "1/255", "n=100"],
@@ -121,13 +123,13 @@ def test_the_terminal_table() -> None:
     assert cells[1] == ["95.0\n89–98", "90.0\n83–94"]
     assert cells[2] == ["25.0\n18–34", "–"]
     assert cells[-1] == ["2.0", "–"]
-    assert len(table(ROWS, "a title").columns) == 4
+    assert [len(one.columns) for one in tables(ROWS, "a title")] == [4]
 
 
 def test_attacks_of_one_title_have_columns_of_their_own() -> None:
     strong = row("none", "PGD-10", "1/255", "1" * 5 + "0" * 15)
     strong = dataclasses.replace(strong, attack="pgd10:restarts=5")
-    drawn = table([*ROWS[:2], strong, ROWS[2]], "a title")
+    (drawn,) = tables([*ROWS[:2], strong, ROWS[2]], "a title")
     heads = [str(column.header).split("\n") for column in drawn.columns]
     assert heads[2:4] == [
         ["PGD-10", "(pgd10)", "1/255", "n=100"],

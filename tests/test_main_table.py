@@ -11,7 +11,7 @@ from report_rows import row, write
 from scc_fast.evaluate.report import make_report
 from scc_fast.evaluate.report.pool import measured
 from scc_fast.evaluate.report.tables import make_tables
-from scc_fast.evaluate.results import Row, attack_titles, base_of, footnotes, read, table
+from scc_fast.evaluate.results import Row, attack_titles, base_of, footnotes, read, tables
 
 OWN = {"title": "PGD-10 (own prediction)", "attack_settings": {"attack": "pgd-own", "steps": 10}}
 RANDOM = {
@@ -47,8 +47,8 @@ def stored(path: Path) -> list[Row]:
 
 def test_the_report_has_the_columns_in_order(tmp_path: Path) -> None:
     write(tmp_path, [*rows_of("none"), *rows_of("scc")])
-    tables = [one for one in make_tables(measured(read(tmp_path))) if one.kind == "attacks"]
-    oblivious, knowing = tables
+    made = make_tables(measured(read(tmp_path)))
+    oblivious, knowing = (one for one in made if one.kind == "attacks")
     each = ("PGD-10", "own answer", "random class", "aa", "worst adaptive")
     assert oblivious.columns == (
         ("", "clean"),
@@ -95,7 +95,7 @@ def test_damage_is_no_attack_in_a_report(tmp_path: Path) -> None:
 
 def test_the_console_has_the_columns_in_order(tmp_path: Path) -> None:
     path = write(tmp_path, rows_of("scc", ("4/255",)))
-    drawn = table(stored(path), "a title")
+    (drawn,) = tables(stored(path), "a title")
     heads = [str(column.header).replace("\n", " ") for column in drawn.columns]
     assert heads == [
         "defense",
@@ -115,9 +115,37 @@ def test_the_console_has_the_columns_in_order(tmp_path: Path) -> None:
     assert [note.startswith(begin) for note, begin in zip(notes, NOTES, strict=True)] == [True] * 3
 
 
+def heads_of(drawn: Any) -> list[str]:
+    return [str(column.header).replace("\n", " ").split(" n=")[0] for column in drawn.columns]
+
+
+def test_a_console_without_room_has_the_knowing_attacks_apart(tmp_path: Path) -> None:
+    more = [row("scc", spec, 300, eps="4/255", aware=True) for spec in ("gate", "View-aware-30")]
+    path = write(tmp_path, [*rows_of("none", ("4/255",)), *rows_of("scc", ("4/255",)), *more])
+    times = [{"defense": "scc", "attack": "clean", "ms_per_image": 2.0}]
+    drawn = list(tables(stored(path), "a title", times))
+    oblivious = ["clean", "damaged", *(f"{one} 4/255" for one in ("PGD-10", "own answer"))]
+    knowing = [f"{one} 4/255" for one in ("bpda", "gate", "View- aware- 30", "worst per image")]
+    assert [heads_of(one) for one in drawn] == [
+        ["defense", *oblivious, "random class 4/255", "aa 4/255", "ms/ image"],
+        ["defense", *knowing],
+    ]
+    assert list(drawn[1].columns[2].cells) == ["–", "30.0\n28–33"]
+    assert [str(one.caption).count("own answer:") for one in drawn] == [1, 0]
+
+
+def test_a_console_table_has_at_most_nine_attacks(tmp_path: Path) -> None:
+    path = write(tmp_path, rows_of("scc", ("1/255", "2/255", "4/255")))
+    drawn = list(tables(stored(path), "a title"))
+    assert [len(one.columns) - 1 for one in drawn] == [7, 7, 6]  # 2 + 4 · 3, and 2 · 3
+    every = [head for one in drawn for head in heads_of(one)[1:]]
+    assert len(set(every)) == 20
+    assert every[:3] == ["clean", "damaged", "PGD-10 1/255"]
+
+
 def test_a_column_that_was_not_measured_is_absent(tmp_path: Path) -> None:
     path = write(tmp_path, [row("scc"), row("scc", "pgd10", 500)])
-    drawn = table(stored(path), "a title")
+    (drawn,) = tables(stored(path), "a title")
     assert len(drawn.columns) == 3
     assert drawn.caption == "percent correct, 95 % Wilson interval"
     (shown,) = (one for one in make_tables(measured(read(tmp_path))) if one.kind == "attacks")
@@ -159,7 +187,7 @@ def test_old_results_have_the_columns_that_they_hold() -> None:
     found = measured(read(tiny_results.STORED))
     controls = found.figures[found.figures.control]
     assert set(controls.method) == {"none", "views", "ttc", "scc", "csr", "dbd"}
-    tables = [one for one in make_tables(found) if one.kind == "attacks"]
+    made = [one for one in make_tables(found) if one.kind == "attacks"]
     first = ["PGD-10", "own answer", "random class"]
     expected = {f"at {eps}": first for eps in ("1/255", "2/255")}
     expected["at 4/255"] = [
@@ -170,11 +198,11 @@ def test_old_results_have_the_columns_that_they_hold() -> None:
         "AutoAttack (apgd-ce, apgd-dlr)",
         "worst adaptive",
     ]
-    assert tables[0].columns == (
+    assert made[0].columns == (
         ("", "clean"),
         *((heading, name) for heading, names in expected.items() for name in names),
     )
-    assert all(name != "damaged" for one in tables for _, name in one.columns)
+    assert all(name != "damaged" for one in made for _, name in one.columns)
 
 
 def test_the_pages_tables_are_those_of_the_stored_rows() -> None:

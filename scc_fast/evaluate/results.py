@@ -192,23 +192,51 @@ def cell(row: Row | None) -> str:
     return f"{100 * row.accuracy:.1f} [{100 * row.ci_low:.1f}, {100 * row.ci_high:.1f}]"
 
 
-def table(rows: Sequence[Row], title: str, times: Sequence[Mapping[str, Any]] = ()) -> Table:
-    """The accuracy table for a terminal, narrow enough for 80 columns.
+_WIDEST = 9  # columns of attacks that 80 letters have room for
+
+
+def tables(
+    rows: Sequence[Row], title: str, times: Sequence[Mapping[str, Any]] = ()
+) -> Iterator[Table]:
+    """The accuracy tables for a terminal, narrow enough for 80 columns.
+
+    One where there is room; else attacks that know the defense, and the worst, have their own.
 
     Args:
         rows: a line a defense, a column an attack.
-        title: above it.
-        times: of each row; those of clean pictures are shown.
+        title: above each.
+        times: of each row; those of clean pictures are shown in the first.
     """
+    heads = attack_titles(sorted(rows, key=lambda row: place(row.attack, row.eps, row.aware)))
+    aware = {(row.attack, row.eps) for row in rows if row.aware}
+    parts = [list(heads)]
+    if len(heads) > _WIDEST:
+        parts = [[key for key in heads if (key in aware) == knows] for knows in (False, True)]
+    for part in parts:
+        pieces = -(-len(part) // _WIDEST)
+        for turn in range(pieces):
+            piece = part[turn * len(part) // pieces : (turn + 1) * len(part) // pieces]
+            some = {key: heads[key] for key in piece}
+            yield _table([row for row in rows if (row.attack, row.eps) in some], some, title, times)
+            times = ()
+
+
+def _table(
+    rows: Sequence[Row],
+    titles: Mapping[tuple[str, str], str],
+    title: str,
+    times: Sequence[Mapping[str, Any]],
+) -> Table:
+    """One of tables(), of these columns."""
     from rich import box
     from rich.table import Table
 
     found = {(row.defense, row.attack, row.eps): row for row in rows}
-    titles = attack_titles(sorted(rows, key=lambda row: place(row.attack, row.eps, row.aware)))
     notes = footnotes(attack for attack, _ in titles)
     drawn = Table(
         title=title,
         caption="\n".join(["percent correct, 95 % Wilson interval", *notes]),
+        caption_justify="left",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
@@ -216,8 +244,7 @@ def table(rows: Sequence[Row], title: str, times: Sequence[Mapping[str, Any]] = 
     for (attack, eps), name in titles.items():
         counts = sorted({row.n for row in rows if (row.attack, row.eps) == (attack, eps)})
         budget = "" if eps == NO_BUDGET else f"\n{eps}"
-        head = name.replace(" ", "\n").replace("view-aware", "view-\naware")
-        head = head.replace(":", ":\n")
+        head = re.sub(r" |(?<=:)|(?<=\w{4}-)", "\n", name)
         drawn.add_column(f"{head}{budget}\nn={'/'.join(map(str, counts))}", justify="right")
     ms = {time["defense"]: time["ms_per_image"] for time in times if time["attack"] == CLEAN}
     if ms:
