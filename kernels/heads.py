@@ -269,10 +269,98 @@ def _unit_rows_kernel(
 @triton.jit(do_not_specialize=["batch", "views"])
 def _mean_unit_kernel(
     features_ptr,  # (L, B, D)
-    out_ptr,  # (B, D) float32, (1/L) Σ_l f_l / ‖f_l‖
+    weights_ptr,  # (L, B) float32, w; None: 1/L
+    out_ptr,  # (B, D) float32, z = Σ_l w_l f_l / ‖f_l‖
     batch,
     views,
     width,
+    LP: tl.constexpr,  # L, padded to a power of two
+    BLOCK: tl.constexpr,
+    UNIT: tl.constexpr,  # z / ‖z‖, of zeros f_1 / ‖f_1‖
+):
+    image = tl.program_id(0).to(tl.int64)
+    v = tl.arange(0, LP)
+    features_ptr += image * width
+    stride = batch.to(tl.int64) * width
+    norm = tl.maximum(norms(features_ptr, stride, v, views, width, LP, BLOCK), 1e-12)
+    if weights_ptr is not None:
+        share = tl.load(weights_ptr + v * batch + image, mask=v < views, other=0.0)
+    squares = tl.zeros([BLOCK], dtype=tl.float32)
+    for start in range(0, width, BLOCK):
+        d = start + tl.arange(0, BLOCK)
+        unit = tl.div_rn(load_tile(features_ptr, stride, v, d, views, width), norm[:, None])
+        if weights_ptr is None:
+            mean = tl.div_rn(tl.sum(unit, axis=0), views.to(tl.float32))
+        else:
+            mean = tl.sum(share[:, None] * unit, axis=0)
+        squares += mean * mean
+        tl.store(out_ptr + image * width + d, mean, mask=d < width)
+    if UNIT:
+        size = tl.sqrt_rn(tl.sum(squares, axis=0))
+        own = tl.sum(tl.where(v == 0, norm, 0.0), axis=0)
+        tl.debug_barrier()  # a thread may read what another one has stored
+        for start in range(0, width, BLOCK):
+            d = start + tl.arange(0, BLOCK)
+            mean = load_row(out_ptr + image * width, d, width)
+            alone = tl.div_rn(load_row(features_ptr, d, width), own)
+            z = tl.where(size > 0, tl.div_rn(mean, tl.maximum(size, 1e-12)), alone)
+            tl.debug_barrier()
+            tl.store(out_ptr + image * width + d, z, mask=d < width)
+
+
+@triton.jit
+def _drift_tile(features_ptr, stride, v, d, norm, views, width, count):
+    """u_1 (N,), the others' mean m (N,), and the drifts u_l − u_1 (LP, N), 0 for the first view."""
+    unit = tl.div_rn(load_tile(features_ptr, stride, v, d, views, width), norm[:, None])
+    other = (v > 0) & (v < views)
+    own = tl.sum(tl.where((v == 0)[:, None], unit, 0.0), axis=0)
+    mean = tl.sum(tl.where(other[:, None], tl.div_rn(unit, count), 0.0), axis=0)
+    return own, mean, tl.where(other[:, None], unit - own[None, :], 0.0)
+
+
+@triton.jit
+def _geodesic(low, high, a, size, theta, side, count):
+    """AGC's weights of u_1 and of the others' mean."""
+    between = (count * size * size - 1.0) / tl.maximum(count - 1.0, 1.0)
+    tight = tl.minimum(tl.maximum((between + 1.0) / 2.0, 0.0), 1.0)
+    apart = tl.minimum(tl.maximum(1.0 - a, 1e-30), 1.0)
+    score = tl.minimum(tl.exp(0.9 * tl.log(apart)) * tight, 1.0)
+    beta = low + (high - low) * score
+    still = theta < 1e-6
+    sine = tl.div_rn(tl.sin(beta * theta), tl.where(still, 1.0, side))
+    first = tl.where(still, 1.0, tl.cos(beta * theta) - sine * tl.div_rn(a, size))
+    return first, tl.where(still, 0.0, tl.div_rn(sine, size))
+
+
+@triton.jit
+def _arctangent(y, x):
+    """atan2 for y >= 0, to a few ulp: a quotient of at most tan(π/8), then its series."""
+    big, small = tl.maximum(y, tl.abs(x)), tl.minimum(y, tl.abs(x))
+    t = tl.div_rn(small, tl.maximum(big, 1e-30))
+    turned = t > 0.4142135
+    t = tl.where(turned, tl.div_rn(t - 1.0, t + 1.0), t)
+    q = t * t
+    series = 8.05374449538e-2 * q - 1.38776856032e-1
+    series = (series * q + 1.99777106478e-1) * q - 3.33329491539e-1
+    angle = series * q * t + t + tl.where(turned, 0.7853981633974483, 0.0)
+    angle = tl.where(y > tl.abs(x), 1.5707963267948966 - angle, angle)
+    return tl.where(x < 0, 3.141592653589793 - angle, angle)
+
+
+@triton.jit(do_not_specialize=["batch", "views"])
+def _weights_kernel(
+    features_ptr,  # (L, B, D)
+    weights_ptr,  # (L, B) float32, w
+    cosine_ptr,  # (B,) float32, a
+    agreement_ptr,  # (B,) float32, r
+    low,
+    high,
+    threshold,
+    slope,  # 0: the switch
+    batch,
+    views,
+    width,
+    GEODESIC: tl.constexpr,
     LP: tl.constexpr,  # L, padded to a power of two
     BLOCK: tl.constexpr,
 ):
@@ -280,12 +368,46 @@ def _mean_unit_kernel(
     v = tl.arange(0, LP)
     features_ptr += image * width
     stride = batch.to(tl.int64) * width
+    count = (views - 1).to(tl.float32)
     norm = tl.maximum(norms(features_ptr, stride, v, views, width, LP, BLOCK), 1e-12)
+    with_mean = tl.zeros([BLOCK], dtype=tl.float32)
+    squares = tl.zeros([BLOCK], dtype=tl.float32)
+    along = tl.zeros([BLOCK], dtype=tl.float32)
+    drifts = tl.zeros([LP, BLOCK], dtype=tl.float32)
+    agreed = tl.zeros([LP, BLOCK], dtype=tl.float32)
     for start in range(0, width, BLOCK):
         d = start + tl.arange(0, BLOCK)
-        unit = tl.div_rn(load_tile(features_ptr, stride, v, d, views, width), norm[:, None])
-        mean = tl.div_rn(tl.sum(unit, axis=0), views.to(tl.float32))
-        tl.store(out_ptr + image * width + d, mean, mask=d < width)
+        own, mean, drift = _drift_tile(features_ptr, stride, v, d, norm, views, width, count)
+        with_mean += own * mean
+        squares += mean * mean
+        along += (mean - own) * (mean - own)
+        drifts += drift * drift
+        agreed += drift * (mean - own)[None, :]
+    a = tl.sum(with_mean, axis=0)
+    size = tl.maximum(tl.sqrt_rn(tl.sum(squares, axis=0)), 1e-12)
+    far = tl.sqrt_rn(tl.sum(along, axis=0))
+    moved = tl.sqrt_rn(tl.sum(drifts, axis=1))
+    cosines = tl.div_rn(tl.sum(agreed, axis=1), tl.maximum(moved * far, 1e-10))
+    r = tl.div_rn(tl.sum(tl.where(moved > 1e-5, cosines, 0.0), axis=0), count)
+    tl.store(cosine_ptr + image, a)
+    tl.store(agreement_ptr + image, r)
+    if GEODESIC:
+        p = tl.div_rn(a, size)
+        off = tl.zeros([BLOCK], dtype=tl.float32)
+        for start in range(0, width, BLOCK):
+            d = start + tl.arange(0, BLOCK)
+            own, mean, _ = _drift_tile(features_ptr, stride, v, d, norm, views, width, count)
+            part = tl.div_rn(mean, size) - p * own
+            off += part * part
+        side = tl.sqrt_rn(tl.sum(off, axis=0))
+        first, rest = _geodesic(low, high, a, size, _arctangent(side, p), side, count)
+    else:
+        sigmoid = 1.0 / (1.0 + tl.exp(-slope * (r - threshold)))
+        part = tl.where(slope > 0, sigmoid, (r > threshold).to(tl.float32))
+        rest = low + (high - low) * part
+        first = 1.0 - rest
+    share = tl.where(v == 0, first, tl.div_rn(rest, count))
+    tl.store(weights_ptr + v * batch + image, share, mask=v < views)
 
 
 def _block(size: int, rows: int = 1) -> int:
@@ -382,9 +504,12 @@ def margin_head(
     return value, gradient
 
 
-def mean_logits(features: Tensor, text: Tensor, scale: float, bias: float) -> Tensor:
+def mean_logits(
+    features: Tensor, text: Tensor, weights: Tensor | None, scale: float, bias: float, unit: bool
+) -> Tensor:
     """scc_fast.ops.mean_logits by Triton, with the arguments of its schema."""
     features, text = features.detach().contiguous(), text.detach().contiguous()
+    weights = None if weights is None else weights.detach().contiguous()
     views, batch, width = features.shape
     out = text.new_empty(batch, len(text))
     if batch == 0:
@@ -393,8 +518,30 @@ def mean_logits(features: Tensor, text: Tensor, scale: float, bias: float) -> Te
     padded = triton.next_power_of_2(views)
     with torch.cuda.device(features.get_device()):
         _mean_unit_kernel[(batch,)](
-            features, mean, batch, views, width,
-            LP=padded, BLOCK=_block(width, padded), **_OPTIONS,
+            features, weights, mean, batch, views, width,
+            LP=padded, BLOCK=_block(width, padded), UNIT=unit, **_OPTIONS,
         )  # fmt: skip
         start = text.new_full((len(text),), bias)
         return torch.addmm(start, mean, text.T, alpha=scale, out=out)
+
+
+def view_weights(
+    features: Tensor, low: float, high: float, threshold: float, slope: float, geodesic: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """scc_fast.ops.view_weights by Triton, with the arguments of its schema."""
+    features = features.detach().contiguous()
+    views, batch, width = features.shape
+    weights, cosine, agreement = (
+        features.new_empty(shape, dtype=torch.float32)
+        for shape in ((views, batch), (batch,), (batch,))
+    )
+    if batch == 0:
+        return weights, cosine, agreement
+    padded = triton.next_power_of_2(views)
+    with torch.cuda.device(features.get_device()):
+        _weights_kernel[(batch,)](
+            features, weights, cosine, agreement,
+            low, high, threshold, 0.0 if slope == float("inf") else slope, batch, views, width,
+            GEODESIC=geodesic, LP=padded, BLOCK=_block(width, padded), **_OPTIONS,
+        )  # fmt: skip
+    return weights, cosine, agreement

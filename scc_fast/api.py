@@ -63,7 +63,7 @@ class Defender:
             allowed and never count as each other's negative.
         text_features: (K, D) text embeddings instead of `classes`; scaled to unit length.
         method: one of scc_fast.defenses.DEFENSES: "scc", "ttc", "views", "rn", "none", "tte",
-            "anti_adv", "hd", "doc", "r_tpt", "csr", "dbd" or "mac".
+            "anti_adv", "hd", "doc", "r_tpt", "csr", "dbd", "mac" or "extrapolate".
         config: the method's config object or a dict of some of its fields. What is left out is the
             model's own default where it carries one (the bundled one does for "scc"), else the
             published value.

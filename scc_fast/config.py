@@ -94,12 +94,13 @@ class View:
 
     Args:
         flip: mirror left to right.
-        shift: (down, right) in pixels; what is uncovered takes the normalisation mean.
+        shift: (down, right) in whole pixels or, as fractions in (-1, 1), in shares of the shorter
+            side; what is uncovered takes the normalisation mean.
         noise: standard deviation of Gaussian pixel noise, pixels in [0, 1].
     """
 
     flip: bool = False
-    shift: tuple[int, int] = (0, 0)
+    shift: tuple[float, float] = (0, 0)
     noise: float = 0.0
 
     def __post_init__(self) -> None:
@@ -107,13 +108,28 @@ class View:
         if not isinstance(flip, bool):
             raise ValueError(f"flip must be True or False, got {shown(flip)}")
         pair = tuple(map(python_number, shift)) if isinstance(shift, list | tuple) else ()
-        if len(pair) != 2 or not all(type(s) is int and abs(s) <= _FARTHEST for s in pair):
+        if len(pair) != 2 or not all(
+            abs(s) < 1 if type(s) is float else type(s) is int and abs(s) <= _FARTHEST for s in pair
+        ):
             raise ValueError(
-                f"shift must be two whole numbers of pixels in [-2^40, 2^40], got {shown(shift)}"
+                "shift must be two whole numbers of pixels in [-2^40, 2^40], or shares of the "
+                f"shorter side in (-1, 1), got {shown(shift)}"
             )
         object.__setattr__(self, "flip", flip)
         object.__setattr__(self, "shift", pair)
         object.__setattr__(self, "noise", within("noise", self.noise, 0.0, 1.0))
+
+    def at(self, size: int) -> View:
+        """The view of pictures whose shorter side is `size` pixels: shares as at least a pixel."""
+        if not any(isinstance(part, float) for part in self.shift):
+            return self
+        down, right = (
+            int(math.copysign(max(1, round(abs(part) * size)), part))
+            if isinstance(part, float) and part
+            else int(part)
+            for part in self.shift
+        )
+        return dataclasses.replace(self, shift=(down, right))
 
 
 _FARTHEST = 2**40  # beyond any picture, and what every backend can add to an index
@@ -148,9 +164,9 @@ def format_epsilon(value: float) -> str:
 def resolve_views(
     views: ViewPreset | tuple[View, ...], size: int, *, flip: bool = True, sigma: float = 0.01
 ) -> tuple[View, ...]:
-    """The list of views a preset stands for on images whose shorter side is `size` pixels."""
+    """The views, whole pixels for shares, of images whose shorter side is `size` pixels."""
     if not isinstance(views, str):
-        return views
+        return tuple(view.at(size) for view in views)
     if views == "paper":
         noisy = View(noise=sigma)
         return (IDENTITY, View(flip=True), noisy, noisy) if flip else (IDENTITY, noisy, noisy)
@@ -212,6 +228,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "tau": (0.0, math.inf),
     "sigma": (0.0, 1.0),
     "temperature": (1e-3, 1.0),
+    "strength": (0.0, 1e3),
 }
 
 
@@ -269,11 +286,13 @@ class ViewsConfig(MethodConfig):
         views: a preset or a list of views.
         sigma: noise of the "paper" preset's copies, pixels in [0, 1].
         flip: whether views may mirror; None asks the model.
+        strength: c; beyond 1 the logits go on from the picture's own through their mean.
     """
 
     views: ViewPreset | tuple[View, ...] = "geometric"
     sigma: float = 0.01
     flip: bool | None = None
+    strength: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -309,6 +328,8 @@ class SCCConfig(MethodConfig):
         semantic_steps: S, ascent steps on the margin to the hardest negative.
         semantic, spatial, gate: switches; spatial=False uses the identity view alone.
         flip: whether views may mirror; None asks the model.
+        strength: c of the final mean, 1 as published; beyond 1 the logits go on from the repaired
+            picture's own through the views' mean.
     """
 
     epsilon: float = 4 / 255
@@ -324,6 +345,7 @@ class SCCConfig(MethodConfig):
     spatial: bool = True
     gate: bool = True
     flip: bool | None = None
+    strength: float = 1.0
 
 
 def method_config(

@@ -132,9 +132,17 @@ void add(int64_t numel, float* values, float summand) {
   launch({2, 1}, kGroup, false, [&] { add_kernel(values, numel, summand); });
 }
 
-void mean_units(const Shape* shape, const float* features, float* out, float factor) {
+void mean_units(const Shape* shape, const float* features, const float* weights, float* out,
+                float factor, bool unit) {
   launch({unsigned(shape->batch), 1}, kBlock, true,
-         [&] { mean_units_kernel(features, out, *shape, factor); });
+         [&] { mean_units_kernel(features, weights, out, *shape, factor, unit); });
+}
+
+void view_weights(const Shape* shape, const float* features, float* mean, float* weights,
+                  float* cosine, float* agreement, const Extrapolation* rule) {
+  launch({unsigned(shape->batch), 1}, kBlock, true, [&] {
+    view_weights_kernel(features, mean, weights, cosine, agreement, *shape, *rule);
+  });
 }
 
 uint32_t divide(uint32_t dividend, uint32_t divisor) { return dividend / Divisor(divisor); }

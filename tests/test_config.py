@@ -41,6 +41,7 @@ def test_defaults_are_those_of_method_md() -> None:
         "spatial": True,
         "gate": True,
         "flip": None,
+        "strength": 1.0,
     }
     ttc = {"epsilon": 4 / 255, "alpha": 1 / 255, "steps": 2, "beta": 2.0, "tau": 0.2}
     assert vars(TTCConfig()) == ttc

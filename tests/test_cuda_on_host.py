@@ -6,6 +6,7 @@ What it cannot see: races between threads, the launches and their checks, cuBLAS
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import shutil
 import subprocess
@@ -43,6 +44,13 @@ class Batch(ctypes.Structure):
 
 class Shape(ctypes.Structure):
     _fields_ = (("views", c_int), ("classes", c_int), ("batch", c_int64), ("width", c_int64))
+
+
+class Rule(ctypes.Structure):
+    _fields_ = (
+        *((name, c_float) for name in ("low", "high", "threshold", "slope")),
+        ("geodesic", c_bool),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -178,11 +186,32 @@ def test_heads(kernels, case: op_cases.Head) -> None:
         torch.testing.assert_close(along, want[2], rtol=1e-4, atol=1e-5)
 
     mean = torch.empty(case.batch, case.width)
-    kernels.mean_units(here, at(features), at(mean), c_float(case.scale / case.views))
+    factor = c_float(case.scale / case.views)
+    kernels.mean_units(here, at(features), None, at(mean), factor, c_bool(False))
     logits = mean @ table.text.T
     kernels.add(c_int64(logits.numel()), at(logits), c_float(case.bias))
     want = ops.mean_logits(features, table, backend="reference")
     torch.testing.assert_close(table.expand(logits), want, **like)
+    if case.views < 2 or case.width < 2:
+        return
+    for numbers in ((1.0, 2.5, 0.0, math.inf, False), (1.0, 2.5, 0.0, 5.0, False),
+                    (0.45, 2.25, 0.0, math.inf, True)):  # fmt: skip
+        weights, scratch = torch.empty(case.views, case.batch), torch.empty_like(mean)
+        cosine, agreement = torch.empty(case.batch), torch.empty(case.batch)
+        arrays = (features, scratch, weights, cosine, agreement)
+        kernels.view_weights(here, *map(at, arrays), ctypes.byref(Rule(*numbers)))
+        low, high, threshold, slope, geodesic = numbers
+        want = ops.view_weights(
+            features, low, high, threshold, slope=slope, geodesic=geodesic, backend="reference"
+        )
+        torch.testing.assert_close((weights, cosine, agreement), want, rtol=1e-4, atol=1e-4)
+        for unit in (False, True):
+            kernels.mean_units(
+                here, at(features), at(weights), at(mean), c_float(case.scale), c_bool(unit)
+            )
+            logits = mean @ table.text.T + case.bias
+            want = ops.mean_logits(features, table, weights, unit=unit, backend="reference")
+            torch.testing.assert_close(table.expand(logits), want, **like)
 
 
 @pytest.mark.parametrize("last", [True, False])

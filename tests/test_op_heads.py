@@ -173,6 +173,106 @@ def test_mean_logits(device: str, backend: str, case: Head, dtype: torch.dtype) 
         assert_gradient(gradient, slope, limit)
 
 
+@on_heads("mean_logits")
+@ON_DTYPES
+@pytest.mark.parametrize("unit_length", [False, True])
+def test_weighted_logits(
+    device: str, backend: str, case: Head, dtype: torch.dtype, unit_length: bool
+) -> None:
+    """Weights of each view and image, some below 0; both gradients."""
+    if case.large and dtype != torch.float32:
+        return
+    features, classes = case.features(dtype), case.classes_of()
+    weights = random(case.views, case.batch, seed=6)
+    weights[0] += 3
+    given = features.to(device).requires_grad_()
+    shares = weights.to(device).requires_grad_()
+    table = table_of(classes, device)
+    got = ops.mean_logits(given, table, shares, unit=unit_length, backend=backend)
+    leaf, exact_shares = features.double().requires_grad_(), weights.double().requires_grad_()
+    want = reference.mean_logits(leaf, exact(classes), exact_shares, unit_length)
+    whole = (exact_shares[..., None] * F.normalize(leaf, dim=-1)).sum(dim=0).norm(dim=-1).detach()
+    grown = weights.abs().sum(dim=0).double() / (whole if unit_length else 1.0)
+    limit = (case.views**0.5 * op_cases.logit_error(case) * (1 + grown))[:, None]
+    assert_close(got.detach(), want.detach(), limit)
+    upstream = random(case.batch, case.classes, seed=7)
+    found = torch.autograd.grad(got, (given, shares), upstream.to(device))
+    slopes = torch.autograd.grad(want, (leaf, exact_shares), upstream.double())
+    assert (found[0].dtype, found[1].dtype) == (dtype, torch.float32)
+    if case.width > 1 and case.batch:
+        limit = op_cases.gradient_error(case, dtype) + 2 * op_cases.sum_error(case.classes)
+        limit *= 4 * float(grown.detach().max())
+        assert_gradient(found[0], slopes[0], limit)
+        if case.views > 1 or not unit_length:  # of one view any weight is as good
+            assert_gradient(found[1], slopes[1], limit)
+
+
+@on_heads("view_weights")
+@ON_DTYPES
+@pytest.mark.parametrize("form", [{}, {"slope": 6.0}, {"geodesic": True}], ids=str)
+def test_view_weights(
+    device: str, backend: str, case: Head, dtype: torch.dtype, form: dict[str, Any]
+) -> None:
+    if case.views < 2 or (case.large and dtype != torch.float32):
+        return
+    own = case.features(dtype)[:1].float()
+    # Views near the picture, whose drifts agree for some images and not for others.
+    shared = random(1, case.batch, case.width, seed=11)
+    spread = 3 * torch.rand(1, case.batch, 1, generator=torch.Generator().manual_seed(1))
+    each = random(case.views - 1, case.batch, case.width, seed=12)
+    features = torch.cat([own, own + 0.3 * (shared + spread * each)]).to(dtype)
+    numbers = (0.5, 2.5, 0.7)
+    found = ops.view_weights(features.to(device), *numbers, **form, backend=backend)
+    want = reference.view_weights(features.double(), *numbers, **form)
+    assert [part.dtype for part in found] == [torch.float32] * 3
+    limit = 8 * op_cases.sum_error(case.width) + 8 * UNIT
+    assert_close(found[1], want[1], limit)
+    # r divides by drifts, which are what is left of a difference.
+    units = F.normalize(features.double(), dim=-1)
+    small = torch.minimum(
+        (units[1:] - units[0]).norm(dim=-1).amin(dim=0),
+        (units[1:].mean(dim=0) - units[0]).norm(dim=-1),
+    )
+    clear = small > 1e-3  # below, rounding decides
+    assert_close(found[2].cpu()[clear], want[2][clear], (4 * limit / small)[clear])
+    sure = clear if form else clear & ((want[2] - 0.7).abs() > 1e-3)
+    assert sure.double().mean() >= 0.5 or case.batch == 0 or case.width == 1
+    limit = (100 * limit / small)[sure]
+    assert_close(found[0].cpu()[:, sure], want[0][:, sure], limit)
+    if not form:
+        chosen = torch.where(found[2].cpu() > 0.7, 2.5, 0.5)
+        torch.testing.assert_close(1 - found[0][0].cpu(), chosen)
+
+
+@on_backends("view_weights")
+def test_views_that_did_not_move(device: str, backend: str) -> None:
+    """Drifts within rounding agree in nothing, and z is the picture's own."""
+    features = Head(1, 3, 13, 5).features(device=device).expand(4, 3, 13).contiguous()
+    for form in ({}, {"slope": 6.0}, {"geodesic": True}):
+        weights, cosine, agreement = ops.view_weights(
+            features, 1.0, 2.5, 0.5, **form, backend=backend
+        )
+        torch.testing.assert_close(cosine, torch.ones_like(cosine))
+        assert agreement.tolist() == [0.0] * 3
+        found = ops.mean_logits(features, small_table(device), weights, unit=True, backend=backend)
+        alone = ops.mean_logits(features[:1], small_table(device), backend=backend)
+        torch.testing.assert_close(found, alone, rtol=1e-4, atol=1e-4)
+
+
+@on_backends("mean_logits")
+def test_a_sum_of_zeros_leaves_the_picture_itself(device: str, backend: str) -> None:
+    features = Head(2, 3, 13, 5).features(device=device)
+    features[1] = features[0]
+    weights = torch.tensor([[1.0, 1.0, 0.5], [-1.0, 0.0, 0.5]], device=device)
+    table = small_table(device)
+    leaf = features.clone().requires_grad_()
+    found = ops.mean_logits(leaf, table, weights, unit=True, backend=backend)
+    torch.testing.assert_close(found, ops.mean_logits(features[:1], table, backend=backend))
+    (slope,) = torch.autograd.grad(found.sum(), leaf)
+    assert slope.isfinite().all()
+    assert slope[0, 0].abs().sum() > 0
+
+
 # ---- Ties, duplicates, zeros ---------------------------------------------------------------------
 
 
@@ -254,6 +354,7 @@ def test_layouts_do_not_matter(device: str, backend: str, dtype: torch.dtype) ->
             *ops.pseudo_label(features, table, 0.5, backend=backend),
             *ops.margin_head(features, soft, label, table, backend=backend),
             ops.mean_logits(features, table, backend=backend),
+            *ops.view_weights(features, 1.0, 2.5, 0.5, backend=backend),
         ]
 
     want = results(features, soft, label)
@@ -275,6 +376,7 @@ def test_constants_build_no_graph(device: str, backend: str) -> None:
         *ops.drift_head(features, features[0], backend=backend),
         *ops.pseudo_label(features, table, 0.5, backend=backend),
         *ops.margin_head(features, soft, label, table, backend=backend),
+        *ops.view_weights(features, 1.0, 2.5, 0.5, backend=backend),
     ]
     assert not any(tensor.requires_grad for tensor in found)
 
@@ -458,8 +560,10 @@ def test_compile_fullgraph(device: str, backend: str | None, dynamic: bool) -> N
         tau, slope = ops.drift_head(wide, features[0], backend=backend)
         q, label, soft = ops.pseudo_label(wide, table, 0.5, backend=backend)
         value, gradient = ops.margin_head(wide, soft, label, table, backend=backend)
-        logits = ops.mean_logits(wide, table, backend=backend)
-        return [tau, slope, q, label, soft, value, gradient, logits]
+        weights, cosine, agreement = ops.view_weights(wide, 1.0, 2.5, 0.5, backend=backend)
+        logits = ops.mean_logits(wide, table, weights, unit=True, backend=backend)
+        parts = [tau, slope, q, label, soft, value, gradient, weights, cosine, agreement]
+        return [*parts, logits]
 
     compiled = torch.compile(heads, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for batch in (5, 3):
@@ -480,12 +584,14 @@ def test_meta() -> None:
         *ops.pseudo_label(features, table, 0.5),
         *ops.margin_head(features, soft, label, table),
         ops.mean_logits(features, table),
+        *ops.view_weights(features, 1.0, 2.5, 0.5),
     ]
     assert [(tuple(tensor.shape), tensor.dtype) for tensor in found] == [
         ((3,), float32), ((2, 3, 13), torch.float16),
         ((3, 5), float32), ((3,), torch.int64), ((3, 13), float32),
         ((3,), float32), ((2, 3, 13), torch.float16),
         ((3, 5), float32),
+        ((2, 3), float32), ((3,), float32), ((3,), float32),
     ]  # fmt: skip
     assert all(tensor.device.type == "meta" for tensor in found)
 

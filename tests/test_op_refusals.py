@@ -31,6 +31,7 @@ VIEWS_BOTH = (
     ({"seeds": torch.zeros(2, 1).long()}, ValueError, r"seeds must be \(2,\), got shape"),
     ({"seeds": torch.arange(2, device="meta")}, ValueError, "seeds must be on cpu, got meta"),
     ({"views": ()}, ValueError, "views must hold at least one view, got none"),
+    ({"views": [View(shift=(0.1, 0))]}, ValueError, "views must be shifted by whole pixels, got"),
     ({"views": [None]}, TypeError, "views must be a list or tuple of View"),
     ({"patch": -1}, ValueError, r"patch must be in \[0, 5\], got -1"),
     ({"patch": 6}, ValueError, r"patch must be in \[0, 5\], got 6"),
@@ -101,6 +102,7 @@ HEADS_VALID = {
     "pseudo_label": {"features": ROWS, "table": TABLE, "temperature": 0.5},
     "margin_head": {"features": ROWS, "soft": ROWS[0], "label": torch.arange(3), "table": TABLE},
     "mean_logits": {"features": ROWS, "table": TABLE},
+    "view_weights": {"features": ROWS, "low": 1.0, "high": 2.5, "threshold": 0.85},
 }
 EVERY = (
     ({"features": [1.0]}, TypeError, "features must be a tensor of .*, got list"),
@@ -144,7 +146,19 @@ OWN = {
         ({"label": torch.arange(4)}, ValueError, r"label must be \(3,\), got shape \(4,\)"),
         ({"label": torch.arange(3, device="meta")}, ValueError, "label must be on cpu, got meta"),
     ),
-    "mean_logits": (),
+    "mean_logits": (
+        ({"weights": [1.0]}, TypeError, "weights must be a torch.float32 tensor, got list"),
+        ({"weights": ROWS[0]}, ValueError, r"weights must be \(2, 3\), got shape \(3, 13\)"),
+        ({"weights": ROWS[..., 0].to("meta")}, ValueError, "weights must be on cpu, got meta"),
+    ),
+    "view_weights": (
+        ({"features": ROWS[:1]}, ValueError, "features must be of at least 2 views, got 1"),
+        ({"low": "1"}, ValueError, "low must be a number, got '1'"),
+        ({"high": torch.nan}, ValueError, "high must be a number, got nan"),
+        ({"threshold": None}, ValueError, "threshold must be a number, got None"),
+        ({"slope": 0.0}, ValueError, "slope must be above 0, got 0.0"),
+        ({"slope": torch.nan}, ValueError, "slope must be a number, got nan"),
+    ),
 }  # fmt: skip
 
 # ---- Encoder: x is a stream of rows of 13 --------------------------------------------------------
@@ -254,7 +268,7 @@ VALID = {
 ERRORS = [
     (op, *row)
     for op, own in OWN.items()
-    for row in (*EVERY, *own, *(() if op == "drift_head" else CLASSES))
+    for row in (*EVERY, *own, *(() if op in ("drift_head", "view_weights") else CLASSES))
 ]
 ERRORS += [("make_views", *row) for row in VIEWS_BOTH + VIEWS_ALONE]
 ERRORS += [("make_views_adjoint", *row) for row in VIEWS_BOTH + ADJOINT_ALONE]

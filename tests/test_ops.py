@@ -70,7 +70,12 @@ def arguments(op: str, batch: int = 2, patch: int = 0) -> dict[str, Any]:
         first = {"features": rows, "soft": soft, "label": label, "text": text}
         return {**first, "count": count, "scale": 20.0}
     if op == "mean_logits":
-        return {"features": rows, "text": text, "scale": 20.0, "bias": -1.0}
+        weights = op_cases.random(2, batch, seed=5)
+        last = {"scale": 20.0, "bias": -1.0, "unit": True}
+        return {"features": rows, "text": text, "weights": weights, **last}
+    if op == "view_weights":
+        rule = {"low": 1.0, "high": 2.5, "threshold": 0.1, "slope": float("inf")}
+        return {"features": rows, **rule, "geodesic": False}
     if op in op_cases.ENCODER:
         return encoder_arguments(op, batch)
     if op in op_cases.ATTENTION:
@@ -101,7 +106,9 @@ def samples(op: str) -> list[dict[str, Any]]:
     first = several[0]
     if "patch" in first:
         several += [arguments(op, batch, patch=1) for batch in (2, 0)]
-    for name in ("delta", "weighted", "count"):
+    if op == "view_weights":
+        several += [{**first, "slope": 5.0}, {**first, "geodesic": True}]
+    for name in ("delta", "weighted", "count", "weights"):
         if name in first and not (op == "pgd_step_" and name == "delta"):
             several.append({**arguments(op), name: None})
     if "count" in first:  # with rows that are no class, and with none that is one
@@ -182,8 +189,12 @@ def mistakes(op: str) -> dict[str, dict[str, Any]]:
     if "count" in good:
         # One row more belongs to another table; the other tensors decide the shapes.
         wrong["count one row shorter"] = {"count": good["count"][:-1]}
+    if op == "view_weights":
+        wrong["one view"] = {"features": good["features"][:1]}
+        wrong.pop("features one column shorter")
     for key in ("features one row longer", "text one row longer"):
-        if op != "drift_head" and not ("count" in good and key.startswith("text")):
+        held = ("count" in good and key.startswith("text")) or "weights" in good
+        if op != "drift_head" and not (held and (key.startswith("text") == ("count" in good))):
             wrong.pop(key, None)
     if op == "drift_head":
         wrong.pop("features one row longer")
@@ -221,7 +232,7 @@ def test_opcheck(op: str, index: int, device: str) -> None:
     sample = to_device(samples(op)[index], device)
     overload = getattr(torch.ops.scc_fast, op).default
     torch.library.opcheck(overload, tuple(sample.values()))
-    leaves = {"make_views": ("x", "delta"), "mean_logits": ("features",)}.get(op, ())
+    leaves = {"make_views": ("x", "delta"), "mean_logits": ("features", "weights")}.get(op, ())
     if leaves and index < 3 and all(sample[name] is not None for name in leaves):
         wanted = {name: sample[name].clone().requires_grad_() for name in leaves}
         torch.library.opcheck(overload, tuple({**sample, **wanted}.values()))

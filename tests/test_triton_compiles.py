@@ -216,7 +216,10 @@ def _call_heads(views: int, classes: int, width: int, dtype: Any) -> None:
     heads.pseudo_label(features, text, count, 100.0, 0.0, 0.5)
     heads.margin_head(features, text.new_zeros(2, width), label, text, None, 100.0)
     heads.margin_head(features, text.new_zeros(2, width), label, text, count, 100.0)
-    heads.mean_logits(features, text, 100.0, -10.0)
+    heads.mean_logits(features, text, None, 100.0, -10.0, False)
+    weights = heads.view_weights(features, 1.0, 2.5, 0.85, float("inf"), False)[0]
+    heads.view_weights(features, 0.45, 2.25, 0.0, 5.0, True)
+    heads.mean_logits(features, text, weights, 100.0, -10.0, True)
 
 
 def _call_encoder(width: int, dtype: Any) -> None:

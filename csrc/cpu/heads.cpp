@@ -1,9 +1,10 @@
-// drift_head, pseudo_label, margin_head and mean_logits on the CPU: the matrix products are a
-// library's, all that stands around them is one pass over each row.
+// drift_head, pseudo_label, margin_head, mean_logits and view_weights on the CPU: the matrix
+// products are a library's, all that stands around them is one pass over each row.
 #include <optional>
 #include <tuple>
 
 #include "cpu/features.h"
+#include "extrapolation.h"
 
 namespace scc_fast {
 namespace {
@@ -341,11 +342,13 @@ std::tuple<Tensor, Tensor, Tensor> pseudo_label(const Tensor& f,                
 
 // ---- Mean logits --------------------------------------------------------------------------------
 
-// The mean of the unit rows over the views, times s: the mean of the logits is linear in it, so one
-// product serves all views.
+// z, the mean of the unit rows over the views or their weighted sum, times s: the logits are linear
+// in it, so one product serves all views.
 struct MeanJob {
   const Features& features;
+  const float* weights;  // [L, B], or null: 1 / L
   float scale;
+  bool unit;    // z is scaled to unit length; of zeros the first view's row is taken
   float* mean;  // [B, D]
 
   template <class Number>
@@ -357,9 +360,19 @@ struct MeanJob {
       for (int64_t view = 0; view < features.views; ++view) {
         const auto* SCC_RESTRICT from = features.row<Number>(view, i);
         const float divisor = std::max(length<Number>(from, width), kTiny);
-        for (int64_t k = 0; k < width; ++k) to[k] += Number::load(from[k]) / divisor;
+        const float weight = weights ? weights[view * features.batch + i] : 1.0f;
+        for (int64_t k = 0; k < width; ++k) to[k] += weight * (Number::load(from[k]) / divisor);
       }
-      const float factor = scale / static_cast<float>(features.views);
+      float factor = weights ? scale : scale / static_cast<float>(features.views);
+      if (unit) {
+        float size = length<Float32>(to, width);
+        if (size == 0.0f) {
+          const auto* SCC_RESTRICT own = features.row<Number>(0, i);
+          for (int64_t k = 0; k < width; ++k) to[k] = Number::load(own[k]);
+          size = length<Float32>(to, width);
+        }
+        factor = scale / std::max(size, kTiny);
+      }
       for (int64_t k = 0; k < width; ++k) to[k] *= factor;
     }
   }
@@ -367,21 +380,101 @@ struct MeanJob {
 
 SCC_DEFINE_RUN(MeanJob)
 
-Tensor mean_logits(const Tensor& f,     // [L, B, D]
-                   const Tensor& text,  // [U, D]
-                   double scale, double bias) {
+Tensor mean_logits(const Tensor& f,                       // [L, B, D]
+                   const Tensor& text,                    // [U, D]
+                   const std::optional<Tensor>& weights,  // [L, B]
+                   double scale, double bias, bool unit) {
   const Features features = read_features("mean_logits", f);
   const Tensor table = read_text("mean_logits", text, features);
+  check(!weights || (weights->is_cpu() && weights->scalar_type() == ScalarType::Float &&
+                     weights->dim() == 2 && weights->size(0) == features.views &&
+                     weights->size(1) == features.batch),
+        "mean_logits", "weights must be a (L, B) float32 CPU tensor");
+  const Tensor held = weights ? torch::stable::contiguous(*weights) : table;
   if (!features.batch) return torch::stable::new_empty(table, {0, table.size(0)});
   Tensor mean = torch::stable::new_empty(table, {features.batch, features.width});
-  run(MeanJob{features, static_cast<float>(scale), floats(mean)}, features.type(), features.batch,
-      features.grain());
+  const float* shares = weights ? floats(held) : nullptr;
+  run(MeanJob{features, shares, static_cast<float>(scale), unit, floats(mean)}, features.type(),
+      features.batch, features.grain());
   Tensor logits = product_transposed(mean, table);
   if (bias != 0.0) {
     float* to = floats(logits);
     for (int64_t i = 0; i < logits.numel(); ++i) to[i] += static_cast<float>(bias);
   }
   return logits;
+}
+
+// ---- Weights of the views -----------------------------------------------------------------------
+
+SCC_INLINE float product_of(const float* SCC_RESTRICT a, const float* SCC_RESTRICT b,
+                            int64_t width) {
+  return in_lanes(width, 0.0f, [&](float& sum, int64_t k) { sum += a[k] * b[k]; }).sum();
+}
+
+struct WeightsJob {
+  const Features& features;
+  const Extrapolation& rule;
+  float *weights, *cosine, *agreement;  // [L, B], [B], [B]
+
+  template <class Number>
+  SCC_INLINE void rows(int64_t begin, int64_t end) const {
+    const int64_t width = features.width, views = features.views;
+    const float count = static_cast<float>(views - 1);
+    std::vector<float> units(views * width), middle(width), direction(width);
+    float* SCC_RESTRICT own = units.data();
+    float* SCC_RESTRICT mean = middle.data();
+    float* SCC_RESTRICT along = direction.data();
+    for (int64_t i = begin; i < end; ++i) {
+      std::fill(mean, mean + width, 0.0f);
+      for (int64_t view = 0; view < views; ++view) {
+        const auto* SCC_RESTRICT from = features.row<Number>(view, i);
+        float* SCC_RESTRICT u = own + view * width;
+        for (int64_t k = 0; k < width; ++k) u[k] = Number::load(from[k]);
+        const float divisor = std::max(length<Float32>(u, width), kTiny);
+        for (int64_t k = 0; k < width; ++k) u[k] /= divisor;
+        if (view == 0) continue;
+        for (int64_t k = 0; k < width; ++k) mean[k] += u[k] / count;
+      }
+      for (int64_t k = 0; k < width; ++k) along[k] = mean[k] - own[k];
+      const float a = product_of(own, mean, width), far = length<Float32>(along, width);
+      const float size = std::max(length<Float32>(mean, width), kTiny), p = a / size;
+      const float side = sqrtf(in_lanes(width, 0.0f, [&](float& sum, int64_t k) {
+                                 const float off = mean[k] / size - p * own[k];
+                                 sum += off * off;
+                               }).sum());
+      float agreed = 0.0f;
+      for (int64_t view = 1; view < views; ++view) {
+        float* SCC_RESTRICT drift = own + view * width;
+        for (int64_t k = 0; k < width; ++k) drift[k] -= own[k];
+        const float moved = length<Float32>(drift, width);
+        const float scale = std::max(moved * far, kStill * kStill);
+        if (moved > kStill) agreed += product_of(drift, along, width) / scale;
+      }
+      cosine[i] = a;
+      agreement[i] = agreed / count;
+      const Shares found = shares(rule, a, agreement[i], size, side, count);
+      weights[i] = found.first;
+      for (int64_t view = 1; view < views; ++view) {
+        weights[view * features.batch + i] = found.rest / count;
+      }
+    }
+  }
+};
+
+SCC_DEFINE_RUN(WeightsJob)
+
+std::tuple<Tensor, Tensor, Tensor> view_weights(const Tensor& f,  // [L, B, D]
+                                                double low, double high, double threshold,
+                                                double slope, bool geodesic) {
+  const Features features = read_features("view_weights", f);
+  check(features.views >= 2, "view_weights", "features must be of at least 2 views");
+  Tensor weights = torch::stable::new_empty(f, {features.views, features.batch}, ScalarType::Float);
+  Tensor cosine = torch::stable::new_empty(f, {features.batch}, ScalarType::Float);
+  Tensor agreement = torch::stable::new_empty(f, {features.batch}, ScalarType::Float);
+  const Extrapolation rule = extrapolation(low, high, threshold, slope, geodesic);
+  run(WeightsJob{features, rule, floats(weights), floats(cosine), floats(agreement)},
+      features.type(), features.batch, features.grain());
+  return {weights, cosine, agreement};
 }
 
 }  // namespace
@@ -392,4 +485,5 @@ STABLE_TORCH_LIBRARY_IMPL(scc_fast, CPU, m) {
   m.impl("pseudo_label", TORCH_BOX(&scc_fast::pseudo_label));
   m.impl("margin_head", TORCH_BOX(&scc_fast::margin_head));
   m.impl("mean_logits", TORCH_BOX(&scc_fast::mean_logits));
+  m.impl("view_weights", TORCH_BOX(&scc_fast::view_weights));
 }

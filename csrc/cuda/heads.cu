@@ -1,10 +1,11 @@
-// drift_head, pseudo_label, margin_head, mean_logits on CUDA.
+// drift_head, pseudo_label, margin_head, mean_logits, view_weights on CUDA.
 //
 // Products are cuBLAS's, through the dispatcher; what surrounds them is fused.
 #include <algorithm>
 #include <array>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "cuda/heads.cuh"
 #include "tensor.h"
@@ -224,19 +225,25 @@ std::tuple<Tensor, Tensor> margin_head(const Tensor& features,              // [
   return {value, gradient};
 }
 
-Tensor mean_logits(const Tensor& features,  // [L, B, D]
-                   const Tensor& text,      // [U, D] float32
-                   double scale, double bias) {
+Tensor mean_logits(const Tensor& features,                // [L, B, D]
+                   const Tensor& text,                    // [U, D] float32
+                   const std::optional<Tensor>& weights,  // [L, B] float32
+                   double scale, double bias, bool unit) {
   const Shape shape = shape_of("mean_logits", features, text);
+  check(!weights || fits(*weights, features, ScalarType::Float, {shape.views, shape.batch}),
+        "mean_logits", "weights must be (L, B) float32 on the device of features");
   const LaunchContext context(features);
   const Tensor from = constant(features), table = constant(text);
   Tensor out = torch::stable::new_empty(table, {shape.batch, shape.classes});
   if (shape.batch == 0) return out;
   const Tensor means = torch::stable::new_empty(table, {shape.batch, shape.width});
+  const Tensor held = weights ? constant(*weights) : table;
+  const float factor = static_cast<float>(weights || unit ? scale : scale / shape.views);
   with_type(from.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
     mean_units_kernel<T><<<static_cast<unsigned>(shape.batch), kBlock, 0, context.stream>>>(
-        data<T>(from), mutable_data<float>(means), shape, static_cast<float>(scale / shape.views));
+        data<T>(from), weights ? data<float>(held) : nullptr, mutable_data<float>(means), shape,
+        factor, unit);
   });
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   product(means, torch::stable::transpose(table, 0, 1), out);
@@ -247,6 +254,30 @@ Tensor mean_logits(const Tensor& features,  // [L, B, D]
   return out;
 }
 
+std::tuple<Tensor, Tensor, Tensor> view_weights(const Tensor& features,  // [L, B, D]
+                                                double low, double high, double threshold,
+                                                double slope, bool geodesic) {
+  const Shape shape = shape_of("view_weights", features);
+  check(shape.views >= 2, "view_weights", "features must be of at least 2 views");
+  const LaunchContext context(features);
+  const Tensor from = constant(features);
+  const auto floats = [&](std::initializer_list<int64_t> sizes) {
+    return torch::stable::new_empty(from, std::vector<int64_t>(sizes), ScalarType::Float);
+  };
+  Tensor weights = floats({shape.views, shape.batch}), cosine = floats({shape.batch});
+  Tensor agreement = floats({shape.batch}), mean = floats({shape.batch, shape.width});
+  if (shape.batch == 0) return {weights, cosine, agreement};
+  const Extrapolation rule = extrapolation(low, high, threshold, slope, geodesic);
+  with_type(from.scalar_type(), [&](auto type) {
+    using T = typename decltype(type)::type;
+    view_weights_kernel<T><<<static_cast<unsigned>(shape.batch), kBlock, 0, context.stream>>>(
+        data<T>(from), mutable_data<float>(mean), mutable_data<float>(weights),
+        mutable_data<float>(cosine), mutable_data<float>(agreement), shape, rule);
+  });
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  return {weights, cosine, agreement};
+}
+
 }  // namespace
 }  // namespace scc_fast
 
@@ -255,4 +286,5 @@ STABLE_TORCH_LIBRARY_IMPL(scc_fast, CUDA, m) {
   m.impl("pseudo_label", TORCH_BOX(&scc_fast::pseudo_label));
   m.impl("margin_head", TORCH_BOX(&scc_fast::margin_head));
   m.impl("mean_logits", TORCH_BOX(&scc_fast::mean_logits));
+  m.impl("view_weights", TORCH_BOX(&scc_fast::view_weights));
 }

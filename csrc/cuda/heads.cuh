@@ -8,6 +8,7 @@
 #include <climits>
 
 #include "cuda/vector.cuh"
+#include "extrapolation.h"
 
 namespace scc_fast {
 
@@ -281,9 +282,10 @@ static __global__ void __launch_bounds__(kGroup)
 
 template <typename T>
 __global__ void __launch_bounds__(kBlock)
-    mean_units_kernel(const T* __restrict__ features,  // [L, B, D]
-                      float* __restrict__ out,         // [B, D]
-                      Shape shape, float factor) {
+    mean_units_kernel(const T* __restrict__ features,     // [L, B, D]
+                      const float* __restrict__ weights,  // [L, B], or null: 1
+                      float* __restrict__ out,            // [B, D]
+                      Shape shape, float factor, bool unit) {
   __shared__ float norms[kMaxRows];
   const int64_t image = blockIdx.x;
   for (int base = 0; base < shape.views; base += kGroups) {
@@ -294,12 +296,100 @@ __global__ void __launch_bounds__(kBlock)
     if (active && threadIdx.x % kGroup == 0) norms[view] = fmaxf(sqrtf(square), kMinNorm);
   }
   __syncthreads();
+  float square = 0.0f;
   for (int64_t i = threadIdx.x; i < shape.width; i += kBlock) {
     float sum = 0.0f;
     for (int view = 0; view < shape.views; ++view) {
-      sum += to_float(features[(view * shape.batch + image) * shape.width + i]) / norms[view];
+      const int64_t row = view * shape.batch + image;
+      sum += (weights ? weights[row] : 1.0f) *
+             (to_float(features[row * shape.width + i]) / norms[view]);
     }
     out[image * shape.width + i] = factor * sum;
+    square += sum * sum;
+  }
+  if (!unit) return;
+  const float size = sqrtf(reduce<kBlock>(square, Sum()));
+  for (int64_t i = threadIdx.x; i < shape.width; i += kBlock) {
+    float* to = out + image * shape.width + i;
+    // Of a sum of zeros the first view stands alone.
+    *to = size > 0.0f ? *to / fmaxf(size, kMinNorm)
+                      : factor * (to_float(features[image * shape.width + i]) / norms[0]);
+  }
+}
+
+// ---- view_weights -------------------------------------------------------------------------------
+
+template <typename T>
+__global__ void __launch_bounds__(kBlock)
+    view_weights_kernel(const T* __restrict__ features,  // [L, B, D]
+                        float* __restrict__ mean,        // [B, D], scratch: m
+                        float* __restrict__ weights,     // [L, B]
+                        float* __restrict__ cosine,      // [B]
+                        float* __restrict__ agreement,   // [B]
+                        Shape shape, Extrapolation rule) {
+  __shared__ float norms[kMaxRows], cosines[kMaxRows];
+  const int64_t image = blockIdx.x;
+  const float count = static_cast<float>(shape.views - 1);
+  for (int base = 0; base < shape.views; base += kGroups) {
+    const int view = base + threadIdx.x / kGroup;
+    const bool active = view < shape.views;
+    const T* row = active ? features + (view * shape.batch + image) * shape.width : nullptr;
+    const float square = reduce<kGroup>(square_part<kGroup>(row, shape.width), Sum());
+    if (active && threadIdx.x % kGroup == 0) norms[view] = fmaxf(sqrtf(square), kMinNorm);
+  }
+  __syncthreads();
+  const T* own = features + image * shape.width;
+  mean += image * shape.width;
+  Pair first = {0.0f, 0.0f};  // <u_1, m>, |m|^2
+  float along = 0.0f;         // |m - u_1|^2
+  for (int64_t i = threadIdx.x; i < shape.width; i += kBlock) {
+    float sum = 0.0f;
+    for (int view = 1; view < shape.views; ++view) {
+      sum +=
+          to_float(features[(view * shape.batch + image) * shape.width + i]) / norms[view] / count;
+    }
+    mean[i] = sum;
+    const float u = to_float(own[i]) / norms[0];
+    first = Sum()(first, Pair{u * sum, sum * sum});
+    along += (sum - u) * (sum - u);
+  }
+  first = reduce<kBlock>(first, Sum());
+  along = sqrtf(reduce<kBlock>(along, Sum()));
+  __syncthreads();
+  const float a = first.first, size = fmaxf(sqrtf(first.second), kMinNorm), p = a / size;
+  float off = 0.0f;
+  for (int64_t i = threadIdx.x; i < shape.width; i += kBlock) {
+    const float part = mean[i] / size - p * (to_float(own[i]) / norms[0]);
+    off += part * part;
+  }
+  const float side = sqrtf(reduce<kBlock>(off, Sum()));
+  for (int base = 1; base < shape.views; base += kGroups) {
+    const int view = base + threadIdx.x / kGroup;
+    const bool active = view < shape.views;
+    Pair drift = {0.0f, 0.0f};  // with m - u_1, |u_l - u_1|^2
+    for (int64_t i = threadIdx.x % kGroup; active && i < shape.width; i += kGroup) {
+      const float u = to_float(own[i]) / norms[0];
+      const float by =
+          to_float(features[(view * shape.batch + image) * shape.width + i]) / norms[view] - u;
+      drift = Sum()(drift, Pair{by * (mean[i] - u), by * by});
+    }
+    drift = reduce<kGroup>(drift, Sum());
+    if (active && threadIdx.x % kGroup == 0) {
+      const float moved = sqrtf(drift.second);
+      cosines[view] = moved > kStill ? drift.first / fmaxf(moved * along, kStill * kStill) : 0.0f;
+    }
+  }
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  float agreed = 0.0f;
+  for (int view = 1; view < shape.views; ++view) agreed += cosines[view];
+  agreed /= count;
+  cosine[image] = a;
+  agreement[image] = agreed;
+  const Shares found = shares(rule, a, agreed, size, side, count);
+  weights[image] = found.first;
+  for (int view = 1; view < shape.views; ++view) {
+    weights[view * shape.batch + image] = found.rest / count;
   }
 }
 

@@ -7,7 +7,7 @@ import json
 import re
 from typing import Any
 
-from scc_fast.attacks.adaptive import BPDA, GateEvasion, PseudoLabel, ViewAware
+from scc_fast.attacks.adaptive import BPDA, GateEvasion, PseudoLabel, Surrogate, ViewAware
 from scc_fast.attacks.apgd import APGDCE, APGDDLR, APGDT
 from scc_fast.attacks.autoattack import AutoAttack, PaperAA, Square
 from scc_fast.attacks.base import Attack
@@ -39,6 +39,7 @@ ATTACKS: dict[str, type[Attack]] = {
         ViewAware,
         BPDA,
         GateEvasion,
+        Surrogate,
         PseudoLabel,
         Unrolled,
     )
@@ -62,6 +63,7 @@ __all__ = [
     "PaperAA",
     "PseudoLabel",
     "Square",
+    "Surrogate",
     "Transfer",
     "Unrolled",
     "ViewAware",

@@ -24,6 +24,7 @@ from scc_fast.attacks.margin import Distinct, margin
 from scc_fast.attacks.pgd import cross_entropy as single
 from scc_fast.config import shown, whole, within
 from scc_fast.engine.batch import Batch, uniform_start
+from scc_fast.engine.defense import Defense
 from scc_fast.engine.drive import live
 from scc_fast.reference import philox, step
 
@@ -323,6 +324,56 @@ class GateEvasion(BPDA):
         logits, gradient = super().through(target, point, labels, keys)
         _, back = slope(point, opening, torch.relu)
         return logits, balanced(gradient) - self.weight * balanced(back)
+
+
+@dataclass(frozen=True)
+class Surrogate(BPDA):
+    """BPDA through each of a defense's surrogates, which are smoother or simpler, in turn.
+
+    The defense itself says, in the attacker's own draws, how far a point fools it; of each image
+    the point that does by most is returned. Cost: a whole BPDA for each surrogate.
+    """
+
+    name: ClassVar[str] = "surrogate"
+    label: ClassVar[str] = "Surrogate"
+
+    def suits(self, target: Defender) -> bool:
+        return bool(target.defense.surrogates)
+
+    def run(self, target: Defender, x: Tensor, labels: Tensor, seeds: Tensor) -> Tensor:
+        if not self.suits(target):
+            raise ValueError(
+                f"attack 'surrogate' needs a defense with surrogates; {target.method} has none"
+            )
+        x, labels, seeds = prepared(target, x, labels, seeds)
+        best, lead = x.clone(), x.new_full((len(x),), -torch.inf)
+        keys = philox.derive(seeds, philox.EOT, self.steps * self.eot)
+        for stand_in in target.defense.surrogates:
+            point = _Through(**vars(self), stand_in=stand_in).run(target, x, labels, seeds)
+            ahead = leads(target, labels)(target.run(point, keys).logits.detach())
+            best = torch.where(_each(ahead > lead), point, best)
+            lead = torch.maximum(ahead, lead)
+        return best
+
+
+@dataclass(frozen=True)
+class _Through(BPDA):
+    """BPDA whose gradient is another defense's."""
+
+    stand_in: Defense | None = None
+
+    def through(
+        self, target: Defender, point: Tensor, labels: Tensor, keys: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        assert self.stand_in is not None
+        session, stand_in = target.session, self.stand_in
+
+        def answer(x: Tensor) -> Tensor:
+            return live(session, stand_in, Batch(x, keys)).logits
+
+        gradient = slope(point, answer, self.of(target, labels))[1]
+        with torch.no_grad():
+            return target.run(point, keys).logits, gradient
 
 
 @dataclass(frozen=True)

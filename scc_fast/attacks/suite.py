@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from scc_fast.api import Defender
-from scc_fast.attacks.adaptive import BPDA, GateEvasion, PseudoLabel, ViewAware
+from scc_fast.attacks.adaptive import BPDA, GateEvasion, PseudoLabel, Surrogate, ViewAware
 from scc_fast.attacks.base import Attack
 from scc_fast.attacks.unrolled import Unrolled
 
@@ -22,6 +22,7 @@ def adaptive_suite(target: Defender, epsilon: float) -> list[Attack]:
         PseudoLabel(epsilon),
         BPDA(epsilon),
         GateEvasion(epsilon),
+        Surrogate(epsilon),
         Unrolled(epsilon),
     )
     return [attack for attack in every if attack.suits(target)]

@@ -10,6 +10,7 @@ from scc_fast.defenses.anti_adv import AntiAdv
 from scc_fast.defenses.csr import CSR
 from scc_fast.defenses.dbd import DBD
 from scc_fast.defenses.doc import DOC
+from scc_fast.defenses.extrapolate import Extrapolate
 from scc_fast.defenses.hd import HD
 from scc_fast.defenses.mac import MAC
 from scc_fast.defenses.r_tpt import RTPT
@@ -33,6 +34,7 @@ DEFENSES: dict[str, type[Defense]] = {
         CSR,
         DBD,
         MAC,
+        Extrapolate,
     )
 }
 

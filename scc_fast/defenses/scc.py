@@ -119,11 +119,12 @@ class SpatialViews(OnViews):
 
     def first_pass(self, session: Session, batch: Batch) -> State:
         views = self._over(session, batch)
-        return State(no_drift(batch), logits=views.logits(views.forward(None)))
+        logits = views.logits(views.forward(None), self.config.strength)
+        return State(no_drift(batch), logits=logits)
 
     def reference(self, session: Session, batch: Batch) -> Outcome | None:
-        views = self.views(session, min(batch.size))
-        return baselines.views(session.reference, batch.x, batch.seeds, views)
+        views, strength = self.views(session, min(batch.size)), self.config.strength
+        return baselines.views(session.reference, batch.x, batch.seeds, views, strength)
 
 
 class Ascent(OnViews):
@@ -134,6 +135,7 @@ class Ascent(OnViews):
 
     has_gate = judged = True
     semantic_steps = 0  # S
+    strength = 1.0  # c of the last mean
 
     @property
     def repairs(self) -> Literal["flagged", "all"]:
@@ -160,7 +162,7 @@ class Ascent(OnViews):
         return State(
             drift,
             margin=self.config.tau - drift if self.has_gate else None,
-            logits=views.logits(features) if self.has_gate else None,
+            logits=views.logits(features, self.strength) if self.has_gate else None,
             delta=delta,
             rows={"anchor": anchor},
             views={"features": features, "slope": slope},
@@ -197,7 +199,7 @@ class Ascent(OnViews):
             gradient = views.pull(backward, views.margin(features, soft, label))
             delta, _ = views.step(delta, gradient, config)
             taken += 1
-        return Repaired(views.answer(delta, None if taken else features), delta)
+        return Repaired(views.answer(delta, None if taken else features, self.strength), delta)
 
     def _again(self, session: Session, batch: Batch, delta: Tensor) -> tuple[Tensor, Any]:
         features, _, backward = self._over(replace(session, mark=unmarked), batch).vjp(delta)
@@ -262,6 +264,7 @@ class SCC(Ascent):
         super().__init__(config)
         self.has_gate = self.judged = config.gate
         self.semantic_steps = config.semantic_steps if config.semantic else 0
+        self.strength = config.strength
 
     @property
     def warmup_steps(self) -> int:
@@ -283,10 +286,10 @@ class SCC(Ascent):
         return replace(super().traits(session), text=self.config.semantic)
 
 
-def chosen_views(config: SCCConfig | ViewsConfig, session: Session, size: int) -> tuple[View, ...]:
+def chosen_views(config: Any, session: Session, size: int) -> tuple[View, ...]:
     """The views of a config for images whose shorter side is `size` pixels."""
     flip = session.flip if config.flip is None else config.flip
-    return resolve_views(config.views, size, flip=flip, sigma=config.sigma)
+    return resolve_views(config.views, size, flip=flip, sigma=getattr(config, "sigma", 0.0))
 
 
 def no_drift(batch: Batch) -> Tensor:

@@ -150,9 +150,9 @@ class Views:
         self.session.mark("backward")
         return gradient
 
-    def answer(self, delta: Tensor, features: Tensor | None) -> Tensor:
+    def answer(self, delta: Tensor, features: Tensor | None, strength: float = 1.0) -> Tensor:
         """Mean logits (B, K) of x + δ, whose features are given where they are known."""
-        return self.logits(self.forward(delta) if features is None else features)
+        return self.logits(self.forward(delta) if features is None else features, strength)
 
     def step(
         self,
@@ -202,12 +202,34 @@ class Views:
         session.mark("head")
         return slope
 
-    def logits(self, features: Tensor) -> Tensor:
-        """Mean logits over the views, (B, K)."""
+    def logits(self, features: Tensor, strength: float = 1.0) -> Tensor:
+        """Mean logits over the views, (B, K), or what lies `strength` times as far from v_1's."""
         session = self.session
-        logits = ops.mean_logits(features, session.table, backend=session.backend)
+        weights = self._weights(features, strength)
+        logits = ops.mean_logits(features, session.table, weights, backend=session.backend)
         session.mark("head")
         return logits
+
+    def extrapolated(
+        self, features: Tensor, rule: tuple[float, float, float], slope: float, geodesic: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits (B, K), mean cosine (B,) and agreement (B,) of the views (METHOD.md)."""
+        session = self.session
+        backend = session.backend
+        weights, cosine, agreement = ops.view_weights(
+            features, *rule, slope=slope, geodesic=geodesic, backend=backend
+        )
+        logits = ops.mean_logits(features, session.table, weights, unit=True, backend=backend)
+        session.mark("head")
+        return logits, cosine, agreement
+
+    def _weights(self, features: Tensor, strength: float) -> Tensor | None:
+        weights = heads.mean_weights(len(features), strength)
+        if weights is None:
+            return None
+        found = torch.full(features.shape[:2], weights[-1], device=features.device)
+        found[0] = weights[0]
+        return found
 
     # -------------------------------------------------------------------------------- pictures
 
@@ -282,11 +304,19 @@ class LiveViews(Views):
         _, slope = super().drift(features.detach(), anchor.detach())
         return heads.relative_drift(features[0], anchor), slope
 
-    def logits(self, features: Tensor) -> Tensor:
-        return self.session.mean_logits(features)
+    def logits(self, features: Tensor, strength: float = 1.0) -> Tensor:
+        weights = self._weights(features, strength)
+        return heads.mean_logits(features, self.session.classes, weights)
 
-    def answer(self, delta: Tensor, features: Tensor | None) -> Tensor:
-        return self.logits(self.forward(delta))
+    def extrapolated(
+        self, features: Tensor, rule: tuple[float, float, float], slope: float, geodesic: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        weights, cosine, agreement = heads.view_weights(features, *rule, slope, geodesic)
+        logits = heads.mean_logits(features, self.session.classes, weights, unit=True)
+        return logits, cosine, agreement
+
+    def answer(self, delta: Tensor, features: Tensor | None, strength: float = 1.0) -> Tensor:
+        return self.logits(self.forward(delta), strength)
 
     def _constant(self) -> Views:
         return Views(self.session, self.batch.still(), self.views)

@@ -27,6 +27,7 @@ OPS = (
     "pseudo_label",
     "margin_head",
     "mean_logits",
+    "view_weights",
 )
 
 _LOCK = threading.RLock()

@@ -136,6 +136,11 @@ class Defense(ABC):
         """The defense that answers what this one takes as its pseudo-label; None: it takes none."""
         return None
 
+    @property
+    def surrogates(self) -> tuple[Defense, ...]:
+        """Smoother or simpler defenses whose gradient an attacker may follow instead of its own."""
+        return ()
+
     def reference(self, session: Session, batch: Batch) -> Outcome | None:
         """The method by scc_fast.reference, differentiable; None where it is not there."""
         return None

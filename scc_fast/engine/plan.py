@@ -115,9 +115,9 @@ class Plan:
         return "\n".join(lines)
 
 
-def single_pass(method: str, views: int) -> Plan:
+def single_pass(method: str, views: int, head: str = "mean_logits") -> Plan:
     """The plan of a method that looks once at `views` views."""
-    return Plan(method, views, (Pass("predict", views, 0, "mean_logits"),), gate=False)
+    return Plan(method, views, (Pass("predict", views, 0, head),), gate=False)
 
 
 def ascent_plan(method: str, views: int, warm_up: int, semantic: int, gate: bool) -> Plan:

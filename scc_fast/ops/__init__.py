@@ -182,6 +182,7 @@ from scc_fast.ops.heads import (  # noqa: E402
     margin_head,
     mean_logits,
     pseudo_label,
+    view_weights,
 )
 from scc_fast.ops.philox import philox_normal, philox_uniform  # noqa: E402
 from scc_fast.ops.step import pgd_step_  # noqa: E402
@@ -209,4 +210,5 @@ __all__ = [
     "philox_normal",
     "philox_uniform",
     "pseudo_label",
+    "view_weights",
 ]

@@ -7,6 +7,7 @@ which is differentiable: the others take their arguments as constants.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -173,12 +174,23 @@ def margin_head(
     return _margin(features.device, backend, *given)
 
 
-def mean_logits(features: Tensor, table: ClassTable, *, backend: str | None = None) -> Tensor:
-    """Mean of s·cos(f, t_k) + b over the views. Differentiable with respect to features.
+def mean_logits(
+    features: Tensor,
+    table: ClassTable,
+    weights: Tensor | None = None,
+    *,
+    unit: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """Mean of s·cos(f, t_k) + b over the views, or of z = Σ_l w_l f_l/‖f_l‖: s·⟨z, t_k⟩ + b.
+
+    Differentiable with respect to features and weights.
 
     Args:
         features: (L, B, D).
         table: the classes.
+        weights: w, (L, B) float32, any finite numbers; None: 1/L each.
+        unit: whether z is scaled to unit length; of a z of zeros the first view's is taken.
         backend: as drift_head.
 
     Returns:
@@ -188,8 +200,54 @@ def mean_logits(features: Tensor, table: ClassTable, *, backend: str | None = No
         as drift_head.
     """
     _check_classes("mean_logits", features, table)
-    scalars = (float(table.scale), float(table.bias))
-    return table.expand(_logits(features.device, backend, features, table.text, *scalars))
+    if weights is not None:
+        shape = features.shape[:2]
+        _check_like("mean_logits", "weights", weights, features, shape, torch.float32)
+    given = (features, table.text, weights, float(table.scale), float(table.bias), bool(unit))
+    return table.expand(_logits(features.device, backend, *given))
+
+
+def view_weights(
+    features: Tensor,
+    low: float,
+    high: float,
+    threshold: float,
+    *,
+    slope: float = math.inf,
+    geodesic: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights of the views for mean_logits (METHOD.md, View extrapolation).
+
+    w_1 = 1 − c, w_l = c/(L − 1), with c = `high` where the views' drifts agree, else `low`.
+
+    Args:
+        features: (L, B, D), L >= 2, the first view the picture's own.
+        low, high: c; with `geodesic`, AGC's β at a score of 0 and of 1.
+        threshold: on the agreement r.
+        slope: of a sigmoid of r in the place of the switch; infinity: the switch.
+        geodesic: AGC's weights instead (arXiv 2605.15584), by its own score.
+        backend: as drift_head.
+
+    Returns:
+        w: (L, B) float32.
+        a: (B,) float32, the mean cosine of the first view with the others.
+        r: (B,) float32, the mean cosine of the views' drifts from the first with their mean.
+
+    Raises:
+        as drift_head.
+    """
+    _check_features("view_weights", features)
+    if len(features) < 2:
+        raise ValueError("view_weights: features must be of at least 2 views, got 1")
+    numbers = {"low": low, "high": high, "threshold": threshold, "slope": slope}
+    for name, value in numbers.items():
+        if not isinstance(value, int | float) or value != value:
+            raise ValueError(f"view_weights: {name} must be a number, got {shown(value)}")
+    if slope <= 0:
+        raise ValueError(f"view_weights: slope must be above 0, got {shown(slope)}")
+    scalars = (float(low), float(high), float(threshold), float(slope), bool(geodesic))
+    return _weights(features.device, backend, features, *scalars)
 
 
 def _check_features(op: str, features: Tensor) -> None:
@@ -276,8 +334,16 @@ def _reference_margin(
     return value, gradient.to(features.dtype)
 
 
-def _reference_logits(features: Tensor, text: Tensor, scale: float, bias: float) -> Tensor:
-    return reference.mean_logits(features.float(), _classes(text, scale, bias))
+def _reference_logits(
+    features: Tensor, text: Tensor, weights: Tensor | None, scale: float, bias: float, unit: bool
+) -> Tensor:
+    return reference.mean_logits(features.float(), _classes(text, scale, bias), weights, unit)
+
+
+def _reference_weights(
+    features: Tensor, low: float, high: float, threshold: float, slope: float, geodesic: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return reference.view_weights(features.float(), low, high, threshold, slope, geodesic)
 
 
 def _fake_drift(features: Tensor, anchor: Tensor) -> tuple[Tensor, Tensor]:
@@ -299,26 +365,47 @@ def _fake_margin(features: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return value, features.new_empty(features.shape)
 
 
-def _fake_logits(features: Tensor, text: Tensor, scale: float, bias: float) -> Tensor:
+def _fake_logits(features: Tensor, text: Tensor, *rest: Any) -> Tensor:
     return text.new_empty(features.shape[1], text.shape[0])
 
 
+def _fake_weights(features: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    views, batch = features.shape[:2]
+    shapes = ((views, batch), (batch,), (batch,))
+    weights, cosine, agreement = (
+        features.new_empty(shape, dtype=torch.float32) for shape in shapes
+    )
+    return weights, cosine, agreement
+
+
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    features, text, ctx.scale, _ = inputs
-    ctx.save_for_backward(features, text)
+    features, text, weights, ctx.scale, _, ctx.unit = inputs
+    ctx.save_for_backward(features, text, weights)
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    features, text = ctx.saved_tensors
+    features, text, weights = ctx.saved_tensors
     if ctx.needs_input_grad[1]:
         raise NotImplementedError("mean_logits: no gradient with respect to text")
     # Differentiable in turn. ∂cos(f, a)/∂f = (a − (u·a) u)/‖f‖ with a = Σ_k g_k t_k, linear in a.
     wide = features.float()
     norm = wide.norm(dim=-1, keepdim=True).clamp(min=1e-12)
     unit = wide / norm
-    direction = (ctx.scale / len(features)) * (gradient @ text)
-    along = (unit * direction).sum(dim=-1, keepdim=True)
-    return ((direction - along * unit) / norm).to(features.dtype), None, None, None
+    direction, given = ctx.scale * (gradient @ text), weights
+    if weights is None:
+        weights = wide.new_full(wide.shape[:2], 1 / len(wide))
+    if ctx.unit:
+        whole = (weights[..., None] * unit).sum(dim=0)
+        nothing = (whole == 0).all(dim=-1)  # where the first view stands alone
+        alone = torch.zeros_like(weights)
+        alone[0] = 1.0
+        weights = torch.where(nothing, alone, weights)
+        length = torch.where(nothing, 1.0, whole.norm(dim=-1)).clamp(min=1e-12)[:, None]
+        whole = torch.where(nothing[:, None], unit[0], whole) / length
+        direction = (direction - (whole * direction).sum(dim=-1, keepdim=True) * whole) / length
+    along = (unit * direction).sum(dim=-1)
+    slope = weights[..., None] * (direction - along[..., None] * unit) / norm
+    return slope.to(features.dtype), None, None if given is None else along, None, None, None
 
 
 def _triton() -> ModuleType:
@@ -348,9 +435,17 @@ _margin = define(
     triton=_triton,
 )
 _logits = define(
-    "mean_logits(Tensor features, Tensor text, float scale, float bias) -> Tensor",
+    "mean_logits(Tensor features, Tensor text, Tensor? weights, float scale, float bias, "
+    "bool unit) -> Tensor",
     reference=_reference_logits,
     fake=_fake_logits,
     triton=_triton,
     autograd=(_setup, _backward),
+)
+_weights = define(
+    "view_weights(Tensor features, float low, float high, float threshold, float slope, "
+    "bool geodesic) -> (Tensor, Tensor, Tensor)",
+    reference=_reference_weights,
+    fake=_fake_weights,
+    triton=_triton,
 )

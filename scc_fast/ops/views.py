@@ -135,6 +135,12 @@ def check_views(
         raise TypeError(f"{op}: views must be a list or tuple of View, got {shown(views)}")
     if not views:
         raise ValueError(f"{op}: views must hold at least one view, got none")
+    for view in views:
+        if any(isinstance(part, float) for part in view.shift):
+            raise ValueError(
+                f"{op}: views must be shifted by whole pixels, got {shown(view.shift)}: "
+                "scc_fast.config.resolve_views makes them of shares"
+            )
     if not isinstance(patch, int) or isinstance(patch, bool):
         raise TypeError(f"{op}: patch must be an int, got {shown(patch)}")
     if not 0 <= patch <= min(x.shape[-2:]):

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from scc_fast.config import IDENTITY, RNConfig, View
-from scc_fast.reference import heads, step
-from scc_fast.reference.ttc import Outcome, Setting, look
+from scc_fast.reference import step
+from scc_fast.reference.ttc import Outcome, Setting, look, mean_logits
 
 
 def none(setting: Setting, x: Tensor, seeds: Tensor) -> Outcome:
@@ -23,14 +23,21 @@ def rn(setting: Setting, x: Tensor, seeds: Tensor, config: RNConfig) -> Outcome:
     return _outcome(setting, x, seeds, (IDENTITY,), delta)
 
 
-def views(setting: Setting, x: Tensor, seeds: Tensor, views: Sequence[View]) -> Outcome:
+def views(
+    setting: Setting, x: Tensor, seeds: Tensor, views: Sequence[View], strength: float = 1.0
+) -> Outcome:
     """Mean logits over SCC's views."""
-    return _outcome(setting, x, seeds, views, torch.zeros_like(x))
+    return _outcome(setting, x, seeds, views, torch.zeros_like(x), strength)
 
 
 def _outcome(
-    setting: Setting, x: Tensor, seeds: Tensor, views: Sequence[View], delta: Tensor
+    setting: Setting,
+    x: Tensor,
+    seeds: Tensor,
+    views: Sequence[View],
+    delta: Tensor,
+    strength: float = 1.0,
 ) -> Outcome:
-    logits = heads.mean_logits(look(setting, x + delta, seeds, views), setting.classes)
+    logits = mean_logits(look(setting, x + delta, seeds, views), setting.classes, strength)
     drift = x.new_full((len(x),), torch.nan)
     return Outcome(logits, delta, drift, torch.zeros(len(x), dtype=torch.bool, device=x.device))

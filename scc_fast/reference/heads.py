@@ -6,11 +6,14 @@ Shapes: features (L, B, D), text embeddings (K, D) of unit length.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+STILL = 1e-5  # a shorter drift of unit features is what rounding makes of none
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,9 +68,95 @@ def logits(features: Tensor, classes: Classes) -> Tensor:
     return classes.scale * cosines(features, classes) + classes.bias
 
 
-def mean_logits(features: Tensor, classes: Classes) -> Tensor:
-    """Mean of the logits over the views: (L, B, D) → (B, K)."""
-    return logits(features, classes).mean(dim=0)
+def mean_logits(
+    features: Tensor, classes: Classes, weights: Tensor | None = None, unit: bool = False
+) -> Tensor:
+    """Mean of the logits over the views: (L, B, D) → (B, K).
+
+    Args:
+        weights: w_l, (L, B), of each view of each image; None: 1/L. Σ_l w_l = 1 is not needed.
+        unit: z = Σ_l w_l u_l is scaled to unit length; of a z of zeros u_1 is taken.
+    """
+    if weights is None and not unit:
+        return logits(features, classes).mean(dim=0)
+    units = F.normalize(features, dim=-1)
+    whole = units.mean(dim=0) if weights is None else (weights[..., None] * units).sum(dim=0)
+    if unit:
+        nothing = (whole == 0).all(dim=-1, keepdim=True)
+        whole = F.normalize(torch.where(nothing, units[0], whole), dim=-1)
+    table = classes.distinct if len(classes.distinct) < len(classes.text) else classes.text
+    found = classes.scale * (whole @ table.T) + classes.bias
+    return found if table is classes.text else found[..., classes.group]
+
+
+def mean_weights(views: int, strength: float) -> tuple[float, ...] | None:
+    """The weights of u_1 + c·(mean of all u_l − u_1), the same for all images; None for c = 1."""
+    if strength == 1:
+        return None
+    return (1 - strength * (views - 1) / views, *([strength / views] * (views - 1)))
+
+
+def view_weights(
+    features: Tensor,
+    low: float,
+    high: float,
+    threshold: float,
+    slope: float = math.inf,
+    geodesic: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The weights of METHOD.md's view extrapolation, and what they are chosen by.
+
+    z = Σ_l w_l u_l with w_1 = 1 − c and w_l = c/(L − 1), u_1 being the picture's own. c is `high`
+    where the drifts u_l − u_1 agree (r above `threshold`), else `low`; a finite `slope` puts a
+    sigmoid of it in the place of the switch. `geodesic` is AGC's arc (arXiv 2605.15584): β from
+    `low` to `high` by its score, z at the angle βθ from u_1 towards the others' mean.
+
+    Args:
+        features: (L, B, D), L >= 2.
+
+    Returns:
+        w (L, B); a (B,), the mean cosine of the picture with its views; and r (B,), the mean
+        cosine of the views' drifts with their mean, where a drift within rounding counts as 0.
+    """
+    units = F.normalize(features, dim=-1)
+    own, others, count = units[0], units[1:], len(units) - 1
+    mean = others.mean(dim=0)
+    cosine = (own * mean).sum(dim=-1)
+    drifts, along = others - own, mean - own
+    sizes = drifts.norm(dim=-1)
+    scales = (sizes * along.norm(dim=-1)).clamp_min(STILL**2)
+    cosines = (drifts * along).sum(dim=-1) / scales * (sizes > STILL)
+    agreement = cosines.mean(dim=0)
+    if geodesic:
+        first, rest = _geodesic(own, mean, cosine, count, low, high)
+    else:
+        part = (agreement > threshold).to(units)
+        if slope < math.inf:
+            part = torch.sigmoid(slope * (agreement - threshold))
+        c = low + (high - low) * part
+        first, rest = 1 - c, c
+    return torch.cat([first[None], (rest / count).expand(count, -1)]), cosine, agreement
+
+
+def _geodesic(
+    own: Tensor, mean: Tensor, cosine: Tensor, count: int, low: float, high: float
+) -> tuple[Tensor, Tensor]:
+    """Weights (B,) of u_1 and of the mean m of the others: (cos βθ − sin βθ/tan θ), sin βθ/(…).
+
+    With a = m/‖m‖ and p = ⟨u_1, a⟩ = cos θ: z = cos(βθ) u_1 + sin(βθ) (a − p u_1)/‖a − p u_1‖.
+    """
+    length = mean.norm(dim=-1).clamp_min(1e-12)
+    p = cosine / length
+    side = (mean / length[:, None] - p[:, None] * own).norm(dim=-1)  # sin θ
+    between = (count * length.square() - 1) / max(count - 1, 1)  # mean cosine of two views
+    tight = ((between + 1) / 2).clamp(0, 1)
+    score = ((1 - cosine).clamp(1e-30, 1) ** 0.9 * tight).clamp(0, 1)
+    beta = low + (high - low) * score
+    theta = torch.atan2(side, p)
+    still = theta < 1e-6
+    sine = torch.sin(beta * theta) / torch.where(still, 1.0, side)
+    first = torch.where(still, 1.0, torch.cos(beta * theta) - sine * p)
+    return first, torch.where(still, 0.0, sine / length)
 
 
 def pseudo_label(

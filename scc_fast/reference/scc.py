@@ -47,7 +47,7 @@ def scc(
         warm = replace(warm, delta=merge(warm.delta, rows, delta))
 
     # 4. Prediction.
-    logits = predict(setting, x, seeds, views, warm)
+    logits = predict(setting, x, seeds, views, warm, config.strength)
     return Outcome(logits, warm.delta, warm.drift, warm.flagged)
 
 

@@ -109,17 +109,29 @@ def merge(all_rows: Tensor, flagged: Tensor, flagged_rows: Tensor) -> Tensor:
 
 
 def predict(
-    setting: Setting, x: Tensor, seeds: Tensor, views: Sequence[View], warm: Counterattack
+    setting: Setting,
+    x: Tensor,
+    seeds: Tensor,
+    views: Sequence[View],
+    warm: Counterattack,
+    strength: float = 1.0,
 ) -> Tensor:
     """Mean logits over the views (B, K); images left at δ⁰ have had their forward pass."""
-    logits = heads.mean_logits(warm.features, setting.classes)
+    logits = mean_logits(warm.features, setting.classes, strength)
     rows = warm.flagged
     if torch.is_grad_enabled():  # an attacker who differentiates needs a live pass for all images
         rows = torch.ones_like(rows)
     if not rows.any():
         return logits
     repaired = look(setting, (x + warm.delta)[rows], seeds[rows], views)
-    return merge(logits, rows, heads.mean_logits(repaired, setting.classes))
+    return merge(logits, rows, mean_logits(repaired, setting.classes, strength))
+
+
+def mean_logits(features: Tensor, classes: Classes, strength: float) -> Tensor:
+    """Of features (L, B, D) the mean logits (B, K), or what lies beyond it: heads.mean_weights."""
+    weights = heads.mean_weights(len(features), strength)
+    each = None if weights is None else features.new_tensor(weights)[:, None]
+    return heads.mean_logits(features, classes, each)
 
 
 def ttc(setting: Setting, x: Tensor, seeds: Tensor, config: TTCConfig) -> Outcome:

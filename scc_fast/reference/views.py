@@ -30,13 +30,18 @@ def make_views(pixels: Tensor, seeds: Tensor, views: Sequence[View], fill: Tenso
 
 def _view(pixels: Tensor, seeds: Tensor, index: int, view: View, fill: Tensor) -> Tensor:
     if view.shift != (0, 0):
-        pixels = _shift(pixels, view.shift, fill)
+        pixels = _shift(pixels, _pixels(view), fill)
     if view.flip:
         pixels = pixels.flip(-1)
     if view.noise > 0 and len(pixels):
         noise = philox.normal(seeds, philox.VIEW_NOISE, index, pixels[0].numel())
         pixels = (pixels + view.noise * noise.view_as(pixels)).clamp(0, 1)
     return pixels
+
+
+def _pixels(view: View) -> tuple[int, int]:
+    down, right = map(int, view.shift)
+    return down, right
 
 
 def _shift(pixels: Tensor, shift: tuple[int, int], fill: Tensor) -> Tensor:
@@ -65,7 +70,7 @@ def make_views_adjoint(
             part = torch.where((noisy >= 0) & (noisy <= 1), part, 0.0)
         if view.flip:
             part = part.flip(-1)
-        down, right = view.shift
+        down, right = _pixels(view)
         whole = whole + _shift(part, (-down, -right), zero)
     return whole
 

@@ -1,0 +1,49 @@
+// The weights of view extrapolation from the sums over a picture's features, for both devices
+// (METHOD.md, View extrapolation; reference/heads.py, view_weights).
+#pragma once
+
+#include <cmath>
+
+#include "pixel_math.h"
+
+namespace scc_fast {
+
+constexpr float kStill = 1e-5f;  // a shorter drift of unit features is what rounding makes of none
+
+struct Extrapolation {
+  float low, high, threshold, slope;
+  bool geodesic;
+};
+
+inline Extrapolation extrapolation(double low, double high, double threshold, double slope,
+                                   bool geodesic) {
+  return {static_cast<float>(low), static_cast<float>(high), static_cast<float>(threshold),
+          static_cast<float>(slope), geodesic};
+}
+
+// The weight of the picture's own unit feature u_1, and of m, the mean of the others.
+struct Shares {
+  float first, rest;
+};
+
+// a = <u_1, m>, r the agreement, size = |m|, side = the sine between u_1 and m; `count` others.
+SCC_HOST_DEVICE Shares shares(const Extrapolation& rule, float a, float r, float size, float side,
+                              float count) {
+  if (!rule.geodesic) {
+    float part = r > rule.threshold ? 1.0f : 0.0f;
+    if (rule.slope < INFINITY) part = 1.0f / (1.0f + expf(-rule.slope * (r - rule.threshold)));
+    const float c = rule.low + (rule.high - rule.low) * part;
+    return {1.0f - c, c};
+  }
+  const float p = a / size, theta = atan2f(side, p);
+  if (theta < 1e-6f) return {1.0f, 0.0f};
+  const float between = (count * size * size - 1.0f) / fmaxf(count - 1.0f, 1.0f);
+  const float tight = fminf(fmaxf((between + 1.0f) / 2.0f, 0.0f), 1.0f);
+  const float apart = fminf(fmaxf(1.0f - a, 1e-30f), 1.0f);
+  const float score = fminf(powf(apart, 0.9f) * tight, 1.0f);
+  const float beta = rule.low + (rule.high - rule.low) * score;
+  const float sine = sinf(beta * theta) / side;
+  return {cosf(beta * theta) - sine * p, sine / size};
+}
+
+}  // namespace scc_fast

@@ -1,0 +1,118 @@
+"""View extrapolation: a correction in feature space, without a gradient (METHOD.md)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from scc_fast.config import MethodConfig, View, ViewPreset, one_of, shown, within
+from scc_fast.defenses.scc import OnViews, chosen_views
+from scc_fast.engine.batch import Batch
+from scc_fast.engine.defense import Defense, State
+from scc_fast.engine.plan import Plan, single_pass
+from scc_fast.engine.session import Session
+from scc_fast.reference.extrapolate import extrapolate
+from scc_fast.reference.ttc import Outcome
+
+LEAST_BETA = 0.45  # AGC's β where the views say nothing
+
+
+@dataclass(frozen=True)
+class ExtrapolateConfig(MethodConfig):
+    """View extrapolation: z = u_1 + c · (mean of the views' unit features − u_1).
+
+    Args:
+        views: "geometric" or a list of at least two View without noise that begins with the
+            identity; shifts as shares of the side serve all sizes.
+        strength: c; with "geodesic" AGC's largest β.
+        rule: "agreement": c where the views' drifts agree, else 1 (after DBD, arXiv 2606.06186);
+            "constant": c for all; "geodesic": AGC's arc (arXiv 2605.15584).
+        threshold: θ on the agreement, the mean cosine of the drifts with their mean.
+        slope: of a sigmoid in the place of that switch; infinity: the switch.
+        flip: whether views may mirror; None asks the model.
+    """
+
+    views: ViewPreset | tuple[View, ...] = "geometric"
+    strength: float = 2.5
+    rule: Literal["agreement", "constant", "geodesic"] = "agreement"
+    threshold: float = 0.85
+    slope: float = math.inf
+    flip: bool | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of("rule", self.rule, ("agreement", "constant", "geodesic"))
+        within("threshold", self.threshold, -1.0, 1.0)
+        within("slope", self.slope, 1e-3, math.inf)
+        views = self.views
+        if views == "paper" or (not isinstance(views, str) and any(v.noise > 0 for v in views)):
+            raise ValueError(
+                "views must be without noise: extrapolation follows where a picture's views moved, "
+                f'got {shown(views)}; "geometric" is'
+            )
+        if len(views) < 2:
+            raise ValueError(f"views must be at least two, got {shown(views)}")
+
+
+class Extrapolate(OnViews):
+    """View extrapolation.
+
+    One forward pass of L pictures: nothing is drawn, optimised or added, so that seeds have no
+    effect, `images` is the input as it came and `delta` is zero. `drift` is the mean cosine of a
+    picture's features with its views', `flagged` where the rule went beyond the mean. The
+    gradient is exact: an attacker needs no BPDA.
+    """
+
+    name, Config, source = "extrapolate", ExtrapolateConfig, "METHOD.md, View extrapolation"
+    repairs: Literal["none"] = "none"
+    config: ExtrapolateConfig
+
+    def __init__(self, config: ExtrapolateConfig) -> None:
+        super().__init__(config)
+        self.has_gate = config.rule == "agreement"
+        geodesic = config.rule == "geodesic"
+        low = {"agreement": 1.0, "constant": config.strength, "geodesic": LEAST_BETA}[config.rule]
+        threshold = config.threshold if self.has_gate else math.inf
+        self._rule = (low, config.strength, threshold)
+        self._form = (config.slope, geodesic)
+
+    def views(self, session: Session, size: int) -> tuple[View, ...]:
+        return chosen_views(self.config, session, size)
+
+    def first_pass(self, session: Session, batch: Batch) -> State:
+        views = self._over(session, batch)
+        logits, cosine, agreement = views.extrapolated(views.forward(None), self._rule, *self._form)
+        margin = agreement - self.config.threshold if self.has_gate else None
+        return State(cosine, margin=margin, logits=logits)
+
+    def reference(self, session: Session, batch: Batch) -> Outcome | None:
+        views = self.views(session, min(batch.size))
+        low, high, threshold = self._rule
+        slope, geodesic = self._form
+        return extrapolate(
+            session.reference,
+            batch.x,
+            batch.seeds,
+            views,
+            low=low,
+            high=high,
+            threshold=threshold,
+            slope=slope,
+            geodesic=geodesic,
+        )
+
+    @property
+    def surrogates(self) -> tuple[Defense, ...]:
+        """A smooth switch of two slopes, c for all, and the mean of the views."""
+        config = self.config
+        mean = replace(config, rule="constant", strength=1.0)
+        if config.rule == "constant":
+            return () if config.strength == 1 else (Extrapolate(mean),)
+        if config.rule == "geodesic":
+            return (Extrapolate(mean),)
+        smooth = (replace(config, slope=20.0), replace(config, slope=5.0))
+        return tuple(map(Extrapolate, (*smooth, replace(config, rule="constant"), mean)))
+
+    def plan(self, session: Session, size: tuple[int, int]) -> Plan:
+        return single_pass(self.name, self.width(session, size), "view_weights, mean_logits")
