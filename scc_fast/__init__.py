@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 
-# Old names, for one release: where each is now.
+# Deprecated names and their new places.
 _MOVED = {
     "TTEConfig": ("scc_fast.config", "ViewsConfig"),
     "PRESETS": ("scc_fast.evaluate.presets", "PRESETS"),

@@ -1,4 +1,4 @@
-"""Arguments of callers: collections with an order, and names that a function does not have."""
+"""Checks of arguments: ordered collections, and hints for unknown names."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from scc_fast.config import MethodConfig, nearest
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# What other libraries call it, and what it is called here.
+# Names in other libraries, and ours.
 _CALLED = {
     "batch_size": "max_batch",
     "checkpoint": "pretrained",
@@ -48,10 +48,10 @@ _PLACES = {
 
 
 def listed(value: Any) -> Iterable[Any] | None:
-    """The items of a collection or iterator that has an order; None for anything else.
+    """Items of an ordered collection or iterator; None for anything else.
 
-    Sequences, iterators, views of a dict, NumPy's arrays and pandas' Series of one dimension; not
-    strings, bytes, files, sets and tensors.
+    Accepts sequences, iterators, dict views, one-dimensional arrays and Series; not strings, bytes,
+    files, sets or tensors.
     """
     if isinstance(value, str | bytes | bytearray | memoryview | Tensor) or hasattr(value, "read"):
         return None
@@ -61,7 +61,7 @@ def listed(value: Any) -> Iterable[Any] | None:
 
 
 def explained(function: Callable[P, R]) -> Callable[P, R]:
-    """`function`; for an argument that it does not have the TypeError says what would be right."""
+    """Decorator: the TypeError for an unknown argument suggests the right one."""
     signature = inspect.signature(function)
 
     @functools.wraps(function)
@@ -80,7 +80,7 @@ def explained(function: Callable[P, R]) -> Callable[P, R]:
 def _misfit(
     qualname: str, signature: inspect.Signature, args: Sequence[Any], kwargs: dict[str, Any]
 ) -> str | None:
-    """Why a call does not fit a signature; None where it does."""
+    """Reason why a call does not fit a signature, or None."""
     try:
         signature.bind(*args, **kwargs)
         return None

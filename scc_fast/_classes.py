@@ -34,7 +34,7 @@ _TEXT: weakref.WeakKeyDictionary[Any, _Text] = weakref.WeakKeyDictionary()
 
 
 def as_model(model: Any) -> VisionLanguage:
-    """`model` itself, or what load_model makes of a name or an object, made once."""
+    """A VisionLanguage from a model, a name or an object; the latter two are cached."""
     with LOCK:
         if isinstance(model, str):
             if model not in _NAMED:
@@ -50,7 +50,7 @@ def as_model(model: Any) -> VisionLanguage:
 
 
 def _layout(module: nn.Module) -> Any:
-    """A module's structure and where its weights lie, which a twin shares; None: cannot be told."""
+    """Structure of a module and addresses of its weights, shared by twins; None: unknown."""
     found = structure(module)
     if found is None:
         return None
@@ -62,12 +62,10 @@ def _layout(module: nn.Module) -> Any:
 
 
 def check_prompts(classes: Iterable[str] | None) -> tuple[str, ...] | None:
-    """The prompts as a tuple, of a mapping its keys.
-
-    Duplicates and templates are warned about where the caller called us.
+    """Prompts as a tuple; of a mapping, its keys. Warns of duplicates and templates.
 
     Raises:
-        TypeError: no collection with an order. ValueError: no strings, or less than two.
+        TypeError: not an ordered collection. ValueError: not strings, or fewer than two.
     """
     if classes is None:
         return None
@@ -126,7 +124,7 @@ def text_embeddings(
         if snapshot is model:
             return _encode(model, classes)
         with LOCK:
-            known = _TEXT.get(snapshot)  # one class list bounds the memory
+            known = _TEXT.get(snapshot)  # one class list per snapshot
             if known is None or known[0] != classes or not known[1].hold():
                 text = _encode(model, classes)
                 module: Any = getattr(model, "module", None)
@@ -136,7 +134,7 @@ def text_embeddings(
 
 
 def _unit_rows(given: Any, dim: int) -> Tensor:
-    """The rows of text_features (K, dim), of any container, float32 on the CPU, of unit length."""
+    """Unit rows (K, dim) of text_features in any container, float32 on the CPU."""
     wrong = f"text_features must be numbers of shape (K, {dim}), got {shown(given)}"
     if isinstance(given, list | tuple) and all(isinstance(row, Tensor) for row in given):
         shapes = {row.shape for row in given}
@@ -158,7 +156,7 @@ def _unit_rows(given: Any, dim: int) -> Tensor:
         raise ValueError(wrong)
     if len(values) < 2:
         raise ValueError(f"text_features must hold at least two classes, got {len(values)}")
-    # By the largest first: squares of 1e-200 or 1e200 leave even float64
+    # Divided by the largest first: squares of 1e-200 or 1e200 leave float64's range
     largest = values.abs().amax(dim=-1, keepdim=True)
     bad = (~(largest > 0) | ~largest.isfinite()).nonzero()
     if len(bad):
@@ -182,10 +180,10 @@ def _encode(model: VisionLanguage, classes: tuple[str, ...]) -> Tensor:
 
 
 def scale_of(model: VisionLanguage) -> tuple[float, float]:
-    """The logit scale and bias.
+    """Logit scale and bias.
 
     Raises:
-        ValueError: numbers that no model was trained to.
+        ValueError: implausible numbers.
     """
     scale, bias = float(model.logit_scale), float(model.logit_bias)
     if not 0 < scale <= _LARGEST_SCALE:

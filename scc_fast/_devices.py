@@ -1,4 +1,4 @@
-"""The device that a caller names, or a message that says which there are."""
+"""Device by name, with an error that lists the available ones."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import torch
 
 from scc_fast.config import nearest, shown
 
-_KINDS = ("cpu", "cuda", "mps", "xpu")  # that a model's weights can be on
+_KINDS = ("cpu", "cuda", "mps", "xpu")  # devices for a model's weights
 
 
 def there() -> tuple[str, ...]:
-    """The devices of this machine, as torch names them."""
+    """Devices of this machine, by torch's names."""
     found = ["cpu"]
     for kind in _KINDS[1:]:
         module = getattr(torch, kind)
@@ -20,10 +20,10 @@ def there() -> tuple[str, ...]:
 
 
 def find(device: torch.device | str) -> torch.device:
-    """The device of a name such as "cpu" or "cuda:0", where it is there.
+    """Available device of a name such as "cpu" or "cuda:0".
 
     Raises:
-        TypeError: neither a name nor a torch.device. ValueError: it is none, or not there.
+        TypeError: neither a name nor a torch.device. ValueError: unknown or unavailable.
     """
     if not isinstance(device, str | torch.device):
         raise TypeError(f"device: a name such as 'cpu' or 'cuda:0' is needed, got {shown(device)}")

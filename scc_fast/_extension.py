@@ -1,7 +1,7 @@
-"""Loads the compiled extension scc_fast._C once, and remembers why it could not.
+"""Import of the compiled extension scc_fast._C, and the reason if it fails.
 
-Importing _C registers its C++ kernels for the ops of scc_fast.ops, before or after those are
-defined. Nothing here raises: without _C every op runs its reference.
+Importing _C registers the C++ kernels of scc_fast.ops. Nothing here raises: without _C every op
+runs its reference.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import importlib.util
 import torch  # must come first: _C finds torch's libraries in the process
 
 BUILT: str = "none"
-"""For what the loaded extension was compiled: "cuda" (CPU too), "cpu", or "none" if not loaded."""
+"""Target of the loaded extension: "cuda" (and CPU), "cpu", or "none" if not loaded."""
 
 WHY: str | None = None
-"""Why the extension is not loaded; None where it is."""
+"""Reason why the extension is not loaded, or None."""
 
 
 def available() -> bool:
@@ -30,9 +30,9 @@ if importlib.util.find_spec("scc_fast._C") is None:
     )
 else:
     try:
-        # Not `from scc_fast import _C`, which blames a failing import on a circular one.
+        # `from scc_fast import _C` would report a circular import on failure.
         BUILT = importlib.import_module("scc_fast._C").BUILT
-    except (ImportError, OSError) as error:  # a CUDA build beside a CPU-only torch, for one
+    except (ImportError, OSError) as error:  # e.g. a CUDA build beside a CPU-only torch
         WHY = (
             f"scc_fast._C is installed but did not load: {error} "
             f"(this torch is built for CUDA {torch.version.cuda})"

@@ -1,4 +1,4 @@
-"""What the command line makes of the texts it is given; a wrong one is a usage error."""
+"""Parsing of command-line options; an invalid one is a usage error."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from scc_fast import config as names
 
 
 def one_of(help: str, choices: Iterable[str]) -> Any:
-    """A typer option that takes one of a few names; a near miss is told the nearest."""
+    """Typer option for one of several names; the error suggests the nearest."""
 
     def parsed(text: str) -> str:
         try:
@@ -25,7 +25,7 @@ def one_of(help: str, choices: Iterable[str]) -> Any:
 
 
 def classes(labels: str | None, model: str) -> list[str]:
-    """The prompts of --labels: "a dog,a wolf", @FILE, or the bundled model's own."""
+    """Prompts of --labels: "a dog,a wolf", @FILE, or the bundled model's own."""
     if labels is None:
         if model != "tiny":
             raise typer.BadParameter('--labels is needed, such as --labels "a dog,a wolf"')
@@ -48,7 +48,7 @@ def classes(labels: str | None, model: str) -> list[str]:
 
 
 def config(method: str, kind: type[Any], epsilon: str | None) -> dict[str, Any]:
-    """The config that --epsilon changes, of a method whose config is of this kind."""
+    """Config overrides from --epsilon, for a config of class `kind`."""
     if epsilon is None:
         return {}
     if "epsilon" not in (field.name for field in dataclasses.fields(kind)):
@@ -62,7 +62,7 @@ def config(method: str, kind: type[Any], epsilon: str | None) -> dict[str, Any]:
 
 
 def batches(text: str) -> tuple[int, ...]:
-    """The sizes of "1,8,64"."""
+    """Sizes of "1,8,64"."""
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
         raise typer.BadParameter(f"--batch must be sizes such as 1,8,64; got {names.shown(text)}")
@@ -70,7 +70,7 @@ def batches(text: str) -> tuple[int, ...]:
 
 
 def device_is_there(device: str | None) -> None:
-    """Refuse "cuda" where there is none."""
+    """Reject "cuda" without a CUDA device."""
     import torch
 
     if device == "cuda" and not torch.cuda.is_available():
@@ -78,13 +78,13 @@ def device_is_there(device: str | None) -> None:
 
 
 def figure_format(figure: Path) -> None:
-    """Refuse what matplotlib could not write."""
+    """Reject a format that matplotlib cannot write."""
     if figure.suffix.lower() not in (".png", ".pdf", ".svg"):
         raise typer.BadParameter(f"--figure must end in .png, .pdf or .svg, got {figure}")
 
 
 def engine_suits(engine: str, distributed: bool) -> None:
-    """Refuse another engine than local and ray, and what is ray's alone where it does not run."""
+    """Reject unknown engines, and Ray's options with another engine."""
     if engine not in ("local", "ray"):
         raise typer.BadParameter(
             f"--engine must be local or ray, got {names.shown(engine)}"

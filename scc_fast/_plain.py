@@ -1,4 +1,4 @@
-"""What the caller's PyTorch is set to, kept out of what is computed here."""
+"""Context managers that shield computations from the caller's PyTorch settings."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 
 @contextlib.contextmanager
 def plain(device: torch.device) -> Iterator[None]:
-    """Outside the caller's inference mode, gradients, autocast and default device.
+    """Disable inference mode, gradients, autocast and default device.
 
-    A default dtype belongs to the process, not to a thread: who makes a tensor says its dtype.
+    The default dtype is per process, so tensors are created with an explicit dtype.
     """
     autocast = torch.autocast(device.type, enabled=False)
     with torch.inference_mode(False), torch.no_grad(), autocast, default_device():
@@ -20,7 +20,7 @@ def plain(device: torch.device) -> Iterator[None]:
 
 
 def default_device() -> contextlib.AbstractContextManager[object]:
-    """The CPU for tensors made without a device, as libraries expect it."""
+    """Make the CPU the default device, as libraries expect."""
     if torch.get_default_device().type == "cpu":
         return contextlib.nullcontext()
     return torch.device("cpu")
@@ -28,7 +28,7 @@ def default_device() -> contextlib.AbstractContextManager[object]:
 
 @contextlib.contextmanager
 def default_dtype() -> Iterator[None]:
-    """float32 for what a library makes without a dtype; for the whole process, so for loading."""
+    """Make float32 the default dtype of the process, while loading."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:

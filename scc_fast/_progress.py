@@ -1,4 +1,4 @@
-"""A progress bar for what takes long."""
+"""Progress bar of long loops."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 def with_progress(items: Sequence[T], what: str) -> Iterator[T]:
-    """The items, with a progress bar for a person who has waited for two seconds."""
+    """Iterate, with a progress bar on a terminal after two seconds."""
     start, bar, task = time.monotonic(), None, None
     try:
         for done, item in enumerate(items, 1):

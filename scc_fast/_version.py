@@ -1,3 +1,3 @@
-"""The version, in a file of its own so that building needs no import of torch."""
+"""Version; read by the build without importing torch."""
 
 __version__ = "0.1.0"

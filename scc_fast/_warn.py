@@ -1,4 +1,4 @@
-"""Warnings that point at the caller's line, however deep inside the package they arise."""
+"""Warnings that point at the caller's line."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import warnings
 
 
 def warn(message: str, category: type[Warning] = UserWarning) -> None:
-    """A warning at the first line outside scc_fast, past torch's wrappers."""
+    """Warn at the first frame outside scc_fast and torch."""
     level, frame = 1, sys._getframe(1)
     inside = ("scc_fast.", "torch.")
     while frame.f_back is not None and frame.f_globals["__name__"].startswith(inside):

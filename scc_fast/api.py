@@ -1,4 +1,4 @@
-"""defend() and Defender."""
+"""Defender, a prepared defense, and defend(), one call of it."""
 
 from __future__ import annotations
 
@@ -41,58 +41,50 @@ from scc_fast.reference.heads import Classes
 from scc_fast.reference.ttc import Outcome
 from scc_fast.result import DefenseResult
 
-# What nn.Module has, and a Defender has not.
+# Methods of nn.Module that a Defender lacks.
 _MOVES = ("to", "cpu", "cuda", "float", "double", "half", "bfloat16", "type", "to_empty")
 
 
 class Defender:
-    """A defense prepared once for a model and its classes, and called often.
+    """Defense prepared for a model and its classes. Thread-safe.
 
-    Thread-safe: a call shares nothing with another but frozen weights and text embeddings.
-
-    It stands on a snapshot of the model: image tower, text embeddings and logit scale as they are
-    now, on every engine, with gradients and without. What is written to the model later does not
-    reach it; refresh() takes it anew. That is one more copy of the image tower in memory, which
-    Defenders of one model with the same weights share, and a reading of all weights: see
-    engine/snapshot.py. A model of the caller's own class that is no adapter of load_model's, but
-    has its members, cannot be taken: its encode_image is called as it then is.
+    It uses a snapshot of the model: image tower, text embeddings and logit scale as they are now.
+    Later changes of the model have no effect until refresh(). Defenders of a model with the same
+    weights share one snapshot, a copy of the image tower (engine/snapshot.py). A model that is not
+    an adapter of load_model() has no snapshot: its encode_image is called directly.
 
     Args:
-        model: what load_model() returns, or anything it accepts.
+        model: a result of load_model(), or anything it accepts.
         classes: K >= 2 prompts such as "a photo of a dog", used as they are. Duplicates are
-            allowed and never count as each other's negative.
-        text_features: (K, D) text embeddings instead of `classes`; scaled to unit length.
+            allowed and are not each other's negative.
+        text_features: (K, D) text embeddings instead of `classes`; normalised.
         method: one of scc_fast.defenses.DEFENSES: "scc", "ttc", "views", "rn", "none", "tte",
             "anti_adv", "hd", "doc", "r_tpt", "csr", "dbd", "mac" or "extrapolate".
-        config: the method's config object or a dict of some of its fields. What is left out is the
-            model's own default where it carries one (the bundled one does for "scc"), else the
-            published value.
+        config: the method's config, or a dict of some of its fields. Other fields take the model's
+            default (the bundled model has some for "scc"), else the published value.
         precision: of the encoder's products: "fp32", "bf16" or "fp16"; δ, the residual stream and
-            the heads stay float32. "auto" is that of the model's weights, and on a GPU "bf16" for
-            weights in float32. Calls with gradients on are in that of the weights; live() and
-            bpda_logits() are in that of the engine.
-        backend: who serves the ops: "cpp", "triton", "reference" (plain PyTorch throughout), or
-            "auto", for each op the best that is there (scc-fast doctor shows which). Calls with
-            gradients on, such as an attacker's, always take the reference, which computes the
-            same defense differentiably.
-        engine: who runs the encoder: "eager", the model's own modules; "compile", these through
-            torch.compile; "runner", ours for the standard vision transformer (open_clip,
-            transformers CLIP and SigLIP), without an autograd graph; "graph", the whole defense
-            as CUDA graphs, one for each power of two of the batch. "auto" takes graphs of the
-            runner on a GPU, the runner on a CPU, and the modules where the runner does not know
-            the model. Calls with gradients on are served by the modules; pictures of another size
-            than the encoder's are resized outside graphs.
-        max_batch: at most this many views at once, an image's counted one by one; larger batches
-            are split. (The first pass has each image itself beside them, and one image's views
-            are never split.) None: 64 on a CPU; on a GPU 1024, or as many as fit into half of what
-            is free.
+            the heads are float32. "auto": the weights' precision, but "bf16" for float32 weights
+            on a GPU. Calls with gradients use the weights' precision; live() and bpda_logits()
+            the engine's.
+        backend: of the ops: "cpp", "triton", "reference" (plain PyTorch throughout), or "auto",
+            the best available for each op (see scc-fast doctor). Calls with gradients always use
+            the differentiable reference.
+        engine: of the encoder: "eager", the model's modules; "compile", the same through
+            torch.compile; "runner", our vision transformer without autograd (open_clip,
+            transformers CLIP and SigLIP); "graph", the whole defense as CUDA graphs, one per power
+            of two of the batch. "auto": graphs on a GPU, the runner on a CPU, the modules for
+            other models. Calls with gradients use the modules; pictures of another size than the
+            encoder's are served without graphs.
+        max_batch: number of views in the encoder at once; larger batches are split, but never one
+            image's views. (The first pass adds each image itself.) None: 64 on a CPU; on a GPU
+            1024, or as many as fit into half of the free memory.
 
     Raises:
-        ValueError, TypeError: naming the argument, what came and what would be right.
-        ValueError: weights, text embeddings or a logit scale that are not finite.
-        RuntimeError: an explicitly requested precision, backend or engine is not to be had. A call
-            raises it too, where the runner was asked for by name and does not stand for the
-            modules any more, because a hook was added or a method replaced.
+        ValueError, TypeError: an invalid argument.
+        ValueError: non-finite weights, text embeddings or logit scale.
+        RuntimeError: a precision, backend or engine named here is not available. Calls raise it,
+            too, if the named runner no longer matches the modules (a hook was added, a method
+            replaced).
     """
 
     @torch.compiler.disable
@@ -133,13 +125,13 @@ class Defender:
         self._judge: Defender | None = None
         original = getattr(self.model, "original", None)
         if original is not None and kind(self.config).judged:
-            # Of a fine-tuned encoder the gate looks through the one that it was tuned from (TTC).
+            # The gate of a fine-tuned encoder uses the original encoder (TTC).
             alike: dict[str, Any] = {"precision": precision, "backend": backend, "engine": engine}
             self._judge = Defender(original, text_features=text, method="none", **alike)
         self._build()
 
     def _build(self) -> None:
-        """Make what runs on the snapshot and the classes; it is not copied or pickled."""
+        """Build session and defense, which are not copied or pickled."""
         precision, backend, engine, max_batch = self._asked
         self.session: Session = session_of(
             self.model,
@@ -166,13 +158,12 @@ class Defender:
         self._build()
 
     def refresh(self) -> None:
-        """Take the model's weights, text embeddings and logit scale as they are now.
+        """Take a new snapshot of weights, text embeddings and logit scale.
 
-        What was given to the constructor is given again. Calls of other threads end on the old
-        ones.
+        Running calls of other threads end on the old one.
 
         Raises:
-            ValueError, TypeError, RuntimeError: as the constructor; the Defender stays as it was.
+            ValueError, TypeError, RuntimeError: as the constructor; the Defender is unchanged.
         """
         model, text_features = self._given
         precision, backend, engine, max_batch = self._asked
@@ -205,35 +196,35 @@ class Defender:
 
     @property
     def has_gate(self) -> bool:
-        """Whether a gate decides which images are taken as attacked."""
+        """Whether a gate decides which images count as attacked."""
         return self.defense.has_gate
 
     @property
     def is_randomized(self) -> bool:
-        """Whether the method draws noise, so that seeds matter."""
+        """Whether the method draws noise."""
         return self.traits.random
 
     @property
     def traits(self) -> Traits:
-        """What the method costs and needs."""
+        """Cost and requirements of the method."""
         return self.defense.traits(self.session)
 
     @property
     def text_features(self) -> Tensor:
-        """The K text embeddings in use, (K, D) float32, unit length."""
+        """Text embeddings (K, D), float32, unit length."""
         return self.session.classes.text
 
     @property
     def table(self) -> Classes:
-        """The text embeddings with the logit scale and bias."""
+        """Text embeddings with logit scale and bias."""
         return self.session.classes
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """Embeddings (B, D), not normalised, of pixels (B, 3, H, W) in [0, 1]: φ, then f."""
+        """Embeddings (B, D), not normalised, of pixels (B, 3, H, W) in [0, 1]: f(φ(x))."""
         return self.session.reference.encode(pixels)
 
     def views(self, size: int) -> tuple[View, ...]:
-        """The views this method averages over, for images whose shorter side is `size` pixels."""
+        """Views that the method averages, for images with a shorter side of `size` pixels."""
         if not isinstance(self.defense, OnViews):
             raise RuntimeError(f"views() is not to be had of {_not_planned(self.method)}")
         return self.defense.views(self.session, size)
@@ -252,13 +243,13 @@ class Defender:
         Args:
             images: float (B, 3, H, W) in [0, 1], uint8 of the same shape, arrays with channels
                 last, PIL images, paths, encoded bytes, binary files, or a list that mixes them.
-            seeds: None draws fresh ones; an int seeds image i with (seed, i); or B whole numbers.
-            is_normalized: the tensor has been through (x − mean)/std, which is undone first.
-            clamp: clamp values outside [0, 1]; else more than 1e-6 outside is refused.
+            seeds: None: fresh; an int: image i has (seed, i); or B whole numbers.
+            is_normalized: the tensor is (x − mean)/std; this is undone first.
+            clamp: clamp values outside [0, 1]; else more than 1e-6 outside raises ValueError.
 
         Returns:
-            DefenseResult. Image i depends on its pixels and its seed alone (a matrix product may
-            round its logits differently in another batch).
+            DefenseResult. Image i depends on its pixels and seed alone, up to the rounding of
+            matrix products in another batch.
         """
         return drive.call(
             self.session,
@@ -271,21 +262,20 @@ class Defender:
         )
 
     def serves(self, size: tuple[int, int]) -> str:
-        """The engine that serves pictures (height, width)."""
+        """Engine for pictures (height, width)."""
         if self.session.mistrust:
             return "eager"
         return drive.serves(self.session, self.defense, size)
 
     def pieces(self, x: Tensor, seeds: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """x and seeds in pieces of at most max_batch pictures, but at least one image."""
+        """Split x and seeds by max_batch."""
         found = drive.pieces(self.session, self.defense, Batch(x, seeds), self.max_batch)
         return [(piece.x, piece.seeds) for piece in found]
 
     def run(self, x: Tensor, seeds: Tensor) -> Outcome:
-        """The method itself on x (B, 3, H, W) in [0, 1], seeds (B,): unchecked, not split.
+        """Run the method on x (B, 3, H, W) in [0, 1], seeds (B,), without checks or splitting.
 
-        Follows the caller's autograd mode: with gradients on, the logits are differentiable with
-        respect to x.
+        With gradients on, the logits are differentiable with respect to x.
         """
         batch, session, defense = Batch(x, seeds), self.session, self.defense
         if not torch.is_grad_enabled():
@@ -296,10 +286,9 @@ class Defender:
             return drive.live(session, defense, batch).outcome if found is None else found
 
     def live(self, x: Tensor, seeds: Tensor) -> drive.Live:
-        """The method on x (B, 3, H, W), seeds (B,), as a differentiable function of x.
+        """Run the method on x (B, 3, H, W), seeds (B,), differentiably with respect to x.
 
-        What it optimises counts as constant (BPDA). It runs on the engine that serves the calls,
-        in its precision.
+        The optimised δ counts as constant (BPDA). Uses the engine and precision of calls.
         """
         calm = torch.autocast(x.device.type, enabled=False)
         with torch.inference_mode(False), torch.enable_grad(), calm:
@@ -307,10 +296,10 @@ class Defender:
             return drive.live(self.session, self.defense, Batch(x, seeds))
 
     def view_logits(self, x: Tensor, seeds: Tensor, views: Sequence[View] | None = None) -> Tensor:
-        """Logits of each view of x itself, no perturbation (L, B, K); differentiable.
+        """Logits (L, B, K) of views of x without a perturbation; differentiable.
 
-        This is what an attacker of the undefended model (views = identity) or one who knows the
-        views (None: this method's) works on. It runs on the model's modules.
+        For attacks on the undefended model (views = identity) or view-aware ones (None: the
+        method's views). Runs on the model's modules.
         """
         batch, session = Batch(x, seeds), self.session
         with torch.autocast(x.device.type, enabled=False):
@@ -325,48 +314,47 @@ class Defender:
             return session.logits(features.unflatten(0, pictures.shape[:2]))
 
     def bpda_logits(self, x: Tensor, seeds: Tensor) -> Tensor:
-        """Logits (B, K), differentiable as if the repair were the identity (BPDA)."""
+        """Defended logits (B, K), with the repair's gradient taken as the identity (BPDA)."""
         logits = self.live(x, seeds).logits
         return logits if torch.is_grad_enabled() else logits.detach()
 
-    # ------------------------------------------------------------------ what it costs, and when
+    # ---------------------------------------------------------------------------- cost and time
 
     def plan(self, size: tuple[int, int] | None = None) -> Plan:
-        """The passes that the method makes for pictures (height, width); None: the encoder's."""
+        """Passes of the method for pictures (height, width); None: the encoder's size."""
         plan = self.defense.plan(self.session, self._size(size))
         if plan is None:
             raise RuntimeError(f"plan() is not to be had of {_not_planned(self.method)}")
         return plan
 
     def cost(self) -> Cost:
-        """What one picture costs the encoder: FLOPs, bytes of weights, memory."""
+        """Cost of one picture in the encoder: FLOPs, bytes of weights, memory."""
         return self.session.cost
 
     def memory_estimate(self, batch: int, size: tuple[int, int] | None = None) -> int:
-        """About how many bytes a call with `batch` images takes at its peak, beyond the weights.
+        """Estimated peak bytes of a call with `batch` images, beyond the weights.
 
         Args:
-            batch: images; more than max_batch allows at once are split, and counted so.
+            batch: number of images; split by max_batch.
             size: their (height, width); None: the encoder's.
         """
         batch = whole("batch", batch, 0, of=" of images")
         size = self._size(size)
         piece = min(batch, self._piece(size))
         at_once = self.session.memory(self.plan(size), piece, size)
-        # Of the images before and after: pixels, δ and logits.
+        # Pixels, δ and logits of the other images.
         rest = 4 * (2 * 3 * size[0] * size[1] + len(self.text_features))
         return at_once + (batch - piece) * rest
 
     def warmup(self, batch: int = 1) -> float:
-        """Make the first call like the later ones: compile, capture and fill caches.
+        """Compile, capture and fill caches before the first call.
 
-        With graphs and a gate every bucket up to `batch` is captured: flagged images alone may
-        need the smaller ones. Call it before threads that synchronise the device on their own.
-        Compiled kernels stay on disk for the next process (Triton's and Inductor's caches); graphs
-        belong to this one.
+        With graphs and a gate all buckets up to `batch` are captured, for the flagged images. Call
+        it before starting threads that synchronise the device. Compiled kernels stay in Triton's
+        and Inductor's disk caches; graphs are per process.
 
         Returns:
-            The seconds that it took.
+            Seconds taken.
         """
         batch = whole("batch", batch, 1, of=" of images")
         began = time.perf_counter()
@@ -380,12 +368,13 @@ class Defender:
         return time.perf_counter() - began
 
     def waterfall(self, images: Any, seeds: Seeds = 0) -> list[Stage]:
-        """Where the time of one defense goes: its parts in order, of a batch's first piece.
+        """Time of each part of a defense, in order, for a batch's first piece.
 
-        Graphs cannot be looked into: with them the same work is timed outside, launches included.
+        With graphs the same work is timed outside of them, including launches.
 
         Raises:
-            ValueError, RuntimeError: an empty batch; backend="reference", which has no parts.
+            ValueError: empty batch.
+            RuntimeError: backend="reference", or a method without a plan.
         """
         if not isinstance(self.defense, OnViews):
             raise RuntimeError(f"waterfall() is not to be had of {_not_planned(self.method)}")
@@ -400,7 +389,7 @@ class Defender:
             return waterfall(self.session.now(), self.defense, first)
 
     def _size(self, size: Any) -> tuple[int, int]:
-        """(height, width) checked; None is the encoder's."""
+        """(height, width), checked; None: the encoder's."""
         if size is None:
             return self.session.size
         pair = tuple(map(python_number, size)) if isinstance(size, list | tuple) else ()
@@ -417,14 +406,14 @@ class Defender:
         free, size, pictures = free_memory(self.model.device), self.session.size, 1024
         views = self.defense.width(self.session, size)
         plan = self.defense.plan(self.session, size)
-        if plan is None:  # a pass of all that is held together
+        if plan is None:  # one pass of all views
             plan = ascent_plan(self.method, views, int(self.traits.gradients), 0, False)
         try:
             while free and pictures > views:
                 if self.session.memory(plan, pictures // views, size) <= free // 2:
                     break
                 pictures //= 2
-        except RuntimeError:  # a model whose cost cannot be counted
+        except RuntimeError:  # the model's cost is unknown
             return 64
         return pictures
 
@@ -432,14 +421,14 @@ class Defender:
 def make_defense(
     spec: str, model: Any, classes: Sequence[str] | None = None, **options: Any
 ) -> Defender:
-    """The Defender of a spec such as "scc" or "ttc:steps=5:tau=0.1".
+    """Make a Defender from a spec such as "scc" or "ttc:steps=5:tau=0.1".
 
     Args:
         spec: see scc_fast.defenses.parse_defense.
         model, classes, options: as for Defender.
 
     Raises:
-        ValueError, TypeError: naming the argument, what came and what would be right.
+        ValueError, TypeError: an invalid argument.
     """
     name, config = parse_defense(spec)
     return Defender(model, classes, method=name, config=config, **options)
@@ -458,7 +447,7 @@ def defend(
 ) -> DefenseResult:
     """Defend images in one call; `options` are Defender's.
 
-    Text embeddings are computed once per (model, classes) and kept as long as the model lives.
+    Text embeddings are cached with the model.
 
     Example:
         >>> import scc_fast
@@ -470,7 +459,7 @@ def defend(
 
 
 def _warn_of_views(method: str, config: Any) -> None:
-    """Tell who may still mean the average of SCC's views by "tte"."""
+    """Warn callers who may mean the average of SCC's views by "tte"."""
     old = isinstance(config, dict) and not {"views", "sigma"}.isdisjoint(config)
     if method == "tte" and (config is None or old or type(config) is ViewsConfig):
         warn(

@@ -1,4 +1,4 @@
-"""DefendedCLIP: a defended classifier as a module, for attack tools and any loop."""
+"""DefendedCLIP: a defended classifier as an nn.Module, for attack tools."""
 
 from __future__ import annotations
 
@@ -18,32 +18,30 @@ from scc_fast.images import to_batch
 
 
 class DefendedCLIP(nn.Module):
-    """A defended classifier as a module: images (B, 3, H, W) in [0, 1] -> logits (B, K).
+    """Defended classifier: images (B, 3, H, W) in [0, 1] -> logits (B, K).
 
-    For AutoAttack, ART or any loop. Attack tools cannot see through a test-time defense by
-    themselves, so `gradient` says what they get:
+    For AutoAttack, ART or any loop. `gradient` chooses the gradient that attack tools get:
 
-    - "through": the true gradient of the defended logits as they are computed. The sign steps
-      have zero derivative almost everywhere, so what remains is the gradient at the defended
-      pixels through the projections. Methods of scc_fast.defenses beside Defender's own five hold
-      what they optimised constant, so that this is their "bpda", too.
-    - "bpda": the gradient at the defended pixels, passed on as if the repair were the identity.
-    - "identity": the undefended model's gradient at x, beside defended logits.
+    - "through": the true gradient of the defended logits. Sign steps have zero derivative almost
+      everywhere, which leaves the gradient at the defended pixels through the projections. Methods
+      without a differentiable reference (all but none, rn, views, ttc, scc) treat δ as constant:
+      their "through" is "bpda".
+    - "bpda": the gradient at the defended pixels, with the repair taken as the identity.
+    - "identity": the undefended model's gradient at x, with defended logits.
 
-    torch.compile goes around it, and so do torch.func's grad, vjp, jacrev and vmap. What changes
-    `encoder`, the Defender's snapshot (functional_call, pruning, quantisation, hooks), counts with
-    gradients and without. Its state dict takes no other weights than it holds.
+    torch.compile and torch.func's grad, vjp, jacrev and vmap treat it as one opaque function.
+    Changes of `encoder`, the Defender's snapshot (functional_call, pruning, quantisation, hooks),
+    take effect with and without gradients. load_state_dict() accepts only the weights it holds.
 
     Args:
         defender: the prepared defense.
         gradient: see above.
-        seed: an int makes the module a function of the image alone (every image gets this seed);
-            None draws fresh noise at every call.
-        clamp: clamp pixels outside [0, 1], whose gradient passes as if they were not; else more
-            than 1e-6 outside is refused.
+        seed: of every image, for a deterministic module; None: fresh noise at every call.
+        clamp: clamp pixels outside [0, 1] with an identity gradient; else more than 1e-6 outside
+            raises ValueError.
     """
 
-    is_dynamic = True  # it optimises at inference, whether or not a tool can trace that
+    is_dynamic = True  # optimises at inference
 
     @explained
     def __init__(
@@ -64,7 +62,7 @@ class DefendedCLIP(nn.Module):
         self.gradient = one_of("gradient", gradient, ("through", "bpda", "identity"))
         self.seed = None if seed is None else whole("seed", seed, -(1 << 63), (1 << 64) - 1)
         self.clamp = clamp
-        # Registered so that tools which ask for parameters, modes or the device find the encoder.
+        # For tools that look up parameters, modes or the device.
         self.encoder = getattr(defender.snapshot, "module", None)
         self.eval()
 
@@ -77,11 +75,11 @@ class DefendedCLIP(nn.Module):
         return self.seed is None and self.defender.is_randomized
 
     def train(self, mode: bool = True) -> DefendedCLIP:
-        """Stays in eval mode: attack libraries flip modes, and the encoder must not follow."""
+        """Stay in eval mode, whatever attack libraries set."""
         return super().train(False)
 
     def _apply(self, fn: Any, recurse: bool = True) -> DefendedCLIP:
-        """Stays on its model's device and dtype: the encoder is shared with the Defender."""
+        """Reject another device or dtype: the encoder is shared with the Defender."""
         for held in self.parameters():
             asked = fn(held.new_empty(0))
             if (asked.dtype, asked.device) != (held.dtype, held.device):
@@ -93,7 +91,7 @@ class DefendedCLIP(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
-        """Refuses other weights than its own: its text embeddings were not made with them."""
+        """Reject other weights: the text embeddings do not belong to them."""
         for name, held in self.state_dict().items():
             given = state_dict.get(prefix + name, held)
             if given.shape != held.shape or not torch.equal(given.to(held), held):
@@ -103,13 +101,13 @@ class DefendedCLIP(nn.Module):
                 )
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
-    def __prepare_scriptable__(self) -> Any:  # what torch.jit.script asks first
+    def __prepare_scriptable__(self) -> Any:  # called by torch.jit.script
         raise TypeError(NO_GRAPH)
 
     @torch.compiler.disable(reason=NO_GRAPH)
     @explained
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, K), differentiable with respect to images where gradients are on."""
+        """Logits (B, K), differentiable with respect to the images."""
         check_caller(images)
         if transformed():
             x = images[None] if images.ndim == 3 else images

@@ -32,7 +32,7 @@ Json = Annotated[
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Seed = Annotated[int, typer.Option(help="Same seed, same result.")]
 Method = Annotated[str, options.one_of("The defense.", DEFENSES)]
-Planned = Annotated[str, options.one_of("The defense.", PLANNED)]  # those that have passes to time
+Planned = Annotated[str, options.one_of("The defense.", PLANNED)]  # methods with a plan of passes
 Precision = Annotated[str, options.one_of("Of the encoder's products.", ("auto", *PRECISIONS))]
 Device = Annotated[str | None, options.one_of("Default: CUDA where it is.", ("cpu", "cuda"))]
 
@@ -359,7 +359,7 @@ def _progress() -> Iterator[Progress]:
 
 
 class _Printed(logging.Handler):
-    """Prints what the library logs, such as the line on a model that was loaded."""
+    """Prints the library's log records."""
 
     def emit(self, record: logging.LogRecord) -> None:
         out.print(record.getMessage(), markup=False, highlight=False, soft_wrap=True)
@@ -371,7 +371,7 @@ def _log_printed() -> Iterator[None]:
     before = log.level, log.propagate
     log.addHandler(handler)
     log.setLevel(logging.INFO)
-    log.propagate = False  # other libraries give the root logger a handler, too
+    log.propagate = False  # the root logger may have a handler
     try:
         yield
     finally:
@@ -381,7 +381,7 @@ def _log_printed() -> Iterator[None]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point: exits 0 done, 1 failed (one clear line on stderr) or 2 wrong usage."""
+    """Entry point; exit status 0: done, 1: failed, 2: wrong usage."""
     arguments = sys.argv[1:] if argv is None else argv
     try:
         with _log_printed():

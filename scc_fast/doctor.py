@@ -1,4 +1,4 @@
-"""What scc-fast doctor tells: versions, what was built, who serves each method and op, and why."""
+"""Report of scc-fast doctor: versions, build, engines and backends, with reasons."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _PACKAGES = (
 
 
 def report() -> dict[str, Any]:
-    """Everything about this installation as plain values."""
+    """Report on this installation, as plain values."""
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     return {
         "versions": {
@@ -54,7 +54,7 @@ def report() -> dict[str, Any]:
 
 
 def encoder(model: VisionLanguage) -> str:
-    """Who runs a model's encoder, and why not the runner."""
+    """Engine of a model's encoder, and the reason if it is not the runner."""
     text = torch.eye(2, model.embed_dim, device=model.device)
     served = Defender(model, text_features=text).engine
     if served != "eager":
@@ -66,10 +66,10 @@ def encoder(model: VisionLanguage) -> str:
 def plan(
     model: VisionLanguage, method: str, batch: int, precision: str, machine: Callable[..., Any]
 ) -> str:
-    """The plan of a method for a model, its cost, and the floor on this device.
+    """Plan of a method for a model, its cost, and its floor on this device.
 
     Args:
-        machine: scc_fast.bench.machine.Machine, which measures the device's rates.
+        machine: scc_fast.bench.machine.Machine.
     """
     text = torch.eye(2, model.embed_dim, device=model.device)
     defender = Defender(model, text_features=text, method=method, precision=precision)
@@ -83,7 +83,7 @@ def plan(
 
 
 def _method(name: str) -> dict[str, Any]:
-    """Who serves a method, as published."""
+    """Gate and engines of a method with its default config."""
     defense = DEFENSES[name](DEFENSES[name].Config())
     engines = ("eager", "compile", "runner", *(("graph",) if defense.captures else ()))
     return {

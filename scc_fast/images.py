@@ -1,4 +1,4 @@
-"""Whatever a caller calls an image, as one batch of pixels in [0, 1]; and back to a picture."""
+"""Conversion of images (tensors, arrays, pictures, files) to a batch of pixels, and back."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from scc_fast.models import VisionLanguage
 
 Encoded = bytes | bytearray | memoryview
 ImageLike = Tensor | np.ndarray | Image.Image | str | os.PathLike[Any] | Encoded | BinaryIO
-_TOLERANCE = 1e-6  # what an attack's own arithmetic may leave the range by
-_ROUNDING = 1e-4  # un-normalising in half precision may leave the range by this much
-# What Pillow's decoders raise for truncated, corrupt or huge files
+_TOLERANCE = 1e-6  # rounding of an attack's arithmetic
+_ROUNDING = 1e-4  # rounding of un-normalisation in half precision
+# Raised by Pillow's decoders for truncated, corrupt or huge files
 _UNREADABLE = (
     Image.DecompressionBombError,
     OSError,
@@ -39,9 +39,9 @@ _UNREADABLE = (
     struct.error,
     zlib.error,
 )
-_LONGEST_RATIO = 16  # a thinner picture is cut before it is resized, or it would fill the memory
+_LONGEST_RATIO = 16  # thinner pictures are cropped before resizing, to bound memory
 _URL = re.compile(r"[a-z][a-z0-9+.-]+:/|data:", re.IGNORECASE)
-# By EXIF orientation: what turns the picture upright
+# Transposition by EXIF orientation
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -64,25 +64,25 @@ def to_batch(
 ) -> Tensor:
     """One float32 batch (B, 3, H, W) in [0, 1], not normalised, on ``model.device``.
 
-    Tensors and arrays keep their size. Pictures, files and encoded bytes go through the model's
-    own preprocessing without its normalisation, turned as their EXIF orientation says.
+    Tensors and arrays keep their size. Pictures, files and encoded bytes get the model's
+    preprocessing without its normalisation, after EXIF orientation.
 
     Args:
         images: a tensor (B, 3, H, W) or (3, H, W), floating in [0, 1] or uint8 in [0, 255]; a
             NumPy array of such numbers, channels last: (H, W) or (H, W, C) with 1, 3 or 4
             channels, or a batch of either; a PIL image; a path; an encoded file as bytes or as a
-            binary file object, which is read from its start; or a sequence or iterator that
-            mixes single ones of these which come to one size. An empty sequence gives an empty
-            batch. It is never written to, but the result may share its memory.
-        is_normalized: the tensor was normalised with the model's mean and std: undo that.
-        clamp: clamp finite values outside [0, 1] instead of refusing them. Values outside by no
-            more than 1e-6 always are. The gradient passes as if nothing were clamped.
+            binary file object (read from its start); or a sequence or iterator of single images
+            of one resulting size, possibly empty. Never written to, but the result may share its
+            memory.
+        is_normalized: undo the model's normalisation of a tensor.
+        clamp: clamp finite values outside [0, 1] instead of raising; up to 1e-6 outside is always
+            clamped. The gradient is the identity.
         validate: check for NaN and the range (one synchronisation on a GPU).
-        keep_graph: let gradients flow back to the given tensor; else the result is detached.
+        keep_graph: keep the autograd graph of a tensor; else the result is detached.
 
     Raises:
-        TypeError: not an image, or a type of number that has no agreed range.
-        ValueError: shape, layout, range, NaN, or a file that cannot be read.
+        TypeError: not an image, or a dtype without an agreed range.
+        ValueError: wrong shape, layout or range, NaN, or an unreadable file.
     """
     reader = _Reader(model, is_normalized, clamp, validate, keep_graph)
     with _normal_mode():
@@ -111,12 +111,12 @@ def to_batch(
 
 
 def to_pil(image: Tensor) -> Image.Image:
-    """A PIL picture of a (3, H, W) or (1, 3, H, W) tensor, floating in [0, 1] or uint8.
+    """PIL picture of a tensor (3, H, W) or (1, 3, H, W), floating in [0, 1] or uint8.
 
-    Rounds to 8 bits: truncation, as in torchvision's ToPILImage, would wipe out a perturbation.
+    Rounds to 8 bits; truncation (torchvision's ToPILImage) would erase a perturbation.
 
     Raises:
-        TypeError: not a tensor. ValueError: another shape, type or range.
+        TypeError: not a tensor. ValueError: wrong shape, dtype or range.
     """
     if not isinstance(image, Tensor):
         raise TypeError(f"image: a tensor is needed, got {shown(image)}")
@@ -134,10 +134,10 @@ def to_pil(image: Tensor) -> Image.Image:
 
 
 def check_dense(name: str, x: Tensor) -> None:
-    """Refuses a tensor that has no plain strided values.
+    """Check that a tensor is strided.
 
     Raises:
-        ValueError: sparse, nested, quantized, meta, MKL-DNN; says what would be right.
+        ValueError: sparse, nested, quantized, meta or MKL-DNN tensor.
     """
     if x.is_nested:
         kind, instead = "nested", "torch.stack its parts"
@@ -154,7 +154,7 @@ def check_dense(name: str, x: Tensor) -> None:
 
 @contextlib.contextmanager
 def _normal_mode() -> Iterator[None]:
-    # Inside inference_mode new tensors could take no gradient later; elsewhere nothing changes
+    # Tensors made in inference mode could not take part in autograd later
     if not torch.is_inference_mode_enabled():
         yield
         return
@@ -168,7 +168,7 @@ def _is_file(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class _Reader:
-    """to_batch()'s options, and what they make of one image."""
+    """Converter of single images, with to_batch()'s options."""
 
     model: VisionLanguage
     is_normalized: bool
@@ -246,15 +246,15 @@ class _Reader:
 
 
 def _clamped(x: Tensor) -> Tensor:
-    """x in [0, 1], with the gradient of x itself: a clamp's own is zero where it clamps."""
+    """Clamp to [0, 1] with an identity gradient."""
     inside = x.detach().clamp(0, 1)
     return inside + (x - x.detach()) if x.requires_grad else inside
 
 
 def _channels_first(values: np.ndarray, where: str) -> Tensor:
-    """A copy of an array (H, W), (H, W, C) or a batch of them as a tensor ([B,] 3, H, W).
+    """Copy an array (H, W), (H, W, C) or a batch of them to a tensor ([B,] 3, H, W).
 
-    Alpha is dropped, as that of pictures is.
+    Alpha is dropped.
     """
     shape = values.shape
     if values.dtype != np.uint8 and values.dtype.kind != "f":
@@ -283,7 +283,7 @@ def _channels_first(values: np.ndarray, where: str) -> Tensor:
             f"shape {shape}{hint}"
         )
     if values.dtype != np.uint8:
-        with np.errstate(over="ignore"):  # infinity is refused by the check of the range
+        with np.errstate(over="ignore"):  # the range check catches infinity
             values = values.astype(np.float32)
     values = values[..., :3].repeat(3, axis=-1) if values.shape[-1] == 1 else values[..., :3]
     return torch.from_numpy(np.array(np.moveaxis(values, -1, -3), order="C"))
@@ -316,7 +316,7 @@ def _check_layout(x: Tensor, where: str) -> None:
 def _check_range(
     x: Tensor, where: str, slack: float, hint: Callable[[float, float], str] | None = None
 ) -> bool:
-    """Whether all of x is in [0, 1]; refuses what is outside by more than `slack`, and NaN."""
+    """Whether x is in [0, 1]; ValueError beyond `slack`, or for NaN."""
     if x.numel() == 0:
         return True
     low, high = torch.stack(torch.aminmax(x.detach())).tolist()
@@ -331,7 +331,7 @@ def _check_range(
 
 
 def _digits(value: float) -> str:
-    """Six digits, or as many as show that a value is outside [0, 1]."""
+    """Six digits, or more to show that a value is outside [0, 1]."""
     text = f"{value:.6g}"
     return text if (0 <= value <= 1) == (0 <= float(text) <= 1) else f"{value:.9g}"
 
@@ -354,13 +354,13 @@ def _not_an_image(where: str, value: Any) -> str:
 
 
 def _to_rgb(item: Any, where: str) -> Image.Image:
-    """Decoded, upright, 8-bit RGB. Alpha is dropped, as open_clip and transformers do."""
+    """Decode to upright 8-bit RGB; alpha is dropped, as in open_clip and transformers."""
     opened: contextlib.AbstractContextManager[Image.Image]
     try:
         if isinstance(item, Image.Image):
             opened = contextlib.nullcontext(item)
         elif isinstance(item, str | os.PathLike):
-            path = os.path.expanduser(os.fsdecode(item))  # a user that is not known stays "~who"
+            path = os.path.expanduser(os.fsdecode(item))  # keeps "~who" of an unknown user
             where = f"{where}: {_named(path)}"
             _check_path(path, where)
             opened = Image.open(path)
@@ -379,11 +379,11 @@ def _to_rgb(item: Any, where: str) -> Image.Image:
 
 
 class _Refused(Exception):
-    """Ours, so that it is not taken for a decoder's error."""
+    """Rejected input, as opposed to a decoder's error."""
 
 
 def _named(path: str) -> str:
-    """A path for a message; of a long one the end tells more, of a URL the beginning."""
+    """Path for a message: the end of a long path, the beginning of a URL."""
     if _URL.match(path):
         return shown(path)
     return repr(path if len(path) <= 120 else f"...{path[-80:]}")
@@ -400,10 +400,10 @@ def _check_path(path: str, where: str) -> None:
 
 
 def _content(item: Any, where: str) -> bytes:
-    """What encoded bytes or a file object hold, from the start where it can be rewound."""
+    """Encoded bytes, or content of a file object, rewound if possible."""
     if not hasattr(item, "read"):
         return bytes(item)
-    with contextlib.suppress(OSError, AttributeError):  # a stream cannot
+    with contextlib.suppress(OSError, AttributeError):  # not seekable
         item.seek(0)
     data = item.read()
     if not isinstance(data, bytes):
@@ -421,15 +421,15 @@ def _convert(picture: Image.Image, where: str) -> Image.Image:
         raise _Refused(f"{where}: floating-point pixels have no agreed range; convert to 8 bits")
     if picture.mode.startswith("I"):
         picture = _grey_16_to_8(picture, where)
-    if picture.mode == "P":  # by way of RGBA, or Pillow warns about transparent palettes
+    if picture.mode == "P":  # via RGBA: Pillow warns about transparent palettes
         picture = picture.convert("RGBA")
-    if picture.mode in ("La", "RGBa"):  # multiplied by alpha, which Pillow undoes on this way alone
+    if picture.mode in ("La", "RGBa"):  # premultiplied alpha: Pillow converts it only this way
         picture = picture.convert(picture.mode.upper())
     return picture.convert("RGB")
 
 
 def _upright(picture: Image.Image) -> Image.Image:
-    """Turned as its EXIF orientation says; broken EXIF says nothing, as in any viewer."""
+    """Apply EXIF orientation; broken EXIF is ignored."""
     try:
         orientation = picture.getexif().get(ExifTags.Base.Orientation)
         turn = _UPRIGHT.get(cast(int, orientation))
@@ -443,14 +443,14 @@ def _grey_16_to_8(picture: Image.Image, where: str) -> Image.Image:
     low, high = int(values.min()), int(values.max())
     if low < 0 or high > 65535:
         raise _Refused(f"{where}: grey values from {low} to {high}, outside 16 bits")
-    # Mode "I" has 32 bits: files of 16 bits arrive in it, and 8-bit pictures that were converted
+    # Mode "I" (32 bits) holds 16-bit files and converted 8-bit pictures
     if picture.mode == "I" and high <= 255:
         return Image.fromarray(values.astype(np.uint8))
     return Image.fromarray(np.rint(values / 257).astype(np.uint8))
 
 
 def resize_transform(model: VisionLanguage) -> Callable[[Image.Image], Tensor]:
-    """The model's own preprocessing up to the normalisation: RGB picture -> (3, h, w) in [0, 1]."""
+    """Resize and crop of the model's preprocessing: RGB picture -> (3, h, w) in [0, 1]."""
     from open_clip.transform import PreprocessCfg, image_transform_v2
     from torchvision import transforms as tv  # type: ignore[import-untyped]
 
@@ -470,7 +470,7 @@ def resize_transform(model: VisionLanguage) -> Callable[[Image.Image], Tensor]:
             steps[0] = tv.Resize(model.image_size, interpolation=filter_)
         return cast(Callable[[Image.Image], Tensor], tv.Compose(steps))
     if model.resize_edge is not None:
-        # transformers' edge, filters and crop, which differs by a pixel where the rest is odd
+        # transformers' crop differs by a pixel for odd margins
         height, width = model.image_size
         steps[:2] = [
             tv.Resize(model.resize_edge, interpolation=filter_),
@@ -487,10 +487,10 @@ def _centre(picture: Image.Image, width: int, height: int) -> Image.Image:
 
 
 def _cut(picture: Image.Image, ratio: float) -> Image.Image:
-    # The centre crop would throw the ends away, after making 600 MB of a picture of 1x4000
+    # Cut the ends first: resizing 1x4000 pixels takes 600 MB before the centre crop
     width, height = picture.size
     most = int(ratio * min(width, height))
-    most += (max(width, height) - most) % 2  # keeps the centre where it was
+    most += (max(width, height) - most) % 2  # keeps the centre
     if max(width, height) <= most:
         return picture
     return _centre(picture, min(width, most), min(height, most))

@@ -1,4 +1,4 @@
-"""What a defense returns."""
+"""DefenseResult: the result of a call."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from scc_fast.config import whole
 
 @dataclass(frozen=True, eq=False, repr=False)
 class DefenseResult:
-    """The outcome for a batch of B images and K classes; everything is detached.
+    """Result for B images and K classes; tensors are detached.
 
     Attributes:
         logits: (B, K) float32.
-        delta: (B, 3, H, W) float32, what the defense added, pixel units.
-        inputs: (B, 3, H, W) float32 in [0, 1], the images as they came in.
-        drift: τ (B,) float32; NaN where the method does not measure it.
-        flagged: (B,) bool, images taken as attacked and repaired.
-        seeds: (B,) int64; passed back as `seeds=`, they give the identical result.
-        method, backend, engine: what served the call.
-        timings: seconds by stage; "total" is always there.
+        delta: (B, 3, H, W) float32, perturbation of the defense, pixel units.
+        inputs: (B, 3, H, W) float32 in [0, 1], the given images.
+        drift: τ (B,) float32; NaN if the method does not measure it.
+        flagged: (B,) bool, images that count as attacked.
+        seeds: (B,) int64; passed as `seeds=`, they reproduce the result.
+        method, backend, engine: of the call.
+        timings: seconds by stage, including "total".
     """
 
     logits: Tensor
@@ -41,7 +41,7 @@ class DefenseResult:
 
     @cached_property
     def images(self) -> Tensor:
-        """The defended pixels, (B, 3, H, W) float32 in [0, 1]."""
+        """Defended pixels, (B, 3, H, W) float32 in [0, 1]."""
         with _lasting():
             return (self.inputs + self.delta).clamp(0, 1)
 
@@ -69,14 +69,14 @@ class DefenseResult:
         return len(self.logits)
 
     def topk(self, k: int = 5) -> tuple[Tensor, Tensor]:
-        """The k largest probabilities and their classes, (B, k) each; k is cut to K."""
+        """Top-k probabilities and classes, (B, k) each, k <= K."""
         k = min(whole("k", k, 1), self.logits.shape[-1])
         values, indices = self.probs.topk(k, dim=-1)
         return values, indices
 
     @staticmethod
     def concatenate(parts: list[DefenseResult]) -> DefenseResult:
-        """One result from the results of consecutive pieces of a batch."""
+        """Join the results of consecutive pieces of a batch."""
         if len(parts) == 1:
             return parts[0]
         timings: dict[str, float] = {}
@@ -99,6 +99,6 @@ _PER_IMAGE = ("logits", "delta", "inputs", "drift", "flagged", "seeds")
 
 @contextlib.contextmanager
 def _lasting() -> Iterator[None]:
-    # What is kept must not be an inference tensor because it was first read in inference_mode
+    # A cached tensor must not be an inference tensor
     with torch.inference_mode(False), torch.no_grad():
         yield

@@ -1,4 +1,4 @@
-"""What `scc-fast evaluate` does, behind its options."""
+"""Implementation of `scc-fast evaluate`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from scc_fast.evaluate.worker import Setting, Worker
 
 @dataclass(frozen=True)
 class Cluster:
-    """Where `--engine ray` runs; see RayExecutor."""
+    """Options of `--engine ray`; see RayExecutor."""
 
     workers: int | None = None
     cores: int = 1
@@ -27,7 +27,7 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one seed."""
+    """Results of one seed."""
 
     folder: Path
     rows: list[Row]
@@ -35,10 +35,10 @@ class Outcome:
 
 
 def listed(name: str, text: str) -> tuple[str, ...]:
-    """The parts of "a,b,c"; a comma inside brackets, as in scc{"views": [...]}, is none.
+    """Parts of "a,b,c"; commas inside brackets, as in scc{"views": [...]}, do not split.
 
     Raises:
-        ValueError: nothing in it.
+        ValueError: empty list.
     """
     parts, depth = [""], 0
     for letter in text:
@@ -54,12 +54,12 @@ def listed(name: str, text: str) -> tuple[str, ...]:
 
 
 def budgets(text: str) -> tuple[float, ...]:
-    """The budgets of "1/255,4/255"."""
+    """Budgets of "1/255,4/255"."""
     return tuple(parse_epsilon(part) for part in listed("--eps", text))
 
 
 def seeds_of(text: str) -> tuple[int, ...]:
-    """The seeds of "0,1,2"."""
+    """Seeds of "0,1,2"."""
     try:
         found = tuple(dict.fromkeys(int(part) for part in listed("--seeds", text)))
         if not all(0 <= seed < 1 << 32 for seed in found):
@@ -81,9 +81,9 @@ def run_all(
     tick: Callable[[str], None],
     say: Callable[[str], None] = print,
 ) -> list[Outcome]:
-    """Every setting in turn, the model and the data loaded once.
+    """Run every setting in turn, with model and data loaded once.
 
-    `start` is told which run it is, how many judgements it has and how many are done.
+    `start` gets the run's name, its number of judgements, and how many are done.
     """
     outcomes = []
     first: Worker | None = None

@@ -1,4 +1,4 @@
-"""The demonstration: the bundled model attacked and defended, as one table and one figure."""
+"""Demonstration: attack and defend the bundled model, as one table and one figure."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BATCH = 12
 
 @dataclass(frozen=True)
 class Demo:
-    """Sizes of the demonstration; the defaults finish in under 3 minutes on 2 cores."""
+    """Demonstration; the default sizes take under 3 minutes on 2 cores."""
 
     n: int = 48
     adaptive_n: int = 12
@@ -32,7 +32,7 @@ class Demo:
     seed: int = 0
 
     def plan(self) -> list[Asked]:
-        """The columns of the table."""
+        """Attacks of the demonstration."""
         budgets = (1 / 255, 2 / 255, 4 / 255)
         knowing = {
             "view-aware:steps=20": self.n,
@@ -46,10 +46,7 @@ class Demo:
     def run(
         self, start: Callable[[int], None], tick: Callable[[], None]
     ) -> tuple[list[Row], list[dict[str, Any]]]:
-        """The rows of the table, and the times of each.
-
-        `start` is told how many times `tick` will be called.
-        """
+        """Rows of the table, and their times; `start` gets the number of calls of `tick`."""
         setting = Setting(
             "tiny",
             "emoji",
@@ -66,7 +63,7 @@ class Demo:
             return rows, run.timings()
 
     def figure(self, path: Path, count: int = 4) -> None:
-        """The figure: a few sample pictures attacked at 4/255 (PGD-10), and repaired."""
+        """Draw sample pictures attacked at 4/255 (PGD-10), and repaired."""
         files = tiny.samples()[:count]
         names = list(tiny.class_names())
         truth = [names.index(file.stem.replace("_", " ")) for file in files]

@@ -1,7 +1,7 @@
-"""The same tasks on Ray: Ray Data hands batches to actors, one for each GPU or so many cores.
+"""Execution on Ray: Ray Data hands batches to actors, one per GPU or number of cores.
 
-An actor that dies is started again and its batch repeated; what comes of a batch depends on the
-batch alone, so that the results are those of one process.
+Ray restarts a dead actor and repeats its batch. Results depend on the batch alone and equal those
+of one process.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from scc_fast.evaluate.store import differences
 from scc_fast.evaluate.worker import Judged, Made, Place, Setting, Task, Worker
 from scc_fast.models import VisionLanguage
 
-_AT_ONCE = 16  # batches of an actor that are handed out together: their images are in memory
+_AT_ONCE = 16  # batches handed to an actor together; their images are in memory
 
 
 class Driver(Worker):
-    """The run's own worker where actors do the tasks: its facts are theirs.
+    """Worker of the driving process: gives the facts of the run, which the actors share.
 
     Args:
         setting: of the run.
-        gpus: of an actor; this process needs none.
-        model, dataset: where the caller has loaded them.
+        gpus: per actor; this process needs none.
+        model, dataset: if loaded already.
 
     Raises:
-        ValueError: another device than the actors have.
+        ValueError: the setting's device is not the actors'.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Driver(Worker):
         self._asked = setting.precision
         self._elsewhere = kind == "cuda" and not torch.cuda.is_available()
         here = replace(setting, device="cpu" if self._elsewhere else kind)
-        if self._elsewhere:  # this CPU may have no arithmetic for what GPUs are asked for
+        if self._elsewhere:  # this CPU may lack the GPUs' precision
             here = replace(here, precision="auto")
         super().__init__(here, model, dataset)
 
@@ -62,7 +62,7 @@ class Driver(Worker):
         facts = super().facts()
         if self._elsewhere:
             bare = self.defense("none")
-            # What engine.choose makes of "auto" on a GPU that has bfloat16.
+            # As engine.choose resolves "auto" on a GPU with bfloat16.
             reduced = bare.precision == "fp32" and bare.engine == "runner"
             auto = "bf16" if reduced else bare.precision
             facts["model"]["precision"] = auto if self._asked == "auto" else self._asked
@@ -71,19 +71,18 @@ class Driver(Worker):
 
 @dataclass(frozen=True)
 class RayExecutor:
-    """An executor for Run.go().
+    """Executor for Run.go().
 
     Args:
         setting: of the run; each actor loads its own model and data.
-        facts: what the run's results depend on; an actor for which they differ is refused. It
-            computes in their precision, whatever "auto" would be on its device.
-        workers: how many actors; None: as many as the cluster has room for.
-        cores: CPU cores, and threads, of an actor without a GPU.
-        gpus: of an actor, may be a fraction; 0 runs on the CPU.
-        address: of a cluster ("auto" takes the one this machine is part of); None starts one here.
+        facts: of the run; an actor with other facts fails. They include the precision.
+        workers: number of actors; None: as many as fit.
+        cores: CPU cores and threads per actor without a GPU.
+        gpus: per actor, may be a fraction; 0: CPU.
+        address: of a cluster ("auto": this machine's); None starts one here.
 
     Raises:
-        ValueError: in the call, where an actor fits on no node that is up.
+        ValueError: in the call: no running node has room for an actor.
     """
 
     setting: Setting
@@ -114,7 +113,7 @@ class RayExecutor:
             {"task": pickle.dumps((place, task, kept(task)))} for place, task in enumerate(tasks)
         ]
         device = "cuda" if self.gpus else "cpu"
-        # Files are named from where this process stands, which an actor does not share.
+        # Relative paths are of this process's folder.
         root = (self.setting.root or default_root()).absolute()
         precision = self.facts["model"]["precision"]
         setting = replace(self.setting, root=root, device=device, precision=precision)
@@ -128,7 +127,7 @@ class RayExecutor:
             num_gpus=self.gpus,
         )
         failure = ""
-        for row in found.iter_rows():  # to its end: what the others have done is kept
+        for row in found.iter_rows():  # to the end, to keep the others' results
             place, events = pickle.loads(row["found"])
             if isinstance(events, str):
                 failure = failure or events
@@ -139,15 +138,15 @@ class RayExecutor:
             raise RuntimeError(f"a worker failed: {failure}")
 
     def _room(self, ray: Any) -> int:
-        """How many actors the nodes that are up hold.
+        """Number of actors that fit on the running nodes.
 
         Raises:
-            ValueError: none at all; Ray would wait for such a node without a word.
+            ValueError: none; Ray would wait silently.
         """
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         room = sum(self._holds(node) for node in nodes)
         if not room:
-            # GPUs count first where they are asked for.
+            # GPUs first, if requested.
             sizes = [(node.get("GPU", 0), node.get("CPU", 0)) for node in nodes] or [(0, 0)]
             gpus, cores = max(sizes, key=lambda size: size if self.gpus else size[::-1])
             asked = f"--gpus {self.gpus:g} and " if self.gpus else ""
@@ -158,19 +157,19 @@ class RayExecutor:
         return room
 
     def _holds(self, node: dict[str, float]) -> int:
-        """How many actors a node with these resources holds."""
+        """Number of actors that fit on a node with these resources."""
         by_cores = int(node.get("CPU", 0) / self.cores)
         return min(by_cores, int(node.get("GPU", 0) / self.gpus)) if self.gpus else by_cores
 
 
 class RayWorker:
-    """A worker in a process of its own, made with its first batch."""
+    """Ray actor with a Worker, made at its first batch."""
 
     def __init__(
         self, setting: Setting, facts: dict[str, Any], threads: int | None, folder: str
     ) -> None:
-        with contextlib.suppress(OSError):  # another machine's may not have it, nor need it
-            os.chdir(folder)  # where model files are named from
+        with contextlib.suppress(OSError):  # may not exist on another machine
+            os.chdir(folder)  # for relative paths of model files
         self.setting, self.facts, self.threads = setting, facts, threads
         self.worker: Worker | None = None
 
@@ -182,7 +181,7 @@ class RayWorker:
             try:
                 worker = self._made()
                 events = [worker.place(), *worker.work(task, delta)]
-            except Exception as error:  # its text travels; Ray's would be a page
+            except Exception as error:  # short text instead of Ray's traceback
                 events = " ".join(f"{type(error).__name__}: {error}".split())
             found.append(pickle.dumps((place, events)))
         return {"found": found}
@@ -200,7 +199,7 @@ class RayWorker:
 
 
 def _ray() -> Any:
-    # Ray would ship this environment to its workers and report usage by itself.
+    # Otherwise Ray copies this environment to its workers and reports usage.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     try:

@@ -1,4 +1,4 @@
-"""Defend picture files: labels before and after, repaired pictures, a comparison figure."""
+"""Defense of picture files: labels before and after, repaired pictures, a figure."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _FIGURE_ROWS = 16
 
 @dataclass(frozen=True)
 class Defended:
-    """What became of each file: a plain dict for --json, and the files that failed."""
+    """Rows for --json, and the files that failed."""
 
     rows: list[dict[str, Any]]
     failed: list[Path]
@@ -46,9 +46,9 @@ def defend_files(
     warn: Callable[[str], None],
     tick: Callable[[], None],
 ) -> Defended:
-    """Defend every file that can be read; a bad one is named and the others go on.
+    """Defend all readable files.
 
-    `report` gets what is to be printed, `warn` one line a failed file, `tick` a call a file.
+    `report` gets output to print, `warn` a line per failed file; `tick` is called once per file.
     """
     loaded = load_model(model, pretrained)
     defender = Defender(loaded, classes, method=method, config=config)
@@ -93,7 +93,7 @@ def defend_files(
 
 
 def _free_name(folder: Path, stem: str, taken: Sequence[str]) -> Path:
-    """NAME.repaired.png, numbered where an earlier picture of this call has that name."""
+    """NAME.repaired.png, numbered if taken by an earlier picture of this call."""
     names = [
         f"{stem}.repaired.png",
         *(f"{stem}-{i}.repaired.png" for i in range(2, 2 + len(taken))),
@@ -148,13 +148,13 @@ def comparison_figure(
     truth: Sequence[int] | None = None,
     clean: DefenseResult | None = None,
 ) -> None:
-    """One row a picture: picture, attacked, repaired, amplified differences, top-3 with bars.
+    """Draw one row per picture: pictures, amplified differences, top-3 bars.
 
     Args:
         path: PNG, PDF or SVG to write.
         pictures: (n, 3, H, W) in [0, 1], before any attack.
-        attacked: the same after the attack, or None where there was none.
-        before, after: undefended and defended results on what the model got to see.
+        attacked: the same after the attack, or None.
+        before, after: undefended and defended results on the attacked (or given) pictures.
         names: the K class names.
         truth: n true classes, to colour the bars.
         clean: undefended result on the pictures before the attack.

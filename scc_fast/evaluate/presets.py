@@ -1,4 +1,4 @@
-"""Which defense to take for a latency budget: measured presets, timed on your machine."""
+"""Presets of defenses for a latency budget, timed on this machine."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from scc_fast.models import VisionLanguage
 
 @dataclass(frozen=True)
 class Preset:
-    """A method with a config, and what it costs.
+    """A method with a config, and its cost.
 
     Args:
-        name: how it is asked for.
-        method, config: as Defender takes them, over the model's own defaults.
-        passes: forward and backward passes of an image that is repaired, F + B.
+        name: of the preset.
+        method, config: arguments of Defender, over the model's defaults.
+        passes: forward and backward passes of a repaired image, F + B.
     """
 
     name: str
@@ -33,8 +33,8 @@ class Preset:
     passes: int
 
 
-# From the most to the least accurate under PGD-10 at 4/255 on the bundled model's validation
-# pictures, none that another beats at no more cost: docs/results.md, "What to take".
+# By falling accuracy under PGD-10 at 4/255 on the bundled model's validation pictures; none is
+# dominated (docs/results.md, "What to take").
 PRESETS = (
     Preset("full", "scc", {"gate": False}, 37),
     Preset("most", "scc", {"gate": False, "semantic_steps": 1}, 29),
@@ -54,20 +54,18 @@ def recommended(
     rounds: int = 5,
     **options: Any,
 ) -> Defender:
-    """The strongest preset whose call takes no longer than a budget here and now.
+    """Strongest preset within a latency budget on this machine.
 
     Presets are tried from the strongest on; each is warmed up and timed on grey pictures of the
-    model's size. Which is the strongest was measured on the bundled model against an attacker who
-    does not know the defense (docs/results.md); on another model it is a guess to be checked with
-    `scc-fast evaluate`.
+    model's size. The order was measured on the bundled model under an oblivious attack
+    (docs/results.md); check it on another model with `scc-fast evaluate`.
 
     Args:
         model, classes, options: as for Defender.
-        budget_ms: for a call with `batch` images, milliseconds; the median of `rounds` calls
-            counts.
+        budget_ms: median time of `rounds` calls with `batch` images, milliseconds.
 
     Raises:
-        ValueError: not even the cheapest preset is within the budget; says what it takes.
+        ValueError: the cheapest preset exceeds the budget; says its time.
     """
     budget_ms = python_number(budget_ms)
     if not isinstance(budget_ms, int | float) or isinstance(budget_ms, bool) or not budget_ms > 0:

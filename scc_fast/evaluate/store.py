@@ -1,13 +1,13 @@
-"""The folder of a run: what is known is on disk, and nothing that is there is ever lost.
+"""Folder of a run: durable records of everything that is done.
 
-    RUN/run.json                 what all results depend on
+    RUN/run.json                 facts that all results depend on
     RUN/defenses.json            traits and config of each defense
-    RUN/ATTACK/attack.json       one folder for each attack and budget
-    RUN/ATTACK/records.jsonl     a line for each defense and batch, appended
-    RUN/ATTACK/images/*.safetensors   the perturbations, float16
-    RUN/results.json, timings.json    made of the records, always whole
+    RUN/ATTACK/attack.json       one folder per attack and budget
+    RUN/ATTACK/records.jsonl     a line per defense and batch, appended
+    RUN/ATTACK/images/*.safetensors   perturbations, float16
+    RUN/results.json, timings.json    made from the records, written atomically
 
-One process works in an attack's folder at a time; several may share a run.
+An attack's folder is locked by one process; several processes may share a run.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ class Busy(RuntimeError):
 
 @contextlib.contextmanager
 def locked(folder: Path, wait: bool) -> Iterator[None]:
-    """The folder for this process alone; gone with the process, however it ends."""
+    """Exclusive lock of a folder, released when the process ends."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("a") as file:
         try:
             import fcntl
-        except ImportError:  # not on this system: the user must see to it
+        except ImportError:  # no locks on this system
             yield
             return
         try:
@@ -67,7 +67,7 @@ def locked(folder: Path, wait: bool) -> Iterator[None]:
 
 
 def slug(text: str, whole: str = "") -> str:
-    """A file name that reads as `text` and tells `whole`, if it is more, from others."""
+    """File name from `text`, with a hash of `whole` if it differs."""
     plain = re.sub(r"[^A-Za-z0-9.=-]+", "_", text).strip("_.")
     whole = whole or text
     if plain == whole:
@@ -76,12 +76,12 @@ def slug(text: str, whole: str = "") -> str:
 
 
 def owner_folder(owner: str | None) -> str:
-    """Where the images are kept that know a defense, or none."""
+    """Subfolder of images, by the defense that the attack knows."""
     return "shared" if owner is None else slug(owner)
 
 
 def differences(known: dict[str, Any], facts: dict[str, Any], names: str = "") -> str:
-    """What differs, as "batch is 50 there and 20 here"."""
+    """Differences, as "batch is 50 there and 20 here"."""
     found = []
     for key in sorted({*known, *facts}):
         there, here = known.get(key), facts.get(key)
@@ -94,39 +94,39 @@ def differences(known: dict[str, Any], facts: dict[str, Any], names: str = "") -
 
 
 class AttackFolder:
-    """The folder of one attack and budget. What was read of it is kept: files only grow.
+    """Folder of one attack and budget; records are cached, for files only grow.
 
     Args:
-        path: where it is.
-        spec, epsilon: which it is.
+        path: of the folder.
+        spec, epsilon: attack and budget.
     """
 
     def __init__(self, path: Path, spec: str, epsilon: float) -> None:
         self.path, self.spec, self.epsilon = path, spec, epsilon
         self._records: dict[tuple[str, int], dict[str, Any]] = {}
-        self._read = 0, 0  # inode of records.jsonl, and how many of its bytes are in _records
+        self._read = 0, 0  # inode of records.jsonl, bytes of it in _records
         self._kept: dict[tuple[Path, int], Kept | None] = {}
 
     def records(self) -> dict[tuple[str, int], dict[str, Any]]:
-        """What has been judged, by defense and batch. A line that was damaged is not there."""
+        """Records by defense and batch; damaged lines are skipped."""
         try:
             with (self.path / "records.jsonl").open("rb") as file:
                 facts = os.fstat(file.fileno())
                 inode, start = self._read
-                if facts.st_ino != inode or facts.st_size < start:  # another file
+                if facts.st_ino != inode or facts.st_size < start:  # a new file
                     self._records, start = {}, 0
                 file.seek(start)
                 added = file.read()
         except FileNotFoundError:
             self._records, self._read = {}, (0, 0)
             return {}
-        whole = added.rfind(b"\n") + 1  # a line that is being written is read again
+        whole = added.rfind(b"\n") + 1  # a line being written is read again
         self._records.update(_records(added[:whole]))
         self._read = facts.st_ino, start + whole
         return {**self._records, **_records(added[whole:])}
 
     def append_record(self, task: Task, judged: Judged) -> None:
-        """Append what a defense said, as a line of its own."""
+        """Append a record as one line."""
         record = {**dataclasses.asdict(judged), "batch": task.batch}
         file = self.path / "records.jsonl"
         self.path.mkdir(parents=True, exist_ok=True)
@@ -134,21 +134,21 @@ class AttackFolder:
             stream.seek(0, os.SEEK_END)
             if stream.tell():
                 stream.seek(-1, os.SEEK_END)
-                if stream.read(1) != b"\n":  # a line that was cut short stands alone
+                if stream.read(1) != b"\n":  # after a truncated line
                     stream.write(b"\n")
             stream.write(json.dumps(record).encode() + b"\n")
             stream.flush()
             os.fsync(stream.fileno())
 
     def images_path(self, task: Task) -> Path:
-        """Where the perturbation of a batch is kept."""
+        """Path of a batch's perturbation."""
         return self.path / "images" / owner_folder(task.owner) / f"{task.batch:05d}.safetensors"
 
     def load_images(self, task: Task) -> Tensor | None:
-        """The perturbation of a batch; None where it, or some of it, has not been made.
+        """Perturbation of a batch; None if not complete.
 
         Raises:
-            ValueError: a file that is not whole.
+            ValueError: damaged file.
         """
         path = self.images_path(task)
         if task.attack == CLEAN or not path.exists():
@@ -162,14 +162,14 @@ class AttackFolder:
         return delta if len(delta) >= task.count else None
 
     def save_images(self, task: Task, made: Made) -> None:
-        """Keep what was made of a batch."""
+        """Write the perturbation of a batch."""
         assert made.delta.dtype == torch.float16
         with atomic(self.images_path(task)) as partial:
             facts = {"seconds": str(made.seconds), "undone": str(made.undone)}
             save_file({"delta": made.delta.contiguous()}, partial, facts)
 
     def kept_images(self) -> Iterator[Kept]:
-        """(owner, batch, seconds, undone) of every batch whose images are kept."""
+        """(owner, batch, seconds, undone) of every stored batch of images."""
         for path in sorted((self.path / "images").glob("*/*.safetensors")):
             with contextlib.suppress(FileNotFoundError):
                 key = path, path.stat().st_mtime_ns
@@ -180,7 +180,7 @@ class AttackFolder:
 
 
 def _records(lines: bytes) -> dict[tuple[str, int], dict[str, Any]]:
-    """The records among some lines of JSON."""
+    """Valid records in lines of JSON."""
     found: dict[tuple[str, int], dict[str, Any]] = {}
     for line in lines.decode("utf-8", errors="replace").splitlines():
         try:
@@ -203,11 +203,11 @@ def _kept(path: Path) -> Kept | None:
 
 
 class Store:
-    """The folder of a run.
+    """Folder of a run.
 
     Args:
-        folder: made if it is not there.
-        facts: what its results depend on; a folder with other facts is refused.
+        folder: created if missing.
+        facts: what its results depend on; a folder with other facts raises ValueError.
     """
 
     def __init__(self, folder: Path, facts: dict[str, Any]) -> None:
@@ -240,7 +240,7 @@ class Store:
     def attack(
         self, spec: str, epsilon: float, settings: dict[str, Any] | None = None
     ) -> AttackFolder:
-        """The folder of an attack; with its settings it is made, and held against them."""
+        """Folder of an attack; `settings` create it, or must equal the stored ones."""
         budget = "@" + format_epsilon(epsilon).replace("/", "_") if epsilon else ""
         found = self._attack(self.folder / (slug(spec) + budget), spec, epsilon)
         if settings is not None:
@@ -257,7 +257,7 @@ class Store:
         return found
 
     def attacks(self) -> Iterator[tuple[AttackFolder, dict[str, Any]]]:
-        """Every attack that was begun, with its settings."""
+        """All attacks with a folder, and their settings."""
         for path in sorted(self.folder.glob("*/attack.json")):
             facts = self._read(str(path.relative_to(self.folder)))
             if not {"spec", "epsilon", "title", "aware", "settings"} <= set(facts):
@@ -265,11 +265,11 @@ class Store:
             yield self._attack(path.parent, facts["spec"], facts["epsilon"]), facts
 
     def _attack(self, path: Path, spec: str, epsilon: float) -> AttackFolder:
-        """One object for each folder, which keeps what it has read."""
+        """One cached object per folder."""
         return self._folders.setdefault(path, AttackFolder(path, spec, epsilon))
 
     def add_defenses(self, defenses: dict[str, dict[str, Any]]) -> None:
-        """Keep what rows say of the defenses; one that differs from before is refused."""
+        """Store facts of defenses; a changed defense raises ValueError."""
         with locked(self.folder, wait=True):
             known = self._read("defenses.json") or {}
             for spec, facts in json.loads(json.dumps(defenses)).items():
@@ -282,11 +282,11 @@ class Store:
             write_json(self.folder / "defenses.json", dict(sorted(known.items())))
 
     def defenses(self) -> dict[str, dict[str, Any]]:
-        """What rows say of the defenses."""
+        """Stored facts of the defenses."""
         return self._read("defenses.json") or {}
 
     def add_environment(self, environment: dict[str, Any]) -> None:
-        """Keep where some of the numbers were made."""
+        """Store an environment in which results were made."""
         with locked(self.folder, wait=True):
             known = self.environments()
             if environment not in known:
@@ -296,13 +296,13 @@ class Store:
                 write_json(self.folder / "environments.json", {"environments": every})
 
     def environments(self) -> list[dict[str, Any]]:
-        """Where the numbers were made, in an order that does not depend on time."""
+        """Stored environments, in an order independent of time."""
         return (self._read("environments.json") or {"environments": []})["environments"]
 
     def keep_counts(self, folder: AttackFolder, counts: dict[str, int]) -> None:
-        """Keep how many images an attack that knows the defense was asked for, by defense.
+        """Store the number of images requested of an adaptive attack, by defense.
 
-        The fewest count, so that a row that was known stays when more are asked for, and grows.
+        The smallest request counts: an existing row stays, and grows.
         """
         with locked(self.folder, wait=True):
             name = f"{folder.path.name}/asked.json"
@@ -311,10 +311,10 @@ class Store:
             write_json(self.folder / name, {**known, **fewest})
 
     def counts(self, folder: AttackFolder) -> dict[str, int]:
-        """What keep_counts() kept."""
+        """Counts stored by keep_counts()."""
         return self._read(f"{folder.path.name}/asked.json") or {}
 
     def write_results(self, results: dict[str, Any], timings: dict[str, Any]) -> None:
-        """Write both files whole."""
+        """Write both files atomically."""
         write_json(self.folder / "results.json", results)
         write_json(self.folder / "timings.json", timings)

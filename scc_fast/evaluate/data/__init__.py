@@ -1,4 +1,4 @@
-"""Labelled pictures: the papers' data sets, the protocols they are prepared with, and prompts."""
+"""Data sets of the papers, with their protocols and prompts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures that come without files: scikit-learn's digits and the bundled model's emoji."""
+"""Data sets without files: scikit-learn's digits and the bundled model's emoji."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ _EMOJI_COUNT = 2000
 
 
 def read_bundled(name: str, split: str | None) -> Source:
-    """The Source of "digits" or "emoji".
+    """Source of "digits" or "emoji".
 
     Raises:
-        ValueError: another split than they have. ImportError: scikit-learn is missing.
+        ValueError: unknown split. ImportError: scikit-learn is missing.
     """
     return _digits(split) if name == "digits" else _emoji(split)
 
 
 def _digits(split: str | None) -> Source:
-    """1797 handwritten digits of 8x8 pixels with 17 levels, brought to 8 bits by rounding."""
+    """1797 handwritten digits, 8x8 pixels of 17 levels, rounded to 8 bits."""
     if split not in (None, "all"):
         raise ValueError(f"split: digits has one split, 'all', got {shown(split)}")
     try:
@@ -53,7 +53,7 @@ def _emoji(split: str | None) -> Source:
     if split not in _EMOJI_SPLITS:
         raise ValueError(f"split: emoji has {' and '.join(_EMOJI_SPLITS)}, got {shown(split)}")
     names = tiny.class_names()
-    # As tiny.generate() draws them; it would take seconds to paint what only its labels are asked
+    # Labels as tiny.generate() draws them, without painting the pictures
     u = philox.uniform(seeds(split, torch.arange(_EMOJI_COUNT, device="cpu")), philox.DATA, 0, 1)
     labels = (u[:, 0] * len(names)).long()
 

@@ -1,12 +1,11 @@
-"""The data sets of the papers, and two that need no files: what each is called, holds and asks.
+"""Catalogue of data sets: names, sizes, splits, prompts.
 
 Sizes, splits, templates and names of the sixteen are those of TTC's release (Xing et al., CVPR
-2025, github.com/Sxing2/CLIP-Test-time-Counterattacks), on which the tables of TTC, DOC and SCC
-stand; how Pets, Flowers102, Food101, DTD, Cars and countries are cleaned is read from the code it
-descends from (github.com/zhyblue424/TGA-ZSR, replace/datasets). CLIP's tokenizer lowers the case,
-so that "Boeing" and "boeing" are one prompt to it.
+2025, github.com/Sxing2/CLIP-Test-time-Counterattacks), used for the tables of TTC, DOC and SCC.
+Cleaning of Pets, Flowers102, Food101, DTD, Cars and countries follows the code it descends from
+(github.com/zhyblue424/TGA-ZSR, replace/datasets). CLIP's tokenizer ignores case.
 
-For the six medical sets the SCC paper prints no prompts, splits or sizes: splits and sizes are
+The SCC paper prints no prompts, splits or sizes of the six medical sets: splits and sizes are
 those of BiomedCoOp (Koleilat et al., CVPR 2025), the prompts are our own.
 """
 
@@ -30,17 +29,17 @@ class Entry:
     """One data set.
 
     Args:
-        name: as clip-benchmark spells it, where it has it.
-        paper: as the papers print it.
-        split: that the papers evaluate on; "all": there is one only.
-        size: how many pictures it has.
-        n_classes: how many classes, pictures or not.
-        template: of its prompts, with {} for the class.
+        name: clip-benchmark's spelling.
+        paper: the papers' spelling.
+        split: the papers' evaluation split; "all": no splits.
+        size: number of pictures.
+        n_classes: number of classes, including empty ones.
+        template: of prompts, with {} for the class.
         clean: class name on disk -> class name in prompts.
-        table: the names by label, where what is on disk does not tell them.
-        spellings: other names that it goes by.
+        table: names by label, where names on disk do not suffice.
+        spellings: other names of the data set.
         group: "natural" (the sixteen), "medical" or "bundled" (needs no files).
-        note: what to know before one compares numbers.
+        note: caveat for comparisons.
     """
 
     name: str
@@ -213,13 +212,13 @@ NAMES: tuple[str, ...] = tuple(CATALOGUE)
 
 
 def find(name: str) -> Entry:
-    """The data set of a name, in clip-benchmark's or the papers' spelling, whatever its case.
+    """Entry of a data set, in clip-benchmark's or the papers' spelling, in any case.
 
-    clip-benchmark's prefixes may stand in front: "wds/cifar10", "wds/vtab/cifar10",
-    "vtab-cifar10" and "wds_vtab-cifar10" are all "cifar10".
+    clip-benchmark's prefixes are dropped: "wds/cifar10", "wds/vtab/cifar10", "vtab-cifar10" and
+    "wds_vtab-cifar10" are "cifar10".
 
     Raises:
-        TypeError: not a string. ValueError: no such data set; lists what there is.
+        TypeError: not a string. ValueError: unknown data set; lists the known ones.
     """
     if not isinstance(name, str):
         raise TypeError(f"dataset: a name is needed, got {type(name).__name__}")
@@ -232,13 +231,13 @@ def find(name: str) -> Entry:
 
 
 def known(name: str) -> Entry | None:
-    """As :func:`find`, but None where there is no such data set: of a folder, say."""
+    """As :func:`find`, but None for an unknown name."""
     bare = re.sub(r"^(wds[/_-])?(vtab[/_-])?", "", name.strip().lower())
     return _BY_KEY.get(_key(bare))
 
 
 def _key(name: str) -> str:
-    # Other signs stay: "food101+" may be another data set
+    # Other characters count: "food101+" may be another data set
     return re.sub(r"[\s/_.-]", "", name.lower())
 
 

@@ -1,4 +1,4 @@
-"""What a class is called in a prompt, from what it is called on disk."""
+"""Class names for prompts, from class names on disk."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 
 Clean = Callable[[str], str]
-# By label: the name that prompts use, then other spellings found on disk
+# By label: the name in prompts, then other spellings on disk
 Table = tuple[tuple[str, ...], ...]
 
 _WORDNET = re.compile(r"n\d{8}")
@@ -17,7 +17,7 @@ _COUNTRIES = Path(__file__).with_name("countries.txt")
 
 
 def as_stored(name: str) -> str:
-    """CIFAR, STL-10: "aquarium_fish" stays so."""
+    """Unchanged: CIFAR, STL-10."""
     return name
 
 
@@ -27,32 +27,32 @@ def spaced(name: str) -> str:
 
 
 def caltech101(name: str) -> str:
-    """As stored, but both classes of faces are persons."""
+    """Unchanged, but both classes of faces are "person"."""
     return "person" if name in ("Faces", "Faces_easy") else name
 
 
 def caltech256(name: str) -> str:
-    """Without the number in front and "-101" at the end: "252.car-side-101" is a "car side"."""
+    """Without leading number and "-101": "252.car-side-101" is "car side"."""
     return spaced(re.sub(r"^\d{3}\.", "", name).replace("-101", ""))
 
 
 def cars(name: str) -> str:
-    """Without the year, which is the last five characters."""
+    """Without the year at the end."""
     return spaced(re.sub(r" \d{4}$", "", name))
 
 
 def aircraft(name: str) -> str:
-    """Variants that begin with a 7 are Boeing's."""
+    """ "Boeing" before variants that begin with 7."""
     return f"Boeing {name}" if name.startswith("7") else name
 
 
 def sun397(name: str) -> str:
-    """Only the letter's folder is cut: "/a/apartment_building/outdoor" keeps the rest."""
+    """Without the letter's folder: "/a/abbey/outdoor" is "abbey/outdoor"."""
     return re.sub(r"^/[a-z]/", "", name)
 
 
 def words(name: str) -> str:
-    """Spaces for "_" and "/", on top of the data set's own cleaning."""
+    """ "_" and "/" as spaces."""
     return name.replace("_", " ").replace("/", " ")
 
 
@@ -66,7 +66,7 @@ def countries() -> Table:
 
 @cache
 def flowers() -> Table:
-    """Flowers102: torchvision's names by label, and clip-benchmark's other spellings."""
+    """Flowers102: torchvision's names by label, with clip-benchmark's spellings."""
     from torchvision.datasets import Flowers102  # type: ignore[import-untyped]
 
     known = {"colt's foot": "colts foot"}  # as in the lists of the protocol's code
@@ -78,10 +78,9 @@ def flowers() -> Table:
 
 @cache
 def imagenet() -> Table:
-    """ImageNet: open_clip's names in the order of the sorted wordnet ids; 1000 rows.
+    """ImageNet: open_clip's names by sorted wordnet id; 1000 rows.
 
-    The label file of the TTC release has 999 entries, because n03710637 (maillot) is missing: with
-    it a complete validation set either stops or loses a class. Here all 1000 classes count.
+    The label file of the TTC release lacks n03710637 (maillot). Here all 1000 classes count.
     """
     from open_clip import IMAGENET_CLASSNAMES
 
@@ -89,19 +88,18 @@ def imagenet() -> Table:
 
 
 def resolve(stored: Sequence[str], clean: Clean, table: Table | None) -> tuple[list[str], bool]:
-    """The names for prompts, by label, and whether they are those that the table or rule means.
+    """Names for prompts by label, and whether the table or rule covers them.
 
-    Where there is a table, classes stored as numbers (from 0 or 1), as wordnet ids or under a
-    spelling that it knows get its names, in whatever order they are stored. Names that it does not
-    know are cleaned and kept, and the second value is False.
+    A table maps numbers (from 0 or 1), wordnet ids and known spellings to its names, in any order.
+    Unknown names are cleaned, and the second value is False.
 
     Args:
-        stored: on disk, by label; with a table as many as it has, or some that :func:`knows` knows.
+        stored: names on disk, by label; with a table all of its classes, or a known part.
 
     Raises:
-        ValueError: numbers or wordnet ids that stand for no class, or two classes of one name.
+        ValueError: unexpected numbers or wordnet ids, or two classes of one name.
     """
-    # Where places tell classes apart, names need not: ImageNet's words have two missiles
+    # By place, names may repeat: ImageNet has two missiles
     if len(set(stored)) < len(stored) and (table is None or len(table) != len(stored)):
         twice = sorted({name for name in stored if list(stored).count(name) > 1})
         raise ValueError(f"classes: {twice[:3]} stand for two classes each on disk")
@@ -127,7 +125,7 @@ def resolve(stored: Sequence[str], clean: Clean, table: Table | None) -> tuple[l
 
 
 def knows(stored: Sequence[str], table: Table) -> bool:
-    """Whether every class on disk is a spelling of the table's."""
+    """Whether every class on disk is a known spelling of the table."""
     where = _spellings(table)
     return all(_key(name) in where for name in stored)
 
@@ -137,9 +135,9 @@ def _spellings(table: Table) -> dict[str, str]:
 
 
 def _in_order(stored: Sequence[str], table: Table) -> bool:
-    """Most names are the table's in its order, and the others are spellings it does not know.
+    """Whether most names are the table's, in its order, and the others unknown spellings.
 
-    clip-benchmark has its own for many countries.
+    clip-benchmark spells many countries differently.
     """
     known = _spellings(table)
     keys = [{_key(spelling) for spelling in row} for row in table]
@@ -171,5 +169,5 @@ def _wordnet(stored: Sequence[str]) -> list[int]:
 
 
 def _key(name: str) -> str:
-    """What spellings of a name have in common."""
+    """Key common to all spellings of a name."""
     return re.sub(r"[\W_]", "", name.casefold())

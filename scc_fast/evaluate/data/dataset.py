@@ -1,4 +1,4 @@
-"""A data set as an evaluation sees it: batches of pixels and labels, prompts, and its facts."""
+"""Data set of an evaluation: batches of pixels and labels, prompts, and facts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import operator
 import os
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -45,27 +45,25 @@ def open_dataset(
     seed: int = 0,
     download: bool = False,
 ) -> Dataset:
-    """Open a data set of ``NAMES``, prepared for a model as a protocol says.
+    """Open a data set of ``NAMES``, prepared for a model by a protocol.
 
     Args:
-        name: as clip-benchmark or the papers spell it, in any case.
-        model: whose image size, and for "open_clip" whose preprocessing, the pictures get.
+        name: clip-benchmark's or the papers' spelling, in any case.
+        model: gives the image size, and for "open_clip" the preprocessing.
         root: the folder of the data sets; None: $SCC_FAST_DATA, else ~/.cache/scc_fast/data.
-        split: as the data set calls it; None: the one that the papers evaluate on.
+        split: the data set's name of it; None: the papers' evaluation split.
         protocol: "ttc" (the papers'), "open_clip" (the model's own), see ``PROTOCOLS``. Emoji for a
-            model of 64 pixels pass unchanged, whichever is asked for: "bundled".
-        n_samples: how many pictures, drawn without replacement: the first ``n_samples`` of
-            ``numpy.random.default_rng(seed).permutation(count)``, in that order, for most sets on
-            disk are sorted by class; the bundled ones are mixed, and ascend. A smaller
-            draw with the same seed is part of a larger one. None: all.
-        seed: of that draw.
-        download: let torchvision fetch what is missing.
+            model of 64 pixels are always unchanged ("bundled").
+        n_samples: number of pictures: the first of
+            ``numpy.random.default_rng(seed).permutation(count)``, in that order, or ascending for
+            the bundled sets. A smaller draw is part of a larger one. None: all.
+        seed: of the draw.
+        download: let torchvision download missing files.
 
     Raises:
-        TypeError, ValueError: an argument that cannot be right, or files that are not what they
-            should be: more classes than the data set has, or fewer that cannot be told by name.
-        MissingData: no such files; says what was expected where, and how to get it.
-        ImportError: a package for the format is not installed; says which.
+        TypeError, ValueError: an invalid argument, or unexpected files, such as too many classes.
+        MissingData: no files; says where they were expected and how to get them.
+        ImportError: a package for the format is not installed.
     """
     entry = find(name)
     opener = Opener(entry.name, None if root is None else Path(root), split, download)
@@ -96,11 +94,11 @@ def from_source(
     seed: int = 0,
     opener: Opener | None = None,
 ) -> Dataset:
-    """A data set of pictures that somebody else has read; see :func:`open_dataset`.
+    """Data set of a given source; see :func:`open_dataset`.
 
     Args:
-        source: its name must be one of the catalogue's.
-        opener: reads it again in another process; None: the source itself must be picklable.
+        source: pictures named after an entry of the catalogue.
+        opener: reopens them in another process; None: the source itself is pickled.
     """
     entry = find(source.name)
     chosen = _protocol(entry, protocol, model)
@@ -109,10 +107,7 @@ def from_source(
     if not known:
         _warn(f"{entry.name}: unknown class names on disk; prompts use them instead of the paper's")
     classes = chosen.names(cleaned)
-    template = entry.template
-    if chosen.template is not None and entry.group != "bundled":
-        template = chosen.template
-    prompts = tuple(template.format(name) for name in classes)
+    template, prompts = make_prompts(entry, chosen, classes)
     duplicates = _groups(prompts)
     if duplicates:
         first = prompts[duplicates[0][0]]
@@ -145,7 +140,7 @@ def from_source(
 
 @dataclass(frozen=True)
 class Opener:
-    """Reads a data set, in whatever process."""
+    """Opens a data set, in any process."""
 
     name: str
     root: Path | None
@@ -173,16 +168,15 @@ class _Kept:
 class Dataset:
     """Pictures prepared for one model, with their labels and prompts; :func:`open_dataset`.
 
-    It can be pickled: another process gets the description, and opens the files itself when it
-    first asks for a batch.
+    It can be pickled: another process opens the files with its first batch.
 
     Args:
-        name: as clip-benchmark spells it.
-        split: as the data set calls it.
-        protocol: the name of how it was prepared.
+        name: clip-benchmark's spelling.
+        split: the data set's name of it.
+        protocol: name of the protocol.
         classes: cleaned names, by label.
         prompts: one per class, by label.
-        indices: which pictures of the split, in the order of batches.
+        indices: pictures of the split, in order.
     """
 
     name: str
@@ -204,13 +198,13 @@ class Dataset:
         return {**self.__dict__, "_opened": [], "_decoded": Decoded()}
 
     def batch(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """The pictures ``start`` to ``stop`` (exclusive) of ``indices``, each decoded once.
+        """Pictures ``start`` to ``stop`` (exclusive) of ``indices``, each decoded once.
 
         Returns:
             x (n, 3, H, W) float32 in [0, 1], not normalised, and labels (n,) int64; on the CPU.
 
         Raises:
-            ValueError: not 0 <= start <= stop <= len(self), or files that changed since.
+            ValueError: not 0 <= start <= stop <= len(self), or the files have changed.
         """
         start, stop = operator.index(start), operator.index(stop)
         if not 0 <= start <= stop <= len(self):
@@ -232,16 +226,15 @@ class Dataset:
         return torch.stack(pictures), labels
 
     def facts(self) -> dict[str, Any]:
-        """What a result must say of its data, as JSON values.
+        """Facts that a result must record of its data, as JSON values.
 
         ``name``, ``paper`` (its name there), ``split``, ``protocol``, ``resize``, ``crop``,
-        ``template``, ``pictures`` on disk beside ``pictures_expected`` (None for another split than
-        the papers'), ``pictures_without_label`` (left out), ``n``, ``sampling_seed`` (None: not
-        drawn), ``classes`` beside ``classes_expected``, ``classes_present`` (with pictures),
-        ``class_names`` ("of the protocol", or "as on disk" where they are unknown),
-        ``prompts_sha256`` (of the prompts joined by newlines), ``reader``,
-        ``duplicate_prompts`` (groups of class indices), ``note``. Folders are not among
-        them: copies on two machines give equal facts.
+        ``template``, ``pictures`` on disk, ``pictures_expected`` (None except for the papers'
+        split), ``pictures_without_label`` (left out), ``n``, ``sampling_seed`` (None: not drawn),
+        ``classes``, ``classes_expected``, ``classes_present`` (with pictures), ``class_names``
+        ("of the protocol" or "as on disk"), ``prompts_sha256`` (of the prompts joined by newlines),
+        ``reader``, ``duplicate_prompts`` (groups of class indices), ``note``. No folders: copies on
+        two machines give equal facts.
         """
         return copy.deepcopy(self.recorded)
 
@@ -259,17 +252,17 @@ class Dataset:
 
 
 class Decoded:
-    """Prepared pictures in a temporary file, a byte a channel: of any number, and out of memory.
+    """Cache of prepared pictures in a temporary file, one byte per channel.
 
-    Pictures that bytes do not hold exactly are not kept, nor any where the disk is full.
+    Pictures that are not exact in 8 bits are not cached; neither is any on a full disk.
     """
 
     def __init__(self) -> None:
         self._file: IO[bytes] | None = None
-        self._places: dict[int, int] = {}  # of each picture, in pictures
+        self._places: dict[int, int] = {}  # index -> position
 
     def get(self, index: int, size: tuple[int, int]) -> Tensor | None:
-        """The picture (3, H, W), float32 in [0, 1]; None where it is not kept."""
+        """Cached picture (3, H, W), float32 in [0, 1], or None."""
         if self._file is None or index not in self._places:
             return None
         self._file.seek(self._places[index] * 3 * size[0] * size[1])
@@ -277,7 +270,7 @@ class Decoded:
         return torch.frombuffer(data, dtype=torch.uint8).view(3, *size).float() / 255
 
     def put(self, index: int, picture: Tensor) -> None:
-        """Keep a picture."""
+        """Cache a picture."""
         data = (255 * picture).round().to(torch.uint8)
         if not torch.equal(data.float() / 255, picture):
             return
@@ -292,7 +285,7 @@ class Decoded:
 
 
 def _facts(entry: Entry, source: Source, labels: np.ndarray, known: bool) -> dict[str, Any]:
-    """What is known of the files; ``labels`` are the valid ones."""
+    """Facts about the files; ``labels`` are the valid ones."""
     whole = source.split == entry.split or (entry.name == "imagenet1k" and source.split == "test")
     return {
         "name": entry.name,
@@ -310,10 +303,10 @@ def _facts(entry: Entry, source: Source, labels: np.ndarray, known: bool) -> dic
 
 
 def _names(entry: Entry, source: Source) -> tuple[list[str], bool]:
-    """The cleaned names by label, and whether they are the protocol's."""
+    """Cleaned names by label, and whether they are the protocol's."""
     table = entry.table() if entry.table else None
     count, expected = len(source.classes), entry.n_classes
-    # Fewer are a part of it where every one can be told by its name
+    # Fewer classes are a part of the set if all are known by name
     part = count < expected and (table is None or knows(source.classes, table))
     if count != expected and not (part and count > 1):
         raise ValueError(
@@ -326,6 +319,16 @@ def _names(entry: Entry, source: Source) -> tuple[list[str], bool]:
         return resolve(source.classes, entry.clean, table)
     except ValueError as error:
         raise ValueError(f"dataset: {entry.name}: {error}") from error
+
+
+def make_prompts(
+    entry: Entry, protocol: Protocol, classes: Sequence[str]
+) -> tuple[str, tuple[str, ...]]:
+    """Template and prompts of classes: the protocol's template, else the data set's."""
+    template = entry.template
+    if protocol.template is not None and entry.group != "bundled":
+        template = protocol.template
+    return template, tuple(template.format(name) for name in classes)
 
 
 def _protocol(entry: Entry, name: str, model: VisionLanguage) -> Protocol:
@@ -345,9 +348,9 @@ def _protocol(entry: Entry, name: str, model: VisionLanguage) -> Protocol:
 
 
 def _draw(count: int, n_samples: int | None, seed: int, name: str, mixed: bool) -> np.ndarray:
-    """Places of the pictures that are taken out of ``count``; ascending where they are mixed.
+    """Indices drawn out of ``count``, ascending for a mixed set.
 
-    The first of them are a fair draw, too: whoever can afford no more takes these.
+    The first ones are a fair draw, too.
     """
     if count == 0:
         raise ValueError(f"{name}: none of the pictures found has a valid label")
@@ -366,7 +369,7 @@ def _draw(count: int, n_samples: int | None, seed: int, name: str, mixed: bool) 
 
 
 def _groups(prompts: tuple[str, ...]) -> list[list[int]]:
-    """The classes that share a prompt, by the first of them."""
+    """Groups of classes that share a prompt."""
     found: dict[str, list[int]] = {}
     for label, prompt in enumerate(prompts):
         found.setdefault(prompt, []).append(label)

@@ -1,4 +1,4 @@
-"""Pictures in folders: one folder a class, or a list of files with their classes."""
+"""Image folders: one folder per class, or a list of files with classes."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from PIL import Image
 from scc_fast.config import shown
 from scc_fast.evaluate.data.source import MissingData, Source
 
-# What torchvision's ImageFolder takes for a picture
+# As in torchvision's ImageFolder
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 SPLIT_FOLDERS = ("train", "trainval", "val", "valid", "test", "all")
 
 
 def decode(data: bytes, where: str) -> Image.Image:
-    """The picture in ``data``, decoded, in the mode it is stored in.
+    """Decode a picture, in its stored mode.
 
     Raises:
-        ValueError: it cannot be decoded; the message begins with ``where``.
+        ValueError: not decodable; begins with ``where``.
     """
     try:
         image = Image.open(io.BytesIO(data))
         image.load()
-    except Exception as error:  # Pillow's decoders raise a dozen unrelated types for bad files
+    except Exception as error:  # Pillow's decoders raise many unrelated types
         raise ValueError(
             f"{where} is not a readable picture: {str(error) or type(error).__name__}"
         ) from error
@@ -38,7 +38,7 @@ def decode(data: bytes, where: str) -> Image.Image:
 
 
 def position(index: int, count: int) -> int:
-    """``index`` as a plain int, or IndexError if no picture of ``count`` has it."""
+    """``index`` as an int; IndexError if it is not below ``count``."""
     index = operator.index(index)
     if not 0 <= index < count:
         raise IndexError(f"picture {index} was asked for, but there are {count}, from 0")
@@ -47,7 +47,7 @@ def position(index: int, count: int) -> int:
 
 @dataclass(frozen=True)
 class FilePictures:
-    """Index to picture, each in a file of its own. Opens nothing until called, keeps nothing."""
+    """Index to picture, one file each; opened at every call."""
 
     paths: tuple[str, ...]
 
@@ -74,7 +74,7 @@ def from_files(
     samples: Sequence[tuple[str, int]],
     reader: str = "imagefolder",
 ) -> Source:
-    """A Source of ``samples``, (path, label) each, in the order given."""
+    """Source of ``samples``, (path, label) each, in order."""
     return Source(
         name=name,
         split=split,
@@ -86,7 +86,7 @@ def from_files(
 
 
 def subfolders(folder: Path) -> list[str]:
-    """The names of the folders in ``folder``, sorted, without hidden ones and what macOS adds."""
+    """Names of the folders in ``folder``, sorted, without hidden ones and macOS's."""
     with os.scandir(folder) as entries:
         return sorted(
             entry.name
@@ -96,7 +96,7 @@ def subfolders(folder: Path) -> list[str]:
 
 
 def pictures_in(folder: Path, extensions: tuple[str, ...] = EXTENSIONS) -> list[str]:
-    """The paths of the picture files directly in ``folder``, sorted by name."""
+    """Paths of the picture files in ``folder``, sorted by name."""
     with os.scandir(folder) as entries:
         return sorted(
             entry.path
@@ -108,10 +108,10 @@ def pictures_in(folder: Path, extensions: tuple[str, ...] = EXTENSIONS) -> list[
 
 
 def class_folders(folder: Path) -> tuple[list[str], list[tuple[str, int]]]:
-    """Classes, sorted, and (path, label) of the pictures directly in their folders.
+    """Sorted classes, and (path, label) of the pictures in their folders.
 
-    An empty folder stays a class: it is a name a model may answer with. Both lists are empty where
-    ``folder`` does not hold two or more class folders with any picture.
+    An empty folder is a class, too: the model may answer with it. Both lists are empty without two
+    class folders, or without any picture.
     """
     classes = subfolders(folder) if folder.is_dir() else []
     samples = [
@@ -124,13 +124,13 @@ def read_folder(name: str, folder: Path, split: str, default: bool) -> Source | 
     """Read ``folder/<split>/<class>/<picture>``, or ``folder/<class>/<picture>`` as split "all".
 
     Args:
-        name: what the Source shall be called.
-        folder: where the data set lies.
-        split: the name of its folder.
-        default: nobody asked for a split, so that a folder without split folders will do.
+        name: of the Source.
+        folder: of the data set.
+        split: name of its folder.
+        default: the caller named no split; a folder without splits is accepted.
 
     Returns:
-        The Source, or None where no such split lies there.
+        The Source, or None without such a split.
     """
     classes, samples = class_folders(folder / split)
     if samples:
@@ -143,7 +143,7 @@ def read_folder(name: str, folder: Path, split: str, default: bool) -> Source | 
 
 
 def split_file(folder: Path) -> Path | None:
-    """The ``split_<name>.json`` that CoOp's and BiomedCoOp's copies of a data set bring."""
+    """The ``split_<name>.json`` of CoOp's and BiomedCoOp's copies of a data set."""
     if not folder.is_dir():
         return None
     own = folder / f"split_{folder.name}.json"
@@ -156,17 +156,17 @@ def split_file(folder: Path) -> Path | None:
 
 
 def read_split_file(name: str, folder: Path, split: str) -> Source | None:
-    """Read a data set laid out as BiomedCoOp publishes it.
+    """Read a data set in BiomedCoOp's layout.
 
     ``folder/split_<name>.json`` maps "train", "val" and "test" to lists of [path, label, class
-    name]; the paths count from ``folder/<name>/``, or from ``folder`` itself
+    name]; paths are relative to ``folder/<name>/`` or ``folder``
     (github.com/HealthX-Lab/BiomedCoOp, assets/DATASETS.md).
 
     Returns:
-        The Source, or None where there is no such file or no such split in it.
+        The Source, or None without such a file or split.
 
     Raises:
-        ValueError: the file is not of that form.
+        ValueError: malformed file.
     """
     path = split_file(folder)
     if path is None:

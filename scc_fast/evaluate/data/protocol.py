@@ -1,4 +1,4 @@
-"""How pictures and prompts are prepared; which way it was stands in every result."""
+"""Protocols: preparation of pictures and prompts; recorded in every result."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ Geometry = Literal["ttc", "model", "none"]
 
 @dataclass(frozen=True)
 class Protocol:
-    """A named way to prepare pictures and prompts.
+    """Named preparation of pictures and prompts.
 
     Args:
-        name: as results have it.
+        name: as in results.
         geometry: "ttc": shortest edge to 256/224 of the model's size, bilinear with antialiasing
             on the 8-bit picture, centre crop; "model": the model's own preprocessing without its
-            normalisation; "none": the pictures are of the model's size.
-        template: of the prompts, with {} for the class; None: the data set's own.
+            normalisation; "none": unchanged pictures.
+        template: of prompts, with {} for the class; None: the data set's own.
         plain_names: class names without "_" and "/".
     """
 
@@ -38,14 +38,14 @@ class Protocol:
     plain_names: bool = False
 
     def names(self, names: list[str]) -> tuple[str, ...]:
-        """The data set's cleaned class names, as this protocol puts them into prompts."""
+        """Cleaned class names as used in prompts."""
         return tuple(words(name) for name in names) if self.plain_names else tuple(names)
 
     def preparation(self, model: VisionLanguage) -> Preparation:
-        """What takes a picture to the model's pixels.
+        """Preparation of pictures for a model.
 
         Raises:
-            ValueError: "ttc" for a model that is not square.
+            ValueError: "ttc" and a model with non-square pictures.
         """
         size = (int(model.image_size[0]), int(model.image_size[1]))
         if self.geometry == "ttc" and size[0] != size[1]:
@@ -71,22 +71,22 @@ class Preparation:
     own: Preprocess
 
     def __call__(self, picture: Image.Image) -> Tensor:
-        """RGB as torchvision's loaders make it: alpha is dropped, EXIF does not turn it."""
-        # Pillow would clip 16-bit grey values at 255 (medical PNG files have them)
+        """Prepare a picture; alpha and EXIF are ignored, as in torchvision's loaders."""
+        # Pillow would clip 16-bit grey values (medical PNG files) at 255
         wide = picture.mode == "F" or picture.mode.startswith("I")
         rgb = _convert(picture, "picture") if wide else picture.convert("RGB")
         return self._transform(rgb)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"geometry": self.geometry, "own": self.own}  # without the transform, which may not
+        return {"geometry": self.geometry, "own": self.own}  # without the transform
 
     @property
     def edge(self) -> int | None:
-        """The shortest edge after "ttc"'s resizing: 256 for a model of 224 pixels."""
+        """Shortest edge after resizing by "ttc": 256 for 224 pixels."""
         return round(self.own.image_size[0] * 256 / 224) if self.geometry == "ttc" else None
 
     def facts(self) -> dict[str, Any]:
-        """``resize`` and ``crop``, for results."""
+        """``resize`` and ``crop`` for results."""
         if self.geometry == "none":
             return {"resize": None, "crop": None}
         own, crop = self.own, list(self.own.image_size)
@@ -111,7 +111,7 @@ class Preparation:
         return cast(Callable[[Image.Image], Tensor], tv.Compose(steps))
 
 
-# TTC (Xing et al., CVPR 2025), whose code defines the tables of TTC, DOC and SCC
+# TTC's code (Xing et al., CVPR 2025) defines the tables of TTC, DOC and SCC
 TTC = Protocol("ttc", "ttc")
 OPEN_CLIP = Protocol("open_clip", "model", "a photo of a {}.", plain_names=True)
 BUNDLED = Protocol("bundled", "none")
@@ -119,10 +119,10 @@ PROTOCOLS: dict[str, Protocol] = {p.name: p for p in (TTC, OPEN_CLIP, BUNDLED)}
 
 
 def find_protocol(name: str) -> Protocol:
-    """The protocol of that name.
+    """Protocol by name.
 
     Raises:
-        ValueError: there is none; lists what there is.
+        ValueError: unknown name; lists the known ones.
     """
     if name not in PROTOCOLS:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Find a data set's pictures on disk and read them, whichever of three ways they are stored."""
+"""Readers of data sets on disk: torchvision, webdataset, image folder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SAME_SPLIT: dict[tuple[str, str], tuple[str, ...]] = {
 }
 _SPLITS = ("train", "trainval", "val", "valid", "test", "all")
 
-# The names of clip-benchmark's repositories: some hold VTAB's selection, and say so
+# clip-benchmark's repositories; some are VTAB's selection
 _HUB: dict[str, str] = {
     **{
         name: f"clip-benchmark/wds_vtab-{name}"
@@ -59,27 +59,26 @@ _PAGES: dict[str, str] = {
 
 
 def read(name: str, root: Path, split: str | None = None, download: bool = False) -> Source:
-    """The pictures of a data set under ``root``: names and labels now, pictures when asked for.
+    """Read a data set under ``root``: names and labels now, pictures on demand.
 
-    The first of these that holds the split is read:
+    The first that holds the split is read:
 
     1. torchvision's own files, such as ``root/cifar-10-batches-py``;
     2. clip-benchmark's webdataset, ``root/wds_<name>/<split>/*.tar`` beside ``classnames.txt``
        (the folder may also be called ``wds_vtab-<name>`` or ``<name>``);
-    3. folders, ``root/<name>/<split>/<class>/<picture>``, without ``<split>`` where there is only
-       one; BiomedCoOp's ``root/<name>/split_<name>.json``; ImageNet's ``root/val/<wordnet id>``.
+    3. folders, ``root/<name>/<split>/<class>/<picture>``, without ``<split>`` for a single
+       split; BiomedCoOp's ``root/<name>/split_<name>.json``; ImageNet's ``root/val/<wordnet id>``.
 
     Args:
-        name: of the data set, in any spelling that ``catalogue.find`` takes.
-        root: the folder that holds the data sets; for 2 and 3 also that of the data set itself.
-        split: None for the one the papers use (``Entry.split``). Where that is "all" and only a
-            "test" part lies there, as in clip-benchmark's EuroSAT, it is "test": see
-            ``Source.split``.
-        download: let torchvision fetch what is nowhere under ``root``.
+        name: any spelling of ``catalogue.find``.
+        root: the folder of the data sets; for 2 and 3 also that of the data set itself.
+        split: None: the papers' (``Entry.split``), or "test" in place of a missing "all", as in
+            clip-benchmark's EuroSAT; see ``Source.split``.
+        download: let torchvision download missing files.
 
     Raises:
-        MissingData: nothing of it is there; says what was looked for and how to get it.
-        ValueError: an unknown name or split, or files that are not what they should be.
+        MissingData: not found; says where it was searched and how to get it.
+        ValueError: unknown name or split, or unexpected files.
         ImportError: a file format needs a package that is not installed.
     """
     entry = find(name)
@@ -112,7 +111,7 @@ def read(name: str, root: Path, split: str | None = None, download: bool = False
 
 
 def _candidates(entry: Entry, split: str | None) -> tuple[str, ...]:
-    """The splits that will do, the best first."""
+    """Acceptable splits, best first."""
     name = entry.name
     if split is None:
         return (entry.split,) if entry.split == "test" else (entry.split, "test")
@@ -123,7 +122,7 @@ def _candidates(entry: Entry, split: str | None) -> tuple[str, ...]:
 
 
 def _folders(entry: Entry, root: Path) -> list[Path]:
-    """The folders that may hold a webdataset or an image folder of this data set, sorted."""
+    """Folders that may hold a webdataset or an image folder of this data set, sorted."""
     if not root.is_dir():
         return []
     inside = sorted(path for path in root.iterdir() if path.is_dir() and known(path.name) is entry)
@@ -149,7 +148,7 @@ def _in_folders(
 
 
 def _is_torchvisions(name: str, root: Path, folder: Path) -> bool:
-    """An incomplete copy of torchvision's files, whose folders must not pass for classes."""
+    """Whether a folder is an incomplete torchvision copy: its folders are not classes."""
     layout = LAYOUTS.get(name)
     if layout is None or name == "country211":  # torchvision keeps that one as an image folder
         return False

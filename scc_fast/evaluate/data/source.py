@@ -1,4 +1,4 @@
-"""What a reader of pictures on disk gives, whatever their format."""
+"""Source of labelled pictures, common to all formats."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from PIL import Image
 
 
 class MissingData(FileNotFoundError):
-    """Pictures are not where they were looked for; says what, where, and how to get them."""
+    """Missing pictures; says which, where, and how to get them."""
 
 
 @dataclass(frozen=True)
@@ -17,12 +17,12 @@ class Source:
     """Labelled pictures of one split.
 
     Args:
-        name: as clip-benchmark spells it, such as "cifar10".
-        split: as the data set itself calls it, "test", "val", "all", …
-        classes: the names on disk (folders, words or wordnet ids), by label.
-        labels: the label of every picture, in the order of the data set.
-        picture: index to a PIL image as it is stored.
-        reader: what read it: "torchvision", "webdataset", "imagefolder" or "bundled".
+        name: clip-benchmark's spelling, such as "cifar10".
+        split: the data set's name of it: "test", "val", "all", …
+        classes: names on disk (folders, words or wordnet ids), by label.
+        labels: label of every picture, in order.
+        picture: index to a PIL image, as stored.
+        reader: "torchvision", "webdataset", "imagefolder" or "bundled".
     """
 
     name: str

@@ -1,8 +1,7 @@
-"""Data sets in the folders where torchvision puts them, read with ``torchvision.datasets``.
+"""Data sets in torchvision's folders, read with ``torchvision.datasets``.
 
-Three things are done here and not there: labels come without decoding a picture, pictures come in
-the mode they are stored in, and the order never depends on the file system (torchvision lists
-SUN397 as the directory happens to be ordered).
+Unlike there, labels need no decoding, pictures keep their stored mode, and the order does not
+depend on the file system (as torchvision's SUN397 does).
 """
 
 from __future__ import annotations
@@ -19,8 +18,7 @@ from PIL import Image
 from scc_fast.evaluate.data.imagefolder import from_files, pictures_in, position, subfolders
 from scc_fast.evaluate.data.source import MissingData, Source
 
-# Label 1 is a patch whose center holds tumor tissue (github.com/basveeling/pcam); the files name
-# no classes, the words are clip-benchmark's
+# Label 1: tumor tissue in the patch's center (github.com/basveeling/pcam); clip-benchmark's words
 PCAM_CLASSES = ("lymph node", "lymph node containing metastatic tumor tissue")
 
 
@@ -38,7 +36,7 @@ class ArrayPictures:
 class H5Pictures:
     """Index to picture of the data set "x", uint8 (N, H, W, 3), of an HDF5 file.
 
-    Opens the file at every call: a handle would survive neither a fork nor a pickle.
+    Opens the file at every call: a handle survives neither fork nor pickle.
     """
 
     path: str
@@ -55,14 +53,14 @@ class H5Pictures:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where torchvision keeps a data set.
+    """Files of a data set in torchvision's layout.
 
     Args:
-        splits: what torchvision calls its splits; "all" where it has none.
-        needs: files and folders under the root that must be there; "{split}" is replaced.
+        splits: torchvision's names of the splits; "all" without any.
+        needs: required files and folders under the root; "{split}" is replaced.
         build: (root, split, download) to a Source with an empty name.
-        also: what one split needs besides.
-        no_download: why torchvision cannot fetch it; "" if it can.
+        also: more requirements, by split.
+        no_download: why torchvision cannot download it; "" if it can.
     """
 
     splits: tuple[str, ...]
@@ -72,12 +70,12 @@ class Layout:
     no_download: str = ""
 
     def lists(self, root: Path, split: str) -> list[Path]:
-        """What must be there for this split."""
+        """Required paths of a split."""
         needs = (*self.needs, *self.also.get(split, ()))
         return [root / need.format(split=split) for need in needs]
 
     def missing(self, root: Path, split: str) -> list[Path]:
-        """What must be there and is not. A folder of that name with shards is a webdataset's."""
+        """Missing paths of a split; a folder with shards is a webdataset's and does not count."""
         return [
             path
             for path in self.lists(root, split)
@@ -90,21 +88,21 @@ def read_torchvision(name: str, root: Path, split: str, download: bool = False) 
 
     Args:
         name: a key of ``LAYOUTS``.
-        root: what torchvision takes as its root.
+        root: torchvision's root.
         split: one of the layout's splits.
-        download: let torchvision fetch what is missing.
+        download: let torchvision download missing files.
 
     Raises:
         MissingData: the download failed.
-        ImportError: a file format needs a package that is not installed; says which.
-        ValueError: the files are there, but not what they should be.
+        ImportError: a package for a file format is not installed.
+        ValueError: unexpected or damaged files.
     """
     layout = LAYOUTS[name]
     try:
         return replace(layout.build(root, split, download), name=name)
     except MissingData:
         raise
-    except Exception as error:  # unpicklers and .mat and .h5 readers raise what they like
+    except Exception as error:  # unpicklers and .mat and .h5 readers raise anything
         cause = error if isinstance(error, ImportError) else error.__context__
         if isinstance(cause, ImportError):
             package = (cause.name or "the package").split(".")[0]
@@ -123,7 +121,7 @@ def read_torchvision(name: str, root: Path, split: str, download: bool = False) 
 
 
 def _damaged(name: str, root: Path) -> list[str]:
-    """The files whose MD5 is not the one torchvision knows; [] where it knows none."""
+    """Files whose MD5 differs from torchvision's; [] if it has none."""
     sets = _datasets()
     intact = sets.utils.check_integrity
     if name == "flowers":
@@ -175,14 +173,14 @@ def _stl10(root: Path, split: str, download: bool) -> Source:
 
 
 def _path_of(path: Any) -> str:
-    """The "loader" that leaves a picture unopened, so that torchvision lists (path, label)."""
+    """Loader that returns the path: torchvision then lists (path, label)."""
     return str(path)
 
 
 def _listed(
     kind: str, in_order: bool = True, **options: Any
 ) -> Callable[[Path, str, bool], Source]:
-    """Data sets whose torchvision class takes a loader."""
+    """Builder for a torchvision class with a loader argument."""
 
     def build(root: Path, split: str, download: bool) -> Source:
         chosen = {} if split == "all" else {"split": split}
@@ -197,7 +195,7 @@ def _listed(
 
 
 def _cars(root: Path, split: str, download: bool) -> Source:
-    # Its download() only raises, and is asked for even where the files are there
+    # Its download() only raises
     return _listed("StanfordCars")(root, split, False)
 
 
@@ -208,10 +206,9 @@ def _pets(root: Path, split: str, download: bool) -> Source:
 
 
 def _caltech(kind: str, base: str) -> Callable[[Path, str, bool], Source]:
-    """Caltech101 and 256, in torchvision's order, from the files that are there.
+    """Builder for Caltech101 and 256, in torchvision's order, from the existing files.
 
-    torchvision makes up file names from how many entries a folder has, so that a stray file
-    ends in a name that does not exist.
+    torchvision derives file names from the number of entries, which a stray file breaks.
     """
 
     def build(root: Path, split: str, download: bool) -> Source:

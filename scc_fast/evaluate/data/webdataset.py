@@ -1,7 +1,6 @@
-"""clip-benchmark's webdatasets: tar shards with a picture and a class number for each key.
+"""Reader of clip-benchmark's webdatasets: tar shards of pictures and labels.
 
-Layout, as ``clip_benchmark_export_wds`` writes it and the Hugging Face repositories
-``clip-benchmark/wds_*`` hold it:
+Layout of ``clip_benchmark_export_wds`` and the repositories ``clip-benchmark/wds_*``:
 
     folder/classnames.txt         one name a line, in the order of the labels
     folder/<split>/nshards.txt    how many shards there are
@@ -27,11 +26,11 @@ EXTENSIONS = ("webp", "png", "jpg", "jpeg")
 
 @dataclass(frozen=True, eq=False)
 class TarPictures:
-    """Index to picture, each a slice of a shard. Opens the shard at every call, keeps nothing.
+    """Index to picture, each a slice of a shard; opened at every call.
 
     Args:
         shards: paths of the tar files.
-        slices: int64 (N, 3): which shard, the first byte, the number of bytes.
+        slices: int64 (N, 3): shard, first byte, number of bytes.
     """
 
     shards: tuple[str, ...]
@@ -59,16 +58,16 @@ def has_shards(folder: Path, split: str) -> bool:
 
 
 def read_webdataset(name: str, folder: Path, split: str) -> Source:
-    """Read one split; its labels are read now, its pictures when asked for.
+    """Read one split: labels now, pictures on demand.
 
     Args:
-        name: what the Source shall be called.
-        folder: what holds ``classnames.txt`` and the folder of the split.
-        split: the name of that folder.
+        name: of the Source.
+        folder: holds ``classnames.txt`` and the folder of the split.
+        split: name of that folder.
 
     Raises:
-        MissingData: no ``classnames.txt``, or a shard that ``nshards.txt`` counts is not there.
-        ValueError: a file is not what the layout above says.
+        MissingData: no ``classnames.txt``, or fewer shards than ``nshards.txt`` says.
+        ValueError: a file does not follow the layout above.
     """
     kind = folder / "dataset_type.txt"
     if kind.is_file() and (word := kind.read_text().strip().lower()) != "classification":
@@ -103,7 +102,7 @@ def _classes(folder: Path) -> tuple[str, ...]:
 
 
 def _shards(folder: Path) -> list[Path]:
-    """The shards in order; those that ``nshards.txt`` counts, else all without a gap."""
+    """Shards in order, as many as ``nshards.txt`` says, else all without a gap."""
     count = folder / "nshards.txt"
     if count.is_file():
         text = count.read_text().strip()
@@ -125,7 +124,7 @@ def _shards(folder: Path) -> list[Path]:
 
 
 def _samples(shard: Path) -> list[tuple[str, int, int, int]]:
-    """Key, label, first byte and number of bytes of every picture, in the order of the shard."""
+    """(key, label, first byte, number of bytes) of every picture, in order."""
     labels: dict[str, int] = {}
     pictures: dict[str, tuple[int, int]] = {}
     try:
