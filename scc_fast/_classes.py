@@ -110,13 +110,13 @@ def text_embeddings(
     classes: tuple[str, ...] | None,
     given: Any,
 ) -> Tensor:
-    """The (K, D) float32 unit embeddings of `classes`, or `given` check_prompts and scaled.
+    """Unit embeddings (K, D) float32 of `classes`, or `given` normalised.
 
-    Those of `classes` are kept with the snapshot that has just been taken of the model, whose key
-    covers the text side too; a model that is its own snapshot is text_embeddings every time.
+    Embeddings of `classes` are cached with the model's snapshot, whose key covers the text side; a
+    model that is its own snapshot is encoded every time.
 
     Raises:
-        ValueError: embeddings that are not finite; says why.
+        ValueError: non-finite embeddings.
     """
     if (classes is None) == (given is None):
         raise ValueError("give exactly one of classes= and text_features=")

@@ -1,8 +1,7 @@
-"""Images times views: forward, back to the pixels, the sign step, and the heads, on the ops.
+"""Batch and Views: images × views with forward, backward, sign step and heads, on the ops.
 
-`Views` is what a method is written on. It runs without gradients; `LiveViews` gives the same
-numbers as functions of the images that autograd differentiates once, which is what an attacker
-needs.
+Methods are written on `Views`, which runs without autograd. `LiveViews` gives the same numbers,
+differentiable once with respect to the images, for attacks.
 """
 
 from __future__ import annotations
@@ -25,12 +24,12 @@ from scc_fast.reference.views import from_patches, preprocess, to_patches
 if TYPE_CHECKING:
     from scc_fast.engine.session import Session
 
-Undo = Callable[[Tensor, bool], Tensor]  # of a gradient, and whether it is called again
+Undo = Callable[[Tensor, bool], Tensor]  # (gradient, retain) -> gradient
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Images.
+    """Images and their seeds.
 
     Args:
         x: (B, 3, H, W) float32 in [0, 1].
@@ -49,11 +48,11 @@ class Batch:
         return self.x.shape[-2], self.x.shape[-1]
 
     def rows(self, index: Tensor) -> Batch:
-        """Some of the images."""
+        """Batch of some of the images."""
         return Batch(self.x[index], self.seeds[index])
 
     def still(self) -> Batch:
-        """The same images as constants."""
+        """Batch without gradients."""
         return replace(self, x=self.x.detach())
 
 
@@ -65,7 +64,7 @@ def uniform_start(
     counter: int = 0,
     backend: str | None = None,
 ) -> Tensor:
-    """Π(uniform(−ε, ε)) for x (B, 3, H, W), from each image's own stream of that purpose."""
+    """Π(uniform(−ε, ε)) for x (B, 3, H, W), from each image's Philox stream of `purpose`."""
     numel = x.shape[1:].numel()
     uniform = ops.philox_uniform(seeds, purpose, counter, numel, backend=backend)
     return step.project((2 * uniform.view_as(x) - 1) * epsilon, x, epsilon)
@@ -84,7 +83,7 @@ def ascend(
 
     Args:
         x, delta: (B, 3, H, W).
-        gradient: g at δ in step t = 0, 1, …, like δ.
+        gradient: (δ, t) -> g, shaped like δ.
     """
     for t in range(steps):
         delta = step.pgd_step(delta, gradient(delta, t), x, alpha, epsilon)
@@ -100,13 +99,7 @@ def gradient_of(objective: Callable[[Tensor], Tensor], delta: Tensor) -> Tensor:
 
 
 class Views:
-    """The L views of a batch in a session.
-
-    Args:
-        session: whose encoder looks at them.
-        batch: x and seeds.
-        views: L views.
-    """
+    """L views of a batch, bound to a session's encoder and ops."""
 
     def __init__(self, session: Session, batch: Batch, views: Sequence[View]) -> None:
         self.session, self.batch, self.views = session, batch, views
@@ -127,9 +120,9 @@ class Views:
     def vjp(
         self, delta: Tensor | None, anchor: bool = False
     ) -> tuple[Tensor, Tensor | None, Backward]:
-        """As forward; f(x) with them where `anchor` is asked for; and the backward closure.
+        """forward(), f(x) if `anchor`, and the backward closure.
 
-        The closure takes ∂J/∂f (L·B, D) to what `step` takes.
+        The closure maps ∂J/∂f (L·B, D) to the gradient for `step`.
         """
         pictures, undo = self._pictures(delta)
         beside = None
@@ -141,9 +134,9 @@ class Views:
         return self._stacked(features), plain, backward if undo is None else backward.then(undo)
 
     def pull(self, backward: Backward, slope: Tensor) -> Tensor:
-        """The gradient that `step` takes, from ∂J/∂f (L, B, D)."""
+        """Gradient for `step`, from ∂J/∂f (L, B, D)."""
         if self.session.encoder.products == torch.float16:
-            # Its sign is all that is asked, so an image's own power of two may lift it.
+            # Scale each image by a power of two against underflow: only the sign matters.
             largest = slope.abs().amax(dim=(0, 2), keepdim=True).clamp_min(1e-30)
             slope = slope * torch.exp2(-torch.floor(torch.log2(largest)))
         gradient = backward(slope.flatten(0, 1))
@@ -162,7 +155,7 @@ class Views:
         weighted: Tensor | None = None,
         weight: float = 0.0,
     ) -> tuple[Tensor, Tensor | None]:
-        """δ moved in place along the sign of its views' gradient; `weighted` + weight · it."""
+        """Step δ in place along the sign of the gradient; add weight · δ to `weighted`."""
         ops.pgd_step_(
             delta,
             gradient,
@@ -182,13 +175,13 @@ class Views:
     # ----------------------------------------------------------------------------------- heads
 
     def drift(self, features: Tensor, anchor: Tensor) -> tuple[Tensor, Tensor]:
-        """The first view's relative drift τ (B,), and ∂/∂f of the mean squared drift of all."""
+        """Relative drift τ (B,) of the first view, and ∂/∂f of the mean squared drift."""
         found = ops.drift_head(features, anchor, backend=self.session.backend)
         self.session.mark("head")
         return found
 
     def pseudo_label(self, features: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """ŷ (B,), a row of the session's table, and t_soft (B, D)."""
+        """Pseudo-labels ŷ (B,), rows of the session's table, and t_soft (B, D)."""
         session = self.session
         backend = session.backend
         _, label, soft = ops.pseudo_label(features, session.table, temperature, backend=backend)
@@ -235,17 +228,14 @@ class Views:
 
     @property
     def fits(self) -> bool:
-        """Whether the images have the encoder's size, so that nothing is resized."""
+        """Whether the images have the encoder's size."""
         return self.batch.size == self.session.size
 
     def _stacked(self, features: Tensor) -> Tensor:
         return features.unflatten(0, (len(self.views), len(self.batch)))
 
     def _pictures(self, delta: Tensor | None) -> tuple[Tensor, Undo | None]:
-        """The views of x + δ as the encoder takes them.
-
-        And where they had to be resized, the map of a gradient back to them.
-        """
+        """Views of x + δ in the encoder's layout, and the adjoint of their resizing, if any."""
         session, batch = self.session, self.batch
         encoder = session.encoder
         options: dict[str, Any] = {"backend": session.backend}
@@ -274,10 +264,9 @@ class Views:
 
 
 class LiveViews(Views):
-    """Views whose first pass and last look autograd takes back to the images, once.
+    """Views with a first and a last pass that are differentiable once with respect to the images.
 
-    What lies between counts as constant, as if the repair were the identity (BPDA, Athalye et al.,
-    arXiv 1802.00420).
+    Steps between them count as constant: BPDA (Athalye et al., arXiv 1802.00420).
     """
 
     def forward(self, delta: Tensor | None) -> Tensor:
@@ -286,7 +275,7 @@ class LiveViews(Views):
     def vjp(
         self, delta: Tensor | None, anchor: bool = False
     ) -> tuple[Tensor, Tensor | None, Backward]:
-        if anchor:  # a first pass, of which no repair goes on
+        if anchor:  # first pass without a repair
             return self.forward(delta), self.session.encode(self.batch.x), Backward(_not_pulled)
         return self._constant().vjp(delta)
 
@@ -324,7 +313,7 @@ class LiveViews(Views):
     def _seen(self, pixels: Tensor) -> Tensor:
         """f of the views of `pixels`, (L, B, D)."""
         session, batch, backend = self.session, self.batch, self.session.backend
-        # clamp() has no gradient at 0 and 1 themselves, where many pixels are; this one passes it.
+        # Clamp with an identity gradient: clamp() has none at 0 and 1.
         inside = pixels + (pixels.clamp(0, 1) - pixels).detach()
         seen = ops.make_views(
             inside, None, batch.seeds, self.views, fill=session.mean, backend=backend
@@ -337,14 +326,13 @@ def _not_pulled(slope: Tensor, retain: bool) -> Tensor:
 
 
 class Encode:
-    """f after φ: pixels (n, 3, H, W) float32 in [0, 1] to embeddings (n, D), not normalised.
+    """f∘φ: pixels (n, 3, H, W) float32 in [0, 1] to embeddings (n, D), not normalised.
 
-    The forward and the backward pass are the encoder's own (our runner has no autograd graph);
-    around it stands plain autograd, once: a second derivative raises.
+    Differentiable once by autograd, with the encoder's own backward pass.
 
     Args:
-        session: of the encoder and the ops; the classes are not used.
-        at_once: pictures that go through the encoder together.
+        session: gives encoder and ops.
+        at_once: pictures per encoder pass.
     """
 
     def __init__(self, session: Session, at_once: int = 256) -> None:
@@ -363,7 +351,7 @@ class Encode:
 
 def _alone(session: Session, pixels: Tensor) -> Views:
     pixels = pixels.detach().float()
-    seeds = torch.zeros(len(pixels), dtype=torch.int64, device=pixels.device)  # no noise is drawn
+    seeds = torch.zeros(len(pixels), dtype=torch.int64, device=pixels.device)  # unused: no noise
     return Views(session, Batch(pixels, seeds), (IDENTITY,))
 
 
@@ -378,8 +366,7 @@ class _Encoded(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None]:
         views, session, batch = ctx.views, ctx.views.session, ctx.views.batch
-        # Half precision would lose the gradients of small losses: each picture's is lifted by a
-        # power of two, and lowered again in float32.
+        # Scale each picture's gradient by a power of two against underflow in half precision.
         largest = slope.abs().amax(dim=1).clamp_min(1e-30)
         lift = torch.exp2(-torch.floor(torch.log2(largest)))
         retain = (

@@ -77,8 +77,8 @@ def choose_encoder(
         )
     encoder = encoder_of(model, engine, PRECISIONS[held])
     if precision == "auto":
-        # Half the weights to read, and tensor cores, where there is a GPU; bfloat16 is as wide
-        # as float32, so that nothing underflows. The model's own modules stay as they are.
+        # On a GPU bfloat16 halves the weights' bytes and uses tensor cores, with float32's range.
+        # The model's own modules keep their precision.
         reduced = (
             kind == "cuda"
             and held == "fp32"
@@ -90,7 +90,7 @@ def choose_encoder(
     if isinstance(encoder, Runner):
         graphs = kind == "cuda" and engine in ("auto", "graph")
         return encoder, "graph" if graphs else "runner", precision
-    if precision != held != "fp32":  # autocast casts down from float32 alone
+    if precision != held != "fp32":  # autocast casts only from float32
         raise RuntimeError(
             f"precision={precision!r} cannot be had of {model.name}, whose modules are in "
             f'{held}: load it with precision="fp32", or use precision="{held}"'
@@ -159,7 +159,7 @@ def _runner(model: VisionLanguage, dtype: torch.dtype) -> Runner | str:
             return reason
         if dtype not in runners:
             tower = tower_of(model, dtype)
-            assert isinstance(tower, Tower)  # what is known does not depend on the dtype
+            assert isinstance(tower, Tower)  # does not depend on the dtype
             runners[dtype] = Runner(tower, trust)
         return runners[dtype]
 

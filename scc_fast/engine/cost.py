@@ -1,4 +1,4 @@
-"""What an encoder costs: FLOPs and bytes of weights of its products, and the memory of a pass."""
+"""Cost of an encoder: FLOPs and weights of its products, and memory of a pass."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from scc_fast.models import VisionLanguage
 
 @dataclass(frozen=True)
 class Cost:
-    """What one picture needs of an encoder, and what one pass of any batch must read.
+    """Cost of one picture, and weights read by a pass of any batch.
 
     Args:
-        forward, backward: FLOPs of its products; backward is to the input alone.
-        weights: bytes of the weights that the products read.
-        kept: bytes that the forward pass of a picture keeps for the backward.
-        working: bytes beside them while a picture is on its way, about.
+        forward, backward: FLOPs of products; backward to the input alone.
+        weights: bytes of the products' weights.
+        kept: bytes kept for the backward pass, per picture.
+        working: other bytes during a pass, per picture, estimated.
     """
 
     forward: int
@@ -41,10 +41,10 @@ class Cost:
 
 
 def cost_of(model: VisionLanguage, tower: Tower | None, dtype: torch.dtype) -> Cost:
-    """The cost of an encoder: of the runner's own products, else counted in the modules'.
+    """Cost of an encoder: of the runner's products, else measured on the modules.
 
     Raises:
-        RuntimeError: the modules cannot be counted; says why.
+        RuntimeError: the modules do not run on fake tensors.
     """
     return _of_modules(model, dtype) if tower is None else _of_tower(tower)
 
@@ -54,14 +54,14 @@ def cost_of(model: VisionLanguage, tower: Tower | None, dtype: torch.dtype) -> C
 
 @dataclass
 class _Sum:
-    """FLOPs and weights so far."""
+    """Running sums of FLOPs and weights."""
 
     forward: int = 0
     backward: int = 0
     weights: int = 0
 
     def product(self, linear: Linear | None, rows: int, once: bool = False) -> None:
-        """A linear layer on so many rows; both ways, unless its input is a constant."""
+        """Add a linear layer on `rows` rows; forward alone if `once` (constant input)."""
         if linear is not None:
             out, width = linear.shape
             self.forward += 2 * rows * out * width
@@ -69,7 +69,7 @@ class _Sum:
             self.weights += out * width
 
     def attention(self, queries: int, tokens: int, width: int, of_query: bool = True) -> None:
-        """Two products forward; four backward, or three where the query is a constant."""
+        """Add two products forward and four backward, or three for a constant query."""
         pair = 2 * queries * tokens * width
         self.forward += 2 * pair
         self.backward += (4 if of_query else 3) * pair
@@ -97,7 +97,7 @@ def _of_tower(tower: Tower) -> Cost:
         total.attention(rows, tokens, width)
         total.product(attention.out, rows)
         total.mlp(block.mlp, rows)
-        # Two sums of the stream; q, k, v and o; the wide part of the MLP.
+        # Two sums of the stream; q, k, v and o; the MLP's hidden layer.
         kept += 4 * width * (tokens + rows) + size * width * 2 * (tokens + rows)
         kept += size * rows * wide
         device, heads = tower.prefix.device, attention.heads
@@ -113,7 +113,7 @@ def _of_tower(tower: Tower) -> Cost:
     else:
         assert isinstance(end, FirstToken)
     total.product(end.projection, 1)
-    # Beside what is kept, of one block: its own, the activation both ways, and the stream.
+    # Temporaries of one block: activations, their gradients, and the stream.
     wide = max(block.mlp.up.shape[0] for block in tower.blocks)
     working = tokens * (3 * wide * size + width * (16 + 6 * size))
     working += 2 * tower.patch.shape[1] * patches * size
@@ -124,7 +124,7 @@ def _of_tower(tower: Tower) -> Cost:
 
 
 def _of_modules(model: VisionLanguage, dtype: torch.dtype) -> Cost:
-    """Counted while pictures go through them on fake tensors, which compute nothing."""
+    """Cost by FLOP counter and saved-tensor hooks, on fake tensors."""
     module: Any = getattr(model, "module", None)
     visual: Any = getattr(module, "visual", getattr(module, "vision_model", module))
     weights = 0 if visual is None else sum(p.numel() for p in visual.parameters())
@@ -135,7 +135,7 @@ def _of_modules(model: VisionLanguage, dtype: torch.dtype) -> Cost:
             f"the cost of {model.name} cannot be counted: its encode_image does not work on "
             f"torch's fake tensors ({type(error).__name__}: {error})"
         ) from error
-    grown = (two - one).elements()  # the rest are weights: they are as large for one picture
+    grown = (two - one).elements()  # without the weights, whose size is constant
     largest = max(grown, default=0) // 2
     kept = _bytes(two) - _bytes(one)
     return Cost(forward, backward, weights * dtype.itemsize, kept, 4 * largest)
@@ -144,10 +144,10 @@ def _of_modules(model: VisionLanguage, dtype: torch.dtype) -> Cost:
 def _counted(
     model: VisionLanguage, dtype: torch.dtype, pictures: int
 ) -> tuple[int, int, Counter[int]]:
-    """FLOPs forward and backward of so many pictures, and the bytes of all that is kept."""
+    """FLOPs forward and backward for `pictures` pictures, and sizes of saved tensors."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    saved: dict[int, Tensor] = {}  # by storage; held, so that none is used again
+    saved: dict[int, Tensor] = {}  # by storage; held against reuse
 
     def keep(tensor: Tensor) -> Tensor:
         saved.setdefault(tensor.untyped_storage()._cdata, tensor)

@@ -1,9 +1,8 @@
-"""A defense's two functions as CUDA graphs: captured once per bucket of the batch.
+"""CUDA graphs of a defense's two functions, captured once per bucket of the batch size.
 
-Any thread replays them. A graph reads and writes fixed memory. Pictures and classes are copied
-into it, in buckets of powers of two; what fills a bucket up is thrown away. Another set of classes
-of the same bucket is copied in, not captured. All graphs of an encoder share one pool of memory,
-and so one lock: nothing outlives a call in it but what the call returns, as copies.
+A graph reads and writes static memory. Pictures and classes are copied in and padded to buckets,
+powers of two. Other classes of the same bucket are copied, not captured. All graphs of an encoder
+share one memory pool and one lock; results leave the pool as copies.
 """
 
 from __future__ import annotations
@@ -25,18 +24,18 @@ from scc_fast.engine.defense import Defense, Repaired, State
 from scc_fast.engine.encoder import Encoder
 from scc_fast.engine.session import Session
 
-_KEPT = 8  # settings whose graphs are kept per encoder; the one used longest ago goes first
+_KEPT = 8  # LRU: sets of graphs per encoder
 
 
 def bucket(count: int, least: int = 1) -> int:
-    """The smallest power of two that holds `count`, at least `least`."""
+    """Smallest power of two >= `count` and `least`."""
     return max(least, 1 << max(0, count - 1).bit_length())
 
 
 class Pool:
-    """Memory that the graphs of one encoder share, and the stream they are captured on.
+    """Memory pool and capture stream of an encoder's graphs.
 
-    One stream, or the allocator would not give one graph what another has freed.
+    One stream, so that graphs reuse each other's memory.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -44,14 +43,14 @@ class Pool:
         self.stream = torch.cuda.Stream(device)
 
 
-_CAPTURING = threading.Lock()  # torch allows one capture in a process
+_CAPTURING = threading.Lock()  # one capture per process
 
 
 class Graph:
-    """A CUDA graph of `call`, after the calls that compile and choose its kernels.
+    """CUDA graph of `call`, captured after warm-up calls.
 
-    `result` lies in the graph's own memory, and is rewritten by every replay. `final`, where it is
-    given, is captured instead: it may use up what `call` must leave for the next call.
+    `result` is static memory, rewritten by every replay. `final`, if given, is captured instead of
+    `call`; it may free the state that `call` preserves.
     """
 
     def __init__(
@@ -63,13 +62,13 @@ class Graph:
             pool.stream.wait_stream(before)
             for _ in range(3):
                 call()
-            # Another thread may go on with its own work meanwhile.
+            # Other threads may continue.
             options: Any = {"stream": pool.stream, "capture_error_mode": "thread_local"}
             try:
                 with torch.cuda.graph(self._graph, pool=pool.handle, **options):
                     self.result = (final or call)()
             except BaseException:
-                # Else the allocator goes on as if it were captured.
+                # Otherwise the allocator stays in capture mode.
                 with contextlib.suppress(RuntimeError):
                     torch._C._cuda_endAllocateToPool(pool.device.index or 0, pool.handle)
                 raise
@@ -81,7 +80,7 @@ class Graph:
 
 
 class Classes:
-    """A table of classes in fixed memory, of as many rows and classes as its bucket."""
+    """Class table in static memory, padded to its bucket."""
 
     def __init__(self, table: ops.ClassTable) -> None:
         padded = self._padded(table)
@@ -91,7 +90,7 @@ class Classes:
 
     @staticmethod
     def size(table: ops.ClassTable) -> tuple[int, int]:
-        """The bucket: rows and classes."""
+        """Bucket of a table: (rows, classes)."""
         classes = len(table.text) if table.group is None else len(table.group)
         return bucket(len(table.text), 32), bucket(classes, 32)
 
@@ -99,7 +98,7 @@ class Classes:
         return table.padded(*self.size(table))
 
     def hold(self, table: ops.ClassTable) -> None:
-        """Copy another table of the same bucket in."""
+        """Copy in another table of the same bucket."""
         if table is self._held:
             return
         new = self._padded(table)
@@ -110,19 +109,19 @@ class Classes:
 
 @dataclass(frozen=True)
 class Key:
-    """What a set of graphs was captured for, but for the batch and the classes themselves."""
+    """Key of a set of graphs; batch and classes are copied in."""
 
     method: str
     config: MethodConfig
     flip: bool
-    judge: Encoder | None  # kept on its snapshot, so that it is the same for all sessions
+    judge: Encoder | None  # one object per snapshot
     backend: str | None
     size: tuple[int, int]  # rows and classes
-    numbers: tuple[float, ...]  # logit scale and bias: captured by value
+    numbers: tuple[float, ...]  # logit scale and bias, captured by value
 
 
 def key_of(session: Session, defense: Defense) -> Key:
-    """Equal where one set of graphs serves."""
+    """Key of the set of graphs for a session and a defense."""
     table = session.table
     return Key(
         defense.name,
@@ -136,20 +135,20 @@ def key_of(session: Session, defense: Defense) -> Key:
 
 
 class BucketGraphs:
-    """The graphs of one bucket: a defense's first pass, and what comes after its gate."""
+    """Graphs of one bucket: first pass and repair."""
 
     def __init__(
         self, session: Session, defense: Defense, batch: int, x: Tensor, pool: Pool
     ) -> None:
         self.count = batch
-        # Real pictures: the calls before the capture compute with them.
+        # Real pictures, for the warm-up calls.
         place = torch.arange(batch, device=x.device) % len(x)
         seeds = torch.arange(batch, device=x.device)
         self.batch = Batch(x[place].contiguous(), seeds)
         self.first = Graph(lambda: defense.first_pass(session, self.batch), pool)
         if defense.repairs == "none":
             return
-        self.first()  # the repair's first calls read what this has written
+        self.first()  # input of the repair's warm-up
 
         def repair() -> Repaired:
             state = self.first.result
@@ -158,9 +157,8 @@ class BucketGraphs:
             )
 
         def final() -> Repaired:
-            # From here on nothing holds what the first pass kept for its backward, so that it is
-            # free for the rest of the repair, and for graphs captured later. Nothing reads it but
-            # the repair, which always comes right after the first pass.
+            # Drop the first pass's backward state: only the repair reads it, and its memory is
+            # free for the rest of the repair and for later graphs.
             state = self.first.result
             self.first.result = replace(state, backward=None)
             return defense.after_gate(session, self.batch, state)
@@ -168,7 +166,7 @@ class BucketGraphs:
         self.repair = Graph(repair, pool, final)
 
     def load(self, batch: Batch) -> None:
-        """Copy pictures in; the rest of the bucket repeats the first."""
+        """Copy in a batch, padded with its first image."""
         count, rest = len(batch), self.count - len(batch)
         self.batch.x[:count].copy_(batch.x)
         self.batch.seeds[:count].copy_(batch.seeds)
@@ -178,24 +176,21 @@ class BucketGraphs:
 
 
 class Graphs:
-    """The graphs of one encoder."""
+    """Graphs of one encoder."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._pool: Pool | None = None
-        self._last: Any = None  # an event: the end of the last call, on whatever stream it was
+        self._last: Any = None  # event at the end of the last call
         self._sets: OrderedDict[Key, tuple[Classes, dict[int, BucketGraphs]]] = OrderedDict()
 
     @contextlib.contextmanager
     def passes(
         self, session: Session, defense: Defense, device: torch.device
     ) -> Iterator[GraphPasses]:
-        """A defense's two functions as graphs, for one call.
-
-        What they give lies in the graphs' own memory, and is only good until the next call.
-        """
+        """A defense's two functions as graphs, for one call."""
         key = key_of(session, defense)
-        # Fixed memory serves callers in every autograd mode.
+        # Static memory must not depend on the caller's autograd mode.
         with self._lock, on(device), torch.inference_mode(False), torch.no_grad():
             if self._last is not None:
                 torch.cuda.current_stream().wait_event(self._last)
@@ -209,7 +204,7 @@ class Graphs:
             self._sets[key] = Classes(session.table), {}
             if len(self._sets) > _KEPT:
                 if self._last is not None:
-                    self._last.synchronize()  # a replay on another stream may still read it
+                    self._last.synchronize()  # a replay on another stream may be running
                 self._sets.popitem(last=False)
         self._sets.move_to_end(key)
         classes, buckets = self._sets[key]
@@ -224,7 +219,7 @@ class Graphs:
         buckets: dict[int, BucketGraphs],
         batch: Batch,
     ) -> BucketGraphs:
-        """The graphs of a batch's bucket, its pictures copied in."""
+        """Graphs of a batch's bucket, with the batch copied in."""
         size = bucket(len(batch))
         if size not in buckets:
             if self._pool is None:
@@ -233,7 +228,7 @@ class Graphs:
             try:
                 buckets[size] = BucketGraphs(fixed, defense, size, batch.x, self._pool)
             except RuntimeError as error:
-                # What is left of the pool after a capture that failed is nobody's.
+                # A failed capture leaves the pool unusable.
                 self._sets.clear()
                 self._pool = None
                 if isinstance(error, torch.OutOfMemoryError):
@@ -248,7 +243,7 @@ class Graphs:
 
 @dataclass(eq=False)
 class GraphPasses:
-    """A defense's two functions as graphs, in one call."""
+    """drive.Passes by replay of graphs, for one call."""
 
     graphs: Graphs
     session: Session
@@ -257,7 +252,7 @@ class GraphPasses:
     buckets: dict[int, BucketGraphs]
 
     def first_pass(self, batch: Batch) -> State:
-        """What decides about the images of a batch, as copies."""
+        """State after the first pass, as copies."""
         found = self._first(batch)
         return State(
             self._copy(found.drift),
@@ -267,10 +262,10 @@ class GraphPasses:
         )
 
     def after_gate(self, batch: Batch, state: State, chosen: Tensor | None) -> Repaired:
-        """The repair of the batch of the first pass, or of its rows `chosen` (b,).
+        """Repair the first pass's batch, or its rows `chosen` (b,).
 
-        Of a flagged minority the next smaller bucket makes the first pass once more; where there
-        is none, all of the bucket are repaired, and the chosen rows are taken out.
+        If `chosen` fits a smaller bucket, its first pass is repeated there; else the whole bucket
+        is repaired and the rows are selected.
         """
         rows: Any = slice(len(batch)) if chosen is None else chosen
         if chosen is not None and bucket(len(chosen)) != self._bucket.count:
@@ -281,7 +276,7 @@ class GraphPasses:
         return Repaired(logits, None if found.delta is None else found.delta[rows].clone())
 
     def _first(self, batch: Batch) -> State:
-        """In fixed memory, of as many rows as the bucket."""
+        """First pass in static memory, with all rows of the bucket."""
         self._count = len(batch)
         self._bucket = self.graphs.bucket_graphs(
             self.session, self.defense, self.key, self.buckets, batch
@@ -298,25 +293,25 @@ class GraphPasses:
 
 
 def _without_model(session: Session) -> Session:
-    """A session for graphs, which are kept on a snapshot and must not hold its model."""
+    """Session without its model: graphs live on the snapshot and must not keep it alive."""
     nothing: Any = None
     judge = None if session.judge is None else _without_model(session.judge)
     return replace(session, model=nothing, snapshot=nothing, judge=judge)
 
 
 def graphs_of(encoder: Encoder) -> Graphs:
-    """Those captured of an encoder, which keeps them."""
+    """Graphs of an encoder, stored on it."""
     found: Graphs = vars(encoder).setdefault("graphs", Graphs())
     return found
 
 
 def on(device: torch.device) -> Any:
-    """The device as the current one."""
+    """Context manager: make a device current."""
     return torch.cuda.device(device)
 
 
 def record() -> Any:
-    """An event on the current stream."""
+    """Recorded event on the current stream."""
     event = torch.cuda.Event()
     event.record()
     return event

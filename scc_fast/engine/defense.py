@@ -1,4 +1,4 @@
-"""What a defense is to the driver, to an evaluation and to an attacker."""
+"""Defense: interface for driver, evaluation and attacks."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from scc_fast.reference.ttc import Outcome
 
 @dataclass(frozen=True)
 class Traits:
-    """What a defense costs and needs.
+    """Cost and requirements of a defense.
 
     Args:
-        forward, backward: pictures through the image encoder, and of these back to the pixels,
-            for one image that it repairs: F and B.
-        random: draws noise, so that seeds matter.
+        forward, backward: pictures per repaired image through the image encoder, and back to the
+            pixels: F and B.
+        random: draws noise.
         dynamic: optimises at inference.
-        text: needs the classes for more than the final prediction.
+        text: uses the classes before the final prediction.
         gradients: needs the encoder's gradient.
-        source: paper, and where a switch departs from it.
+        source: paper, and departures from it.
     """
 
     forward: float
@@ -43,17 +43,16 @@ class Traits:
 
 @dataclass(frozen=True, eq=False)
 class State:
-    """What the first pass leaves: what decides about an image, and what its repair goes on from.
+    """State after the first pass: input of gate and repair.
 
     Args:
-        drift: (B,) the gate's measure, NaN without one.
-        margin: (B,), how far the measure is on the side of an attack, above 0 there; None without
-            a gate.
-        logits: (B, K), the answer for an image that is not repaired; None where all are.
-        delta: (B, 3, H, W), what has been added to such an image; None: nothing.
-        rows: tensors (B, …) that the repair needs.
-        views: tensors (L, B, …) that it needs.
-        backward: from the gradient at the views' features to their pixels.
+        drift: (B,) the gate's measure, NaN without a gate.
+        margin: (B,) signed distance to the threshold, > 0: attacked; None without a gate.
+        logits: (B, K) of images without a repair; None if all are repaired.
+        delta: (B, 3, H, W) of images without a repair; None: zero.
+        rows: tensors (B, …) for the repair.
+        views: tensors (L, B, …) for the repair.
+        backward: closure from the views' features to their pixels.
     """
 
     drift: Tensor
@@ -67,11 +66,11 @@ class State:
 
 @dataclass(frozen=True, eq=False)
 class Repaired:
-    """Images after their repair.
+    """Result of a repair.
 
     Args:
         logits: (B, K).
-        delta: (B, 3, H, W), what was added to x; None: nothing.
+        delta: (B, 3, H, W) perturbation; None: zero.
     """
 
     logits: Tensor
@@ -79,25 +78,26 @@ class Repaired:
 
 
 class Defense(ABC):
-    """A method with its config: two functions of plain tensors, and what they cost.
+    """Method with its config: two functions of plain tensors, and their cost.
 
-    Nothing in the two branches on what a tensor holds: CUDA graphs capture them, and an attacker
-    differentiates them, in a session whose views are live. An image's result depends on its pixels
-    and its seed alone.
+    The functions must not branch on tensor values: CUDA graphs capture them, and attacks
+    differentiate them in a live session. An image's result depends on its pixels and seed alone.
 
     Args:
-        config: of the method's own class.
+        config: of the class `Config`.
     """
 
     name: ClassVar[str]
     Config: ClassVar[type[MethodConfig]]
-    captures: ClassVar[bool] = False  # whether CUDA graphs serve it
-    uncaptured: ClassVar[str] = "its gradients are autograd's, not tried as a graph"  # why, if not
-    has_gate: bool = False  # whether a state has a margin
-    judged: bool = False  # whether the gate looks through the encoder that this was tuned from
+    captures: ClassVar[bool] = False  # whether CUDA graphs are supported
+    uncaptured: ClassVar[str] = (
+        "its gradients are autograd's, not tried as a graph"  # reason, if not
+    )
+    has_gate: bool = False  # whether State.margin is set
+    judged: bool = False  # whether the gate of a fine-tuned encoder uses the original one
 
     def __new__(cls, *given: Any, **options: Any) -> Any:
-        """For one release, what was a defense of a model: the Defender that it is now."""
+        """Deprecated: with a model, make a Defender."""
         if not given or not (isinstance(given[0], str) or hasattr(given[0], "encode_image")):
             return super().__new__(cls)
         warn(
@@ -112,28 +112,28 @@ class Defense(ABC):
         self.config: Any = config
 
     def prepare(self, session: Session) -> None:  # noqa: B027
-        """Make once what depends on model and classes. Raises ValueError where it cannot serve."""
+        """Precompute what depends on model and classes. Raises ValueError if unsupported."""
 
     @property
     @abstractmethod
     def repairs(self) -> Literal["none", "flagged", "all"]:
-        """Whose repair the driver asks for after the first pass."""
+        """Images to repair after the first pass."""
 
     @abstractmethod
     def first_pass(self, session: Session, batch: Batch) -> State:
-        """What is known of each image after the first pass through the encoder."""
+        """Run the first pass through the encoder."""
 
     def after_gate(self, session: Session, batch: Batch, state: State) -> Repaired:
-        """The repair of every image in `batch`, which the driver has chosen, and its prediction."""
+        """Repair all images of `batch` (chosen by the driver), and predict."""
         raise NotImplementedError(f"{self.name} repairs nothing after its first pass")
 
     def pictures(self, session: Session, batch: Batch) -> Tensor:
-        """(L, B, 3, H, W): what it would look at if it repaired nothing, live in x."""
+        """Pictures (L, B, 3, H, W) of the final prediction without a repair, live in x."""
         return batch.x[None]
 
     @property
     def guess(self) -> Defense | None:
-        """The defense that answers what this one takes as its pseudo-label; None: it takes none."""
+        """Defense whose answer is this one's pseudo-label, or None."""
         return None
 
     @property
@@ -142,17 +142,17 @@ class Defense(ABC):
         return ()
 
     def reference(self, session: Session, batch: Batch) -> Outcome | None:
-        """The method by scc_fast.reference, differentiable; None where it is not there."""
+        """Run scc_fast.reference, differentiably; None if it lacks the method."""
         return None
 
     def width(self, session: Session, size: tuple[int, int]) -> int:
-        """Pictures (height, width) of one image that are held together."""
+        """Pictures per image in the encoder at once, for (height, width)."""
         return 1
 
     @abstractmethod
     def traits(self, session: Session) -> Traits:
-        """Cost and needs."""
+        """Cost and requirements."""
 
     def plan(self, session: Session, size: tuple[int, int]) -> Plan | None:
-        """Its passes for pictures (height, width); None where it is no plan of passes."""
+        """Passes for pictures (height, width); None if not planned."""
         return None

@@ -1,4 +1,4 @@
-"""The way of a call, the same for every defense and engine, strictly downwards.
+"""Driver of a call, common to all defenses and engines.
 
 Input, seeds, pieces, first pass, gate, compaction, repair, result.
 """
@@ -52,7 +52,7 @@ def call(
     with plain(model.device):
         x = to_batch(images, model, is_normalized=is_normalized, clamp=clamp)
         if isinstance(images, Tensor) and x.data_ptr() == images.data_ptr():
-            x = x.clone()  # the result keeps its inputs; the caller may reuse the buffer
+            x = x.clone()  # the caller may reuse the buffer
         keys = image_seeds(seeds, len(x), x.device)
         if keys is seeds:
             keys = keys.clone()
@@ -68,8 +68,10 @@ def call(
                 raise too_large(session, defense, batch) from error
             parts.append(_result(session, defense, batch, outcome))
         result = DefenseResult.concatenate(parts)
-        finite = result.logits.isfinite().all().to("cpu", non_blocking=True)  # not read yet
-    if x.is_cuda:  # the stream, not the device: another thread may be capturing on it
+        finite = (
+            result.logits.isfinite().all().to("cpu", non_blocking=True)
+        )  # read after synchronisation
+    if x.is_cuda:  # not the device: another thread may be capturing
         torch.cuda.current_stream(x.device).synchronize()
     if not finite:
         raise not_finite(result.logits, model, session.precision)
@@ -79,21 +81,21 @@ def call(
 
 
 def pieces(session: Session, defense: Defense, batch: Batch, max_batch: int) -> Iterator[Batch]:
-    """The batch in pieces of at most max_batch pictures, but at least one image."""
+    """Split a batch into pieces of at most max_batch pictures, at least one image each."""
     size = piece_size(session, defense, batch.size, max_batch)
     parts = zip(batch.x.split(size), batch.seeds.split(size), strict=True)
     return (Batch(x, seeds) for x, seeds in parts)
 
 
 def piece_size(session: Session, defense: Defense, size: tuple[int, int], max_batch: int) -> int:
-    """Images of (H, W) that go through together."""
+    """Images (H, W) per piece."""
     piece = max(1, max_batch // defense.width(session, size))
-    # A graph's bucket would be filled up beyond it.
+    # A power of two, to fill a graph's bucket.
     return 1 << (piece.bit_length() - 1) if serves(session, defense, size) == "graph" else piece
 
 
 def serves(session: Session, defense: Defense, size: tuple[int, int]) -> str:
-    """The engine's name for pictures (H, W)."""
+    """Engine for pictures (H, W)."""
     if session.engine == "graph" and not (defense.captures and session.captures(size)):
         return "runner"
     return session.engine
@@ -131,7 +133,7 @@ class DirectPasses:
 
 
 def run(session: Session, defense: Defense, batch: Batch) -> Outcome:
-    """A defense on one piece, without gradients; `session` is one that stands for the model now."""
+    """Run a defense on one piece, without gradients, in an up-to-date session."""
     if len(batch) == 0:
         return nothing(session, batch)
     if session.served == "reference":
@@ -153,10 +155,10 @@ def _passes(session: Session, defense: Defense, batch: Batch) -> Iterator[Passes
 
 
 def carry_out(passes: Passes, defense: Defense, batch: Batch) -> Outcome:
-    """First pass, gate, compaction, repair: what each image comes to.
+    """First pass, gate, compaction, repair.
 
-    The images that the gate takes as clean stay as the first pass left them; the others go on
-    alone.
+    Images that count as clean keep the first pass's answer; the others are repaired in a batch of
+    their own.
     """
     state = passes.first_pass(batch)
     logits, delta, flagged = state.logits, state.delta, gate(defense, state)
@@ -174,7 +176,7 @@ def carry_out(passes: Passes, defense: Defense, batch: Batch) -> Outcome:
 
 
 def dense(session: Session, defense: Defense, batch: Batch) -> Outcome:
-    """As `carry_out`, with every image repaired and the gate choosing after: no branch on data."""
+    """As carry_out(), without branching on data: repair all images, then select by the gate."""
     state = defense.first_pass(session, batch)
     flagged = gate(defense, state)
     if defense.repairs == "none":
@@ -193,7 +195,7 @@ def dense(session: Session, defense: Defense, batch: Batch) -> Outcome:
 
 
 def gate(defense: Defense, state: State) -> Tensor:
-    """The gate: (B,) bool, the images that are taken as attacked."""
+    """Gate: (B,) bool, whether the margin is above 0 (attacked)."""
     if state.margin is not None:
         return state.margin > 0
     whole = torch.full_like(state.drift, float(defense.repairs != "none"))
@@ -201,7 +203,7 @@ def gate(defense: Defense, state: State) -> Tensor:
 
 
 def chosen_rows(defense: Defense, flagged: Tensor) -> Tensor | None:
-    """The rows (b,) whose repair follows; None: all."""
+    """Rows (b,) to repair; None: all."""
     count = int(flagged.sum()) if defense.repairs == "flagged" else 0
     if defense.repairs == "all" or count == len(flagged):
         return None
@@ -210,14 +212,14 @@ def chosen_rows(defense: Defense, flagged: Tensor) -> Tensor | None:
 
 @dataclass(frozen=True, eq=False)
 class Live:
-    """A defense's answer as a function of the images, which autograd differentiates once.
+    """Differentiable result of a defense (BPDA: the optimised δ counts as constant).
 
     Args:
-        logits: (B, K); what was optimised counts as constant, so that this is BPDA.
-        delta: (B, 3, H, W), what was added.
-        drift: (B,) the gate's measure, NaN without one.
+        logits: (B, K).
+        delta: (B, 3, H, W).
+        drift: (B,) the gate's measure, NaN without a gate.
         flagged: (B,) bool.
-        session, defense, batch: what it is of.
+        session, defense, batch: the call.
     """
 
     logits: Tensor
@@ -230,14 +232,14 @@ class Live:
 
     @property
     def outcome(self) -> Outcome:
-        """As a run without gradients gives it."""
+        """Result as of run()."""
         return Outcome(self.logits, self.delta, self.drift, self.flagged)
 
     @functools.cached_property
     def margin(self) -> Tensor | None:
-        """(B,) above 0 where the gate takes an image as attacked, live; None without a gate.
+        """Differentiable margin (B,) of the gate, > 0: attacked; None without a gate.
 
-        It takes a first pass of its own.
+        Runs another first pass.
         """
         if not self.defense.has_gate:
             return None
@@ -246,9 +248,9 @@ class Live:
 
 
 def live(session: Session, defense: Defense, batch: Batch) -> Live:
-    """A defense on one piece, differentiable with respect to x; called where gradients are on.
+    """Run a defense on one piece, differentiably with respect to x; gradients must be on.
 
-    Only what is looked at last is live, so that it takes no more memory than a run.
+    Only the final pass is live, so that memory is that of a run.
     """
     session = session.now()
     logits: Tensor | None = None
@@ -285,14 +287,14 @@ def live(session: Session, defense: Defense, batch: Batch) -> Live:
 
 
 def nothing(session: Session, batch: Batch) -> Outcome:
-    """The outcome of no images."""
+    """Outcome of an empty batch."""
     x = batch.x
     rows = x.new_zeros(0)
     return Outcome(x.new_zeros(0, len(session.classes.text)), x, rows, rows.bool())
 
 
 def _rows(state: State, index: Tensor, batch: int) -> State:
-    """The state of some of the images; a closure that cannot be cut is left out."""
+    """State of some of the images; without the closure if it cannot be indexed."""
     backward = state.backward
     if backward is not None:
         views = len(next(iter(state.views.values())))
@@ -313,7 +315,7 @@ def _rows(state: State, index: Tensor, batch: int) -> State:
 def _joined(
     batch: Batch, logits: Tensor | None, delta: Tensor | None, repaired: Repaired, chosen: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """Logits and δ of a batch, with those of its repaired rows put in."""
+    """Logits and δ of a batch, updated at its repaired rows."""
     assert logits is not None
     logits = logits.index_copy(0, chosen, repaired.logits)
     if repaired.delta is not None:
@@ -322,7 +324,7 @@ def _joined(
     return logits, delta
 
 
-# ---------------------------------------------------------------------------------- what is said
+# ----------------------------------------------------------------------------- results, errors
 
 
 def _result(session: Session, defense: Defense, batch: Batch, outcome: Outcome) -> DefenseResult:
@@ -340,7 +342,7 @@ def _result(session: Session, defense: Defense, batch: Batch, outcome: Outcome) 
 
 
 def too_large(session: Session, defense: Defense, batch: Batch) -> RuntimeError:
-    """What a call raises where a piece did not fit."""
+    """Error for a piece that did not fit into memory."""
 
     def estimate(count: int, size: tuple[int, int]) -> int:
         plan = defense.plan(session, size)
@@ -353,9 +355,9 @@ def too_large(session: Session, defense: Defense, batch: Batch) -> RuntimeError:
 
 
 def not_finite(logits: Tensor, model: VisionLanguage, precision: str) -> ValueError:
-    """What is raised where logits (B, K) hold NaN or infinity.
+    """Error for logits (B, K) with NaN or infinity.
 
-    Weights and text embeddings were seen to be finite, so the encoder left its precision's range.
+    Weights and text embeddings were checked, so the encoder overflowed its precision.
     """
     index = int((~logits.isfinite().all(dim=-1)).nonzero()[0])
     held = getattr(model, "dtype", torch.float32)

@@ -1,7 +1,6 @@
-"""Who runs the encoder: the model's own modules, these compiled, or our runner.
+"""Encoders: the model's modules, the same compiled, or our runner.
 
-Each gives features of pictures, and with them the backward closure to the pictures; nothing else of
-a defense knows which it is.
+Each gives features of pictures and a backward closure to the pictures.
 """
 
 from __future__ import annotations
@@ -20,13 +19,13 @@ from scc_fast.models import VisionLanguage
 
 
 class Backward:
-    """The backward closure of a forward pass: from ∂J/∂f (n, D) to ∂J/∂pictures.
+    """Backward closure of a forward pass: ∂J/∂f (n, D) to ∂J/∂pictures.
 
-    As autograd frees a graph, a call frees what the forward pass kept, unless told to retain it.
+    A call frees the kept state, like an autograd graph, unless `retain`.
 
     Args:
-        back: of a slope, and whether it is to be called again.
-        rows: the closure of some of its pictures; None where their pass has to be made again.
+        back: (slope, retain) -> gradient.
+        rows: closure of some of the pictures; None: their forward pass must be repeated.
     """
 
     def __init__(
@@ -42,46 +41,46 @@ class Backward:
         return back(slope, retain)
 
     def again(self) -> Backward:
-        """Another closure over what this one holds; each call then frees its own."""
+        """Another closure over the same state."""
         return Backward(*self._kept)
 
     def then(self, undo: Callable[[Tensor, bool], Tensor]) -> Backward:
-        """This one and another after it."""
+        """Composition with `undo` after it."""
         return Backward(lambda slope, retain: undo(self.again()(slope, retain), retain))
 
     def rows(self, index: Tensor) -> Backward | None:
-        """That of some of its pictures, which uses this one up; None where there is none."""
+        """Closure of some of the pictures, or None; consumes this one."""
         (_, rows), self._kept = self._kept, None
         return None if rows is None else rows(index)
 
 
-# Features of pictures, of those beside them, and the closure back to the former.
+# Features of pictures, features of pictures `beside`, backward closure of the former.
 Found = tuple[Tensor, Tensor | None, Backward]
 
 
 class Encoder(Protocol):
-    """f, frozen.
+    """Frozen image encoder f.
 
-    `patch` is the layout that it takes: 0 pictures (n, 3, h, w), else rows of patches of this side
-    (n, N, 3·patch²), as ops.make_views gives them. `dtype` is what they come in.
+    Input layout: pictures (n, 3, h, w) for `patch` 0, else rows of patches of side `patch`,
+    (n, N, 3·patch²), as made by ops.make_views. `dtype` is the input's.
     """
 
     name: str
     patch: int
     dtype: torch.dtype
-    products: torch.dtype  # what its products are in: under autocast not what it takes
+    products: torch.dtype  # dtype of its products: under autocast not `dtype`
 
     def forward(self, pictures: Tensor) -> Tensor:
         """Features (n, D) float32."""
         ...
 
     def vjp(self, pictures: Tensor, beside: Tensor | None) -> Found:
-        """Features of the pictures, of those beside them, and the former's backward closure."""
+        """Features of `pictures` and `beside`, and the former's backward closure."""
         ...
 
 
 class Modules:
-    """The model's own modules, under autograd; under autocast where `dtype` is not theirs."""
+    """The model's modules under autograd, with autocast for another `dtype`."""
 
     name = "eager"
     patch = 0
@@ -121,7 +120,7 @@ _NUMBER = itertools.count()
 
 
 class Compiled(Modules):
-    """The modules through torch.compile, forward and backward."""
+    """The model's modules through torch.compile."""
 
     name = "compile"
 
@@ -131,18 +130,18 @@ class Compiled(Modules):
         def encode(pictures: Tensor) -> Tensor:
             return model.encode_image(pictures)
 
-        # Dynamo counts what it compiled per code object: one of its own for each encoder.
+        # Dynamo limits recompilations per code object: each encoder gets its own.
         own = encode.__code__.replace(co_name=f"encode_{next(_NUMBER)}")
         named = types.FunctionType(own, encode.__globals__, closure=encode.__closure__)
         self._encode = torch.compile(named, fullgraph=True)
 
 
 class Runner:
-    """Our runner, where the model has a standard vision transformer.
+    """Our runner of a standard vision transformer.
 
     Args:
-        tower: the runner itself.
-        trust: whether it stands for the model's modules.
+        tower: forward and backward.
+        trust: proof that it computes what the modules do.
     """
 
     name = "runner"

@@ -1,4 +1,4 @@
-"""What a call needs of the memory, what is free, and what is said where it did not fit."""
+"""Memory: free bytes, and the error for a batch that does not fit."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ import torch
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch could not allocate: on CUDA it has a class of its own, on the CPU words."""
+    """Whether an error is a failed allocation (on the CPU by its message)."""
     known = ("can't allocate memory", "not enough memory", "CUDA out of memory")
     return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in known)
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that are free on a device; None where that cannot be told."""
+    """Free bytes of a device; None: unknown."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]  # what torch has cached may be a graph's
+        return torch.cuda.mem_get_info(device)[
+            0
+        ]  # without torch's cache, which may belong to a graph
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         return 1024 * int(next(line for line in lines if "MemAvailable" in line).split()[1])
@@ -32,18 +34,18 @@ def out_of_memory(
     width: int,
     estimate: Callable[[int, tuple[int, int]], int],
 ) -> RuntimeError:
-    """What to raise where `batch` images of (H, W) did not fit at once: says what would.
+    """Error for `batch` images (H, W) that did not fit; suggests a max_batch.
 
     Args:
-        width: pictures of one image that are held together.
-        estimate: bytes that so many images of a size take; RuntimeError where that is not known.
+        width: pictures per image in the encoder at once.
+        estimate: (images, size) -> bytes; RuntimeError: unknown.
     """
     free, needs, fits = free_memory(device), "", batch // 2
     try:
         needs = f": they need about {estimate(batch, size) / 2**20:.0f} MiB"
         while free and fits > 1 and estimate(fits, size) > free // 2:
             fits //= 2
-    except RuntimeError:  # a model whose cost cannot be counted
+    except RuntimeError:  # unknown cost
         pass
     there = "" if free is None else f", {free / 2**20:.0f} MiB are free"
     advice = (

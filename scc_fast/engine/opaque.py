@@ -1,7 +1,7 @@
-"""A function of pictures that PyTorch's transforms take as a whole.
+"""Opaque functions for torch.func: value and gradient as custom autograd functions.
 
-torch.func cannot look into what optimises when it is called or runs outside autograd; but the
-gradient at given pictures is a function of these too, and both of the pictures one by one.
+torch.func cannot trace a defense, but its value and gradient are functions of the pictures, image
+by image.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-# Of pictures and their seeds, image by image; differentiable under autograd.
+# (pictures, seeds) -> tensor, image by image, differentiable by autograd.
 Function = Callable[[Tensor, Tensor], Tensor]
 
 NO_GRAPH = (
@@ -28,7 +28,7 @@ _TWICE = "a defense has first derivatives alone under torch.func: use torch.func
 
 
 def check_caller(images: object) -> None:
-    """Refuses who would keep the graph of one call, and forward-mode derivatives."""
+    """Reject tracing, export, and forward-mode derivatives."""
     traced = torch.jit.is_tracing() or torch.compiler.is_exporting()
     if traced or isinstance(images, torch.fx.Proxy):
         raise TypeError(NO_GRAPH)
@@ -37,12 +37,12 @@ def check_caller(images: object) -> None:
 
 
 def transformed() -> bool:
-    """Whether a torch.func transform is at work."""
-    return torch._C._are_functorch_transforms_active()  # as torch.autograd.Function asks
+    """Whether a torch.func transform is active."""
+    return torch._C._are_functorch_transforms_active()  # as torch.autograd.Function does
 
 
 def opaque(function: Function, x: Tensor, seeds: Tensor) -> Tensor:
-    """function(x, seeds), which torch.func's grad, vjp, jacrev and vmap go around."""
+    """function(x, seeds) under torch.func's grad, vjp, jacrev and vmap."""
     result: Tensor = _Value.apply(function, x, seeds)
     return result
 
@@ -54,7 +54,7 @@ class _Opaque(torch.autograd.Function):
 
     @classmethod
     def rows(cls, info: Any, dims: Any, function: Function, *given: Tensor) -> tuple[Tensor, int]:
-        """vmap's rows as one batch."""
+        """Batching rule of vmap: flatten into one batch."""
         held = [
             one.expand(info.batch_size, *one.shape) if dim is None else one.movedim(dim, 0)
             for one, dim in zip(given, dims[1:], strict=True)

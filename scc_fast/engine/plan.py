@@ -1,8 +1,7 @@
-"""The passes of a method through the encoder, and the floor under their time.
+"""Plan: a method's passes through the encoder, and the floor of their time.
 
-A pass is one batch through the encoder: all views of a step together. What can be shared is shared:
-f(x) goes with the first views, the pseudo-label reads the first consistency step's features, and
-the last forward pass gives the prediction (METHOD.md, SCC).
+A pass is one batch: all views of a step. f(x) shares the first pass, the pseudo-label the first
+semantic step's, the prediction is the last (METHOD.md, SCC).
 """
 
 from __future__ import annotations
@@ -19,9 +18,9 @@ class Pass:
     """One batch through the encoder.
 
     Args:
-        name: what it is for.
-        forward, backward: pictures per image that go forward, and of these back to the pixels.
-        head: the ops between the two.
+        name: of the step.
+        forward, backward: pictures per image, forward and back to the pixels.
+        head: ops between the two.
     """
 
     name: str
@@ -32,12 +31,12 @@ class Pass:
 
 @dataclass(frozen=True)
 class Plan:
-    """The passes for one image, in order.
+    """Passes for one image, in order.
 
     Args:
-        method, views: what is planned, and its number of views.
-        passes: of an image that is repaired.
-        gate: whether an image taken as clean is left alone: see `clean`.
+        method, views: name of the method, number of views.
+        passes: of a repaired image.
+        gate: whether clean images need less; see `clean`.
     """
 
     method: str
@@ -47,35 +46,35 @@ class Plan:
 
     @property
     def forward(self) -> int:
-        """Pictures per image that go forward: F in METHOD.md's cost."""
+        """Pictures forward per image: F in METHOD.md."""
         return sum(one.forward for one in self.passes)
 
     @property
     def backward(self) -> int:
-        """Pictures per image that go backward: B in METHOD.md's cost."""
+        """Pictures backward per image: B in METHOD.md."""
         return sum(one.backward for one in self.passes)
 
     def clean(self) -> Plan:
-        """What an image needs that the gate takes as clean: the first pass forward."""
+        """Plan of an image that the gate counts as clean: the first forward pass."""
         first = self.passes[0]
         alone = Pass(first.name, first.forward, 0, "drift_head, mean_logits")
         return Plan(self.method, self.views, (alone,), gate=False)
 
     def flops(self, cost: Cost, batch: int = 1) -> int:
-        """FLOPs of the encoder's products for a batch."""
+        """FLOPs of the encoder for a batch."""
         return batch * (self.forward * cost.forward + self.backward * cost.backward)
 
     def bytes(self, cost: Cost) -> int:
-        """Bytes of weights that the passes read: once for each way that a pass goes."""
+        """Bytes of weights read: once per forward or backward pass."""
         ways = len(self.passes) + sum(one.backward > 0 for one in self.passes)
         return ways * cost.weights
 
     def floor_ms(
         self, cost: Cost, batch: int, flops_per_s: float, bytes_per_s: float | None
     ) -> float:
-        """No implementation is faster: the larger of FLOPs / matmul rate and bytes / bandwidth.
+        """Lower bound of the time: the larger of FLOPs / matmul rate and bytes / bandwidth.
 
-        `bytes_per_s` None leaves the bytes out, where the weights may stay in a cache.
+        `bytes_per_s` None: weights are cached and their bytes do not count.
         """
         memory = 0.0 if bytes_per_s is None else self.bytes(cost) / bytes_per_s
         return 1e3 * max(memory, self.flops(cost, batch) / flops_per_s)
@@ -87,10 +86,7 @@ class Plan:
         flops_per_s: float | None = None,
         bytes_per_s: float | None = None,
     ) -> str:
-        """The plan as a table: passes, pictures forward and back, FLOPs, bytes, and the floor.
-
-        The floor needs the rates of a device.
-        """
+        """Table of passes, pictures forward and back, FLOPs, bytes, and the floor, given rates."""
         lines = [f"{self.method}, {self.views} views, batch {batch}"]
         form = "{:<20} {:>4} {:>4} {:>9} {:>9}  {}".format
         lines.append(form("pass", "F", "B", "GFLOP", "MB", "head"))
@@ -121,7 +117,7 @@ def single_pass(method: str, views: int, head: str = "mean_logits") -> Plan:
 
 
 def ascent_plan(method: str, views: int, warm_up: int, semantic: int, gate: bool) -> Plan:
-    """That of `warm_up` steps on the drift of `views` views, then `semantic` ones on the margin."""
+    """Plan of `warm_up` drift steps, then `semantic` margin steps, on `views` views."""
     steps = [(f"warm-up {t + 1}", views, "drift_head") for t in range(warm_up)]
     steps += [(f"semantic {s + 1}", views, "margin_head") for s in range(semantic)]
     steps += [("predict", 0, "mean_logits")]

@@ -1,4 +1,4 @@
-"""The seeds of a call: one 64-bit number for each image."""
+"""Seeds of a call: one 64-bit number per image."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ Seeds = int | Sequence[int] | np.ndarray | Tensor | None
 
 
 def image_seeds(seeds: Seeds, batch: int, device: torch.device | str = "cpu") -> Tensor:
-    """The (B,) int64 seeds a call with this `seeds` argument uses.
+    """Seeds (B,) int64 of a call.
 
     Args:
-        seeds: None draws fresh ones; a whole number seeds image i with (seed, i); a tensor, array
-            or sequence of B whole numbers is used as it is, those from 2^63 on less 2^64.
+        seeds: None: fresh; a whole number: image i has (seed, i); B whole numbers (tensor, array
+            or sequence): used modulo 2^64.
         batch: B.
-        device: where they are wanted.
+        device: of the result.
 
     Raises:
-        TypeError, ValueError: no whole numbers, more than 64 bits, or not one per image.
+        TypeError, ValueError: not whole numbers, beyond 64 bits, or not one per image.
     """
     batch = whole("batch", batch, 0)
     if seeds is None or (isinstance(seeds, Integral) and not isinstance(seeds, bool)):
         seed = None if seeds is None else int(seeds)
         if seed is not None and not -(1 << 63) <= seed < 1 << 64:
             raise ValueError(f"seeds must fit into 64 bits, got {shown(seeds)}")
-        # On the host, then one copy: on a GPU the hash is 165 launches.
+        # On the host, then one copy: the hash is 165 launches on a GPU.
         return _host_seeds(seed, batch).to(device, copy=True)
     keys = _given_seeds(seeds)
     if keys.shape != (batch,):
@@ -48,7 +48,7 @@ def image_seeds(seeds: Seeds, batch: int, device: torch.device | str = "cpu") ->
 
 
 def _given_seeds(seeds: Any) -> Tensor:
-    """Whole numbers in any container as an int64 tensor."""
+    """int64 tensor of whole numbers in any container."""
     wrong = f"seeds must be None, a whole number or one for each image, got {shown(seeds)}"
     if isinstance(seeds, Tensor):
         check_dense("seeds", seeds)
@@ -71,7 +71,7 @@ def _given_seeds(seeds: Any) -> Tensor:
 
 
 def _host_seeds(seeds: int | None, batch: int) -> Tensor:
-    if not batch:  # which frombuffer refuses
+    if not batch:  # frombuffer() needs a byte
         return torch.empty(0, dtype=torch.int64, device="cpu")
     if seeds is None:
         return torch.frombuffer(bytearray(secrets.token_bytes(8 * batch)), dtype=torch.int64)

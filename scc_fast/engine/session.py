@@ -1,4 +1,4 @@
-"""A session: a model prepared for classes, with the engine, precision and ops that serve it."""
+"""Session: a model prepared for classes, with encoder, precision and ops."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from scc_fast.reference.views import preprocess
 
 
 def unmarked(part: str) -> None:
-    """Marks nothing: nobody measures the parts."""
+    """Default mark: no timing."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -33,23 +33,22 @@ class Session:
     """A model prepared for classes.
 
     Args:
-        model: as it was given: what encodes texts, and says how pixels are prepared.
+        model: the caller's; encodes texts.
         snapshot: its image side, frozen.
-        encoder: f, as the engine runs it.
-        prompts: the class prompts; None where text embeddings were given.
-        classes, table: the text embeddings, for the reference and for the ops.
-        backend: who serves the ops; None: for each the best.
-        served: the names of the backends that serve, joined by "+"; "reference" is
-            scc_fast.reference.
-        engine, precision: of the encoder, by name.
+        encoder: f, by the engine.
+        prompts: the class prompts; None for given text embeddings.
+        classes, table: text embeddings, for the reference and for the ops.
+        backend: requested for the ops; None: the best for each.
+        served: actual backends, joined by "+"; "reference" is scc_fast.reference.
+        engine, precision: names.
         size: (height, width) of the encoder's pictures.
         mean, std: the model's normalisation.
-        flip: whether views may mirror, where a config does not say.
-        insists: the engine that was asked for by name.
-        judge: the session whose encoder a gate looks through; None: this one.
-        mark: told the name of each part of a pass when it is done.
-        kind: of the views that methods are given.
-        encoded: what `encode` is, where it is not the encoder's.
+        flip: whether views may mirror, unless a config says.
+        insists: engine requested by name, which must not fall back; or "".
+        judge: session whose encoder the gate uses; None: this one.
+        mark: called with the name of each finished part of a pass.
+        kind: class of views.
+        encoded: replaces the encoder in `encode`.
     """
 
     model: VisionLanguage
@@ -74,11 +73,13 @@ class Session:
 
     @property
     def encode(self) -> Callable[[Tensor], Tensor]:
-        """f after φ as a function of pixels that autograd differentiates once."""
-        return Encode(self) if self.encoded is None else self.encoded  # kept, it were a cycle
+        """f∘φ: embeddings of pixels, differentiable once."""
+        return (
+            Encode(self) if self.encoded is None else self.encoded
+        )  # not stored: it would be a cycle
 
     def views(self, batch: Batch, views: Sequence[View]) -> Views:
-        """The views of a batch, ready for the encoder."""
+        """Views of a batch."""
         return self.kind(self, batch, views)
 
     def logits(self, features: Tensor) -> Tensor:
@@ -90,24 +91,24 @@ class Session:
         return self.logits(features).mean(dim=0)
 
     def features(self, pictures: Tensor) -> Tensor:
-        """f of pictures (L, B, 3, H, W): (L, B, D), differentiable where gradients are on."""
+        """f of pictures (L, B, 3, H, W): (L, B, D), differentiable."""
         return self.encode(pictures.flatten(0, 1)).unflatten(0, pictures.shape[:2])
 
     def live(self) -> Session:
-        """This one, whose views are differentiable with respect to the images."""
+        """Session with views that are differentiable with respect to the images."""
         return replace(self, kind=LiveViews)
 
     # ------------------------------------------------------------------------------- the engine
 
     def now(self) -> Session:
-        """This one, on the modules where something has changed that the runner does not see.
+        """Up-to-date session: on the modules if they no longer match the runner.
 
         Raises:
-            RuntimeError: the runner was asked for by name; says what has changed.
+            RuntimeError: they do not match, and the runner was requested by name.
         """
         if self.judge is not None:
             judge = self.judge.now()
-            if judge is not self.judge:  # which graphs would not see
+            if judge is not self.judge:  # unseen by graphs
                 engine = "runner" if self.engine == "graph" else self.engine
                 return replace(self, judge=judge, engine=engine).now()
         reason = self.mistrust
@@ -119,16 +120,16 @@ class Session:
 
     @property
     def mistrust(self) -> str:
-        """Why the runner does not stand for the modules any more; "" where it does, or is none."""
+        """Reason why the runner no longer matches the modules; "" if it does, or without one."""
         return self.encoder.trust.reason(self.snapshot) if isinstance(self.encoder, Runner) else ""
 
     def captures(self, size: tuple[int, int]) -> bool:
-        """Whether graphs serve pictures (H, W): those of the encoder's size."""
+        """Whether graphs serve pictures (H, W)."""
         return self.engine == "graph" and size == self.size
 
     @functools.cached_property
     def reference(self) -> Setting:
-        """What scc_fast.reference works with: the model's modules, under autograd."""
+        """Setting of scc_fast.reference: the model's modules, under autograd."""
         with plain(self.snapshot.device):
             mean, std = (
                 torch.tensor(three, dtype=torch.float32, device=self.snapshot.device)
@@ -136,19 +137,18 @@ class Session:
             )
         return Setting(_Pixels(self.snapshot, self.size, mean, std), self.classes, mean)
 
-    # --------------------------------------------------------------------------------- its cost
+    # -------------------------------------------------------------------------------------- cost
 
     @functools.cached_property
     def cost(self) -> Cost:
-        """What one picture costs the encoder."""
+        """Cost of one picture in the encoder."""
         tower = self.encoder.tower if isinstance(self.encoder, Runner) else None
         return cost_of(self.snapshot, tower, PRECISIONS[self.precision])
 
     def memory(self, plan: Plan, batch: int, size: tuple[int, int]) -> int:
-        """Bytes that a call with `batch` images of (H, W) takes at its peak, about.
+        """Estimated peak bytes of a call with `batch` images (H, W), beyond the weights.
 
-        Beyond the weights: what the forward pass keeps, what is on its way, pictures and views in
-        the encoder's precision, and the logits of the heads.
+        State for the backward pass, temporaries, pictures and views, and logits.
         """
         cost, pixels = self.cost, 3 * size[0] * size[1]
         first = max(one.forward for one in plan.passes)
@@ -163,7 +163,7 @@ class Session:
 
 @dataclass(frozen=True, eq=False)
 class _Pixels:
-    """A snapshot's encoder as a function of pixels (B, 3, H, W) in [0, 1]: φ, then f."""
+    """f∘φ by a snapshot's modules: pixels (B, 3, H, W) in [0, 1] to embeddings."""
 
     snapshot: VisionLanguage
     size: tuple[int, int]
@@ -185,15 +185,14 @@ def session_of(
     backend: str | None,
     judge: Session | None = None,
 ) -> Session:
-    """The session of a snapshot and its classes.
+    """Session of a snapshot and its classes.
 
     Args:
-        engine: one of ENGINES.
-        precision: "auto" or one of PRECISIONS.
-        backend: of the ops; None takes the best.
+        engine, precision: see choose.choose_encoder.
+        backend: of the ops; None: the best for each.
 
     Raises:
-        RuntimeError: what was asked for by name is not to be had; says why.
+        RuntimeError: an engine, precision or backend requested by name is not available.
     """
     served = choose_backends(snapshot.device, backend)
     encoder, name, precision = choose_encoder(snapshot, engine, precision, backend, served)

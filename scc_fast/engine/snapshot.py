@@ -1,9 +1,8 @@
-"""A model's image tower as it is now: what is written to the model later does not reach it.
+"""Snapshot: a frozen copy of a model's image tower.
 
-Snapshots are shared: a model whose structure and bytes are those of a snapshot that somebody still
-uses gets that one. Neither where weights lie nor how often torch counted them as written says that
-they are the same: fused optimisers, `.data` and an EMA's swap write uncounted. So all bytes are
-read: 0.3 s for ViT-B/32 on one CPU core, more on a busy one (benchmarks/NOTES.md).
+Snapshots with equal structure and bytes are shared while in use. Addresses and version counters do
+not prove equality, for fused optimisers, `.data` and an EMA's swap do not count writes; so all
+bytes are read: 0.3 s for ViT-B/32 on one CPU core (benchmarks/NOTES.md).
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from scc_fast.engine.vit_from.parts import UnknownPartError, name_of
 from scc_fast.models import FrozenModel, VisionLanguage
 from scc_fast.models.checkpoints import frozen_twin
 
-# What the image side of these classes does not use.
+# Attributes that the image side does not use.
 _OPEN_CLIP = "transformer token_embedding positional_embedding ln_final text_projection attn_mask"
 _TEXT_SIDE = {
     "open_clip.model.CLIP": _OPEN_CLIP.split(),
@@ -37,7 +36,7 @@ _TEXT_SIDE = {
 
 
 class _Known:
-    """The snapshots of one model: the last, and those that somebody still uses."""
+    """Snapshots of one model: the last, and those still in use."""
 
     def __init__(self) -> None:
         self.live: weakref.WeakValueDictionary[Any, FrozenModel] = weakref.WeakValueDictionary()
@@ -49,13 +48,12 @@ _LOCK = threading.RLock()
 
 
 def snapshot_of(model: VisionLanguage) -> VisionLanguage:
-    """What encodes the pictures of a Defender: the image side of `model` on memory of its own.
+    """Snapshot of a model: its image side in memory of its own, without a known text side.
 
-    The text side of a known class is not in it. A model that is no adapter of load_model's is
-    itself: where its weights are nobody can say.
+    A model that is not an adapter of load_model() is its own snapshot.
 
     Raises:
-        ValueError: a parameter is not finite; says which.
+        ValueError: a parameter is not finite.
     """
     try:
         adapter = adapter_of(model)
@@ -91,9 +89,9 @@ def _taken(adapter: FrozenModel) -> FrozenModel:
 
 
 def not_finite(module: nn.Module) -> str:
-    """The name of the first parameter that holds NaN or infinity, or of a buffer with NaN."""
+    """Name of the first parameter with NaN or infinity, or buffer with NaN; else ""."""
     parameters = [(name, p, torch.isfinite) for name, p in module.named_parameters()]
-    masks = [(name, b, _is_number) for name, b in module.named_buffers()]  # may hold infinity
+    masks = [(name, b, _is_number) for name, b in module.named_buffers()]  # masks may hold infinity
     plain = [
         (name, t.detach(), holds)
         for name, t, holds in (*parameters, *masks)
@@ -101,7 +99,7 @@ def not_finite(module: nn.Module) -> str:
     ]
     if not plain:
         return ""
-    # A sum that is finite has no other terms.
+    # A finite sum has finite terms.
     first = plain[0][1].device
     wide = torch.promote_types
     sums = torch.stack([t.sum(dtype=wide(t.dtype, torch.float32)).to(first) for _, t, _ in plain])
@@ -116,40 +114,40 @@ def _is_number(tensor: Tensor) -> Tensor:
     return ~tensor.isnan()
 
 
-# ---------------------------------------------------------------------------------- what is equal
+# -------------------------------------------------------------------------------------- equality
 
 
 def _key(adapter: FrozenModel) -> Any:
-    """Equal for two snapshots that compute the same; None where that cannot be told."""
+    """Key of a snapshot, equal for equal computations; None: unknown."""
     found = structure(adapter.module)
     if found is None:
         return None
     skeleton, tensors = found
     try:
         kinds = tuple((t.dtype, t.device, t.shape) for t in tensors)
-        # The snapshot holds the tokenizer, so that no other can have its id.
+        # The snapshot keeps the tokenizer alive, so its id is unique.
         rest = adapter.image_size, adapter.logit_scale, adapter.logit_bias, id(adapter.tokenizer)
         return skeleton, kinds, digest(tensors), rest
-    except (RuntimeError, TypeError, NotImplementedError):  # tensors that have no plain bytes
+    except (RuntimeError, TypeError, NotImplementedError):  # tensors without plain bytes
         return None
 
 
 def structure(module: nn.Module) -> tuple[bytes, list[Tensor]] | None:
-    """A module but for its tensors, which are listed; None where it cannot be pickled.
+    """Pickle of a module without its tensors, and the tensors; None if it cannot be pickled.
 
-    Hooks and replaced methods are in it by name, or cannot be pickled.
+    Includes hooks and replaced methods by name.
     """
     out = io.BytesIO()
     pickler = _Pickler(out, protocol=4)
     try:
         pickler.dump(module)
-    except Exception:  # what pickle raises has no common class
+    except Exception:  # pickle's errors have no common class
         return None
     return out.getvalue(), pickler.tensors
 
 
 class _Pickler(pickle.Pickler):
-    """Pickles a tensor as its place in a list."""
+    """Pickler that replaces tensors by indices."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -166,10 +164,10 @@ class _Pickler(pickle.Pickler):
 
 
 def digest(tensors: Iterable[Tensor]) -> tuple[int, ...]:
-    """Sums over the bytes of tensors, which differ if these do; reads the result once.
+    """Checksums of tensors, with one device synchronisation.
 
-    Each 8 bytes are multiplied with a random number of their place, and mixed. This is to notice
-    training, not an adversary.
+    Each 8 bytes are multiplied by a random number of their position, and mixed. Detects training,
+    not an adversary.
     """
     sums = [part for tensor in tensors for part in _sums(tensor.detach())]
     return tuple(torch.cat(sums).tolist()) if sums else ()
@@ -180,18 +178,18 @@ def _sums(tensor: Tensor) -> list[Tensor]:
     whole = raw.numel() // 8 * 8
     if raw.storage_offset() % 8:
         raw = raw.clone()
-    found = [raw[whole:].long()]  # the last bytes, as they are
+    found = [raw[whole:].long()]  # the remaining bytes
     factors = _factors(tensor.device)
     for lanes in raw[:whole].view(torch.int64).split(len(factors)) if whole else ():
         mixed = lanes * factors[: len(lanes)]
-        mixed ^= mixed >> 32  # else what changes in the highest bits could cancel out
+        mixed ^= mixed >> 32  # otherwise changes in the highest bits could cancel
         found.append(mixed.sum()[None])
     return found
 
 
 @functools.cache
 def _factors(device: torch.device) -> Tensor:
-    """Random odd numbers, as many as a cache holds."""
+    """Random odd factors, as many as fit into a cache."""
     count = 1 << (20 if device.type == "cuda" else 16)
     source = torch.Generator().manual_seed(0)
     with torch.inference_mode(False), torch.device("cpu"):

@@ -1,7 +1,7 @@
-"""Whether the runner may stand for a model's modules: proved on a picture, and seen at every call.
+"""Trust: proof that the runner computes what a model's modules do, checked at every call.
 
-The parts of a tower are known by their classes (vit_from). What is not seen there, such as a
-method that was replaced on a class, shows on a random picture.
+vit_from checks the classes of a tower's parts; other changes, such as a method replaced on a class,
+show on a random picture.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from scc_fast.reference.views import from_patches, to_patches
 
 
 class Surroundings:
-    """What modules compute with besides themselves: their classes, torch's functions and hooks."""
+    """State outside of modules: their classes, torch's functions and global hooks."""
 
     def __init__(self, *modules: nn.Module) -> None:
         parts = chain.from_iterable(module.modules() for module in modules)
@@ -33,15 +33,15 @@ class Surroundings:
         self._seen = [(place, dict(place)) for place in places]
 
     def hold(self) -> bool:
-        """Whether all is as it was."""
+        """Whether nothing has changed."""
         return all(now == then for now, then in self._seen)
 
 
 class Trust:
-    """Whether the runner computes what the modules of a snapshot do.
+    """Proof that the runner computes what a snapshot's modules do.
 
     Args:
-        model: the snapshot; not kept, but its modules are.
+        model: the snapshot; only its modules are kept.
     """
 
     def __init__(self, model: Any) -> None:
@@ -51,12 +51,12 @@ class Trust:
         self._own = [vars(part) for part in parts]
         kinds = ("_parameters", "_buffers", "_modules")
         self._content = [getattr(part, kind) for part in parts for kind in kinds]
-        self._parameters = list(model.module.parameters())  # held: none other has one's id
+        self._parameters = list(model.module.parameters())  # held, so ids stay unique
         self._taken = self._weights()
         self._prove(model)
 
     def reason(self, model: Any) -> str:
-        """Why the runner does not stand for the modules of `model`, the snapshot; "" if it does."""
+        """Reason why the runner does not match the modules of snapshot `model`; "" if it does."""
         if not self._holds():
             with self._lock:
                 if not self._holds():
@@ -85,7 +85,7 @@ class Trust:
 
 
 def difference(model: Any, tower: Tower) -> str:
-    """How far the runner is from the modules on a random picture, forward and back; "" if near."""
+    """Difference of runner and modules on a random picture, forward and backward; "" if small."""
     source = torch.Generator().manual_seed(0)
 
     def drawn(*shape: int) -> Tensor:
@@ -109,7 +109,7 @@ def difference(model: Any, tower: Tower) -> str:
     bound = (1e-3 if model.device.type == "cpu" else 1e-2) if exact else 0.1  # TF32 on a GPU
     for what, ours, theirs in (("features", features, own.detach()), ("gradient", back, own_back)):
         off = float((ours - theirs).norm() / theirs.norm().clamp_min(1e-12))
-        if off > bound:  # not where nothing is finite, of which a call says more
+        if off > bound:  # not for NaN: a call reports it
             return (
                 f"the {what} of a random picture differ by {off:.2g} of their size from those of "
                 "its modules, whose code was changed"

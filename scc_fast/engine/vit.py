@@ -1,11 +1,10 @@
-"""Our runner for the standard vision transformer: forward, and backward to its input.
+"""Runner of the standard vision transformer: forward, and backward to its input, without autograd.
 
-No autograd: the forward pass keeps what the backward pass reads, no weight gets a gradient, and
-the gradient goes to the rows of the patches. Products and attention are in the runner's precision,
-the residual stream and its norms in float32. A residual is added by the norm that reads it.
+Products and attention are in the runner's precision, the residual stream and its norms in float32.
+A residual is added by the norm that reads it.
 
-`Kept` is what a backward pass reads: tensors whose first dimension is the image, nested in tuples,
-so that `narrow` and `take` can have it of some of the images.
+`Kept` is the state for a backward pass: nested tuples of tensors whose first dimension is the
+image, so that `narrow` and `take` can select images.
 """
 
 from __future__ import annotations
@@ -28,15 +27,15 @@ Kept = tuple[Any, ...]
 
 
 def narrow(kept: Any, images: int) -> Any:
-    """What was kept of the first images alone."""
+    """Kept state of the first `images` images."""
     if isinstance(kept, Tensor):
-        # The state of attention's random numbers, which nobody draws, belongs to no image.
+        # Unused random state of attention has no image dimension.
         return kept[:images] if kept.dim() > 1 else kept
     return tuple(narrow(part, images) for part in kept)
 
 
 def take(kept: Any, index: Tensor) -> Any:
-    """What was kept of some of the images."""
+    """Kept state of some of the images."""
     if isinstance(kept, Tensor):
         return kept[index] if kept.dim() > 1 else kept
     return tuple(take(part, index) for part in kept)
@@ -47,7 +46,7 @@ def take(kept: Any, index: Tensor) -> Any:
 
 @functools.cache
 def has_onednn(dtype: torch.dtype) -> bool:
-    """Whether oneDNN's product serves a dtype here, by name: torch's choice is slower on AMD."""
+    """Whether oneDNN has products in a dtype here; torch's own choice is slower on AMD."""
     library = torch.ops.mkldnn
     if not torch.backends.mkldnn.is_available() or not hasattr(library, "_linear_pointwise"):
         return False
@@ -64,16 +63,16 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Linear:
-    """A frozen linear layer; weights of the runner's own are laid out as oneDNN reads them."""
+    """Frozen linear layer; converted weights are in oneDNN's layout."""
 
     weight: Tensor  # (out, in)
     bias: Tensor | None  # (out,)
-    transposed: Tensor  # (in, out), which the backward multiplies with
-    shape: tuple[int, int]  # (out, in): a packed weight does not tell
+    transposed: Tensor  # (in, out), for the backward
+    shape: tuple[int, int]  # (out, in); a packed weight has another
 
     @classmethod
     def of(cls, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Linear:
-        """In `dtype`; on the model's own storage where that is its weight's."""
+        """Layer in `dtype`; shares the model's storage if that is the weight's dtype."""
         bias = None if bias is None else bias.detach().to(dtype)
         out, width = weight.shape
         if weight.dtype == dtype:
@@ -91,7 +90,7 @@ class Linear:
         return _product(x, self.weight, self.bias)
 
     def product(self, x: Tensor) -> Tensor:
-        """Without the bias."""
+        """Product without the bias."""
         return _product(x, self.weight, None)
 
     def back(self, gradient: Tensor) -> Tensor:
@@ -104,7 +103,7 @@ class Linear:
 
 @dataclass(frozen=True, eq=False)
 class Norm:
-    """A frozen LayerNorm of the residual stream; `dtype` is what it hands on."""
+    """Frozen LayerNorm of the residual stream, with output in `dtype`."""
 
     weight: Tensor  # (W,) float32
     bias: Tensor
@@ -117,14 +116,14 @@ class Norm:
         return cls(weight, bias, float(norm.eps), dtype)
 
     def __call__(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor, Kept]:
-        """x + y, its norm, and what `back` reads."""
+        """x + y, its norm, and the state for `back`."""
         total, normed, mean, scale = ops.add_norm(
             x, y, self.weight, self.bias, self.epsilon, dtype=self.dtype
         )
         return total, normed, (total, mean, scale)
 
     def back(self, gradient: Tensor, kept: Kept, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        """∂/∂(x + y), with what reaches it past the norm; in float32, and in `dtype`."""
+        """∂/∂(x + y), including the residual's gradient, in float32 and in `dtype`."""
         total, mean, scale = kept
         return ops.add_norm_back(
             gradient, total, mean, scale, self.weight, residual, dtype=self.dtype
@@ -135,7 +134,7 @@ class Norm:
 
 
 def kernel_of(device: torch.device, dtype: torch.dtype, width: int) -> str:
-    """What serves heads of a width: our op on a CPU, torch's "flash", or "plain" products."""
+    """Attention kernel for heads of a width: "op" (CPU), "flash" (torch's) or "plain"."""
     if device.type == "cpu":
         return "op"
     fits = dtype.itemsize == 2 and width in range(8, 257, 8)
@@ -144,12 +143,12 @@ def kernel_of(device: torch.device, dtype: torch.dtype, width: int) -> str:
 
 @functools.cache
 def _is_ampere(device: torch.device) -> bool:
-    """Whether it is a CUDA device that the flash kernels are made for."""
+    """Whether a CUDA device supports the flash kernels."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Kept]:
-    """Scaled dot-product attention of (B, H, T, d) tensors, and what its backward reads."""
+    """Scaled dot-product attention of (B, H, T, d) tensors, and the state for its backward."""
     kernel = kernel_of(q.device, q.dtype, q.shape[-1])
     if kernel == "op":
         o, lse = ops.attention(q, k, v)
@@ -209,7 +208,7 @@ class Attention:
 
 @dataclass(frozen=True, eq=False)
 class FirstAttention:
-    """Self-attention of which the first token alone is wanted."""
+    """Self-attention with the first token as the only query."""
 
     heads: int
     q: Linear
@@ -232,7 +231,7 @@ class FirstAttention:
 
 @dataclass(frozen=True, eq=False)
 class Mlp:
-    """Two linear layers with a GELU between, which adds the first one's bias."""
+    """Two linear layers and a GELU, which adds the first layer's bias."""
 
     up: Linear
     down: Linear
@@ -254,7 +253,7 @@ class Mlp:
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """x + attention(norm(x)), then x + mlp(norm(x)): pre-norm, as CLIP and SigLIP have it."""
+    """Pre-norm block: x + attention(norm(x)), then x + mlp(norm(x))."""
 
     before: Norm
     attention: Attention | FirstAttention
@@ -262,7 +261,7 @@ class Block:
     mlp: Mlp
 
     def __call__(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor, Kept]:
-        """From the stream x + y, the new one as a sum of two again."""
+        """New stream, as a sum of two, from the stream x + y."""
         x, normed, first = self.before(x, y)
         y, second = self.attention(normed)
         if isinstance(self.attention, FirstAttention):
@@ -272,7 +271,7 @@ class Block:
         return x, z, (first, second, third, fourth)
 
     def back(self, whole: Tensor, low: Tensor, kept: Kept) -> tuple[Tensor, Tensor]:
-        """∂/∂ of the stream before from ∂/∂ of the stream after, as Norm.back has them."""
+        """∂/∂stream before from ∂/∂stream after, each as in Norm.back."""
         first, second, third, fourth = kept
         whole, low = self.between.back(self.mlp.back(low, fourth), third, whole)
         gradient = self.attention.back(low, second)
@@ -283,7 +282,7 @@ class Block:
 
 @dataclass(frozen=True, eq=False)
 class FirstToken:
-    """CLIP's end: the norm of the first token, projected."""
+    """CLIP's end: norm and projection of the first token."""
 
     norm: Norm
     projection: Linear | None
@@ -293,7 +292,7 @@ class FirstToken:
         return (normed if self.projection is None else self.projection(normed))[:, 0], kept
 
     def back(self, gradient: Tensor, kept: Kept) -> tuple[Tensor, Tensor]:
-        """∂/∂ of the first token of the stream, as Norm.back has it."""
+        """∂/∂ of the stream's first token, as in Norm.back."""
         gradient = gradient[:, None]
         if self.projection is not None:
             gradient = self.projection.back(gradient)
@@ -302,7 +301,7 @@ class FirstToken:
 
 @dataclass(frozen=True, eq=False)
 class AttentionPool:
-    """SigLIP's end: a learnt query attends to the normed tokens; then a residual MLP.
+    """SigLIP's end: attention pool with a learnt query, then a residual MLP.
 
     `query` is the probe after its linear layer, (1, H, 1, d).
     """
@@ -329,7 +328,7 @@ class AttentionPool:
         return features[:, 0], (first, second, third, fourth)
 
     def back(self, gradient: Tensor, kept: Kept) -> tuple[Tensor, Tensor]:
-        """∂/∂ of the stream, as Norm.back has it."""
+        """∂/∂stream, as in Norm.back."""
         first, second, third, fourth = kept
         gradient = gradient[:, None]
         if self.projection is not None:
@@ -341,16 +340,16 @@ class AttentionPool:
 
 @dataclass(frozen=True, eq=False)
 class Tower:
-    """A vision transformer.
+    """Vision transformer.
 
     Args:
-        size: a patch's side.
+        size: side of a patch.
         patch: the patch embedding, on the rows (c, i, j) of patches.
-        prefix: (P, W) float32, tokens before the patches', position included; P may be 0.
+        prefix: (P, W) float32, tokens before the patches, with position; P >= 0.
         position: (N, W) float32, added to the embedded patches.
         start: the norm before the blocks, or None.
-        blocks: in order; one with FirstAttention can only be the last.
-        end: from the stream to the features.
+        blocks: only the last may have FirstAttention.
+        end: stream to features.
     """
 
     size: int
@@ -363,11 +362,11 @@ class Tower:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The precision of products: what rows come in."""
+        """Precision of products and input rows."""
         return self.blocks[0].before.dtype
 
     def __call__(self, rows: Tensor, keep: bool = True) -> tuple[Tensor, Kept]:
-        """Features (B, D) float32 of patch rows (B, N, 3·size²), and what `back` reads."""
+        """Features (B, D) float32 of patch rows (B, N, 3·size²), and the state for `back`."""
         extra, tokens = len(self.prefix), len(self.prefix) + len(self.position)
         x = self.prefix.new_empty(len(rows), tokens, self.prefix.shape[1])
         x[:, :extra] = self.prefix
@@ -381,7 +380,7 @@ class Tower:
             x, y, saved = block(x, y)
             if keep:
                 kept.append(saved)
-            del saved  # not alive through the next block
+            del saved  # free during the next block
         assert y is not None
         features, saved = self.end(x, y)
         return features.float(), (*kept, saved) if keep else ()

@@ -1,4 +1,4 @@
-"""Where the time of one defense goes."""
+"""Waterfall: time of each part of a defense."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from scc_fast.engine.session import Session
 
 @dataclass(frozen=True)
 class Stage:
-    """One part of a defense, in order of time.
+    """Part of a defense.
 
     Args:
-        step: the pass's name in the plan.
+        step: name of the pass in the plan.
         part: "views", "forward", "head", "backward" or "step".
-        ms: how long it took.
+        ms: its time.
     """
 
     step: str
@@ -31,7 +31,7 @@ class Stage:
 
 
 def waterfall(session: Session, defense: Defense, batch: Batch) -> list[Stage]:
-    """The parts of one piece, and how long each took; without graphs."""
+    """Timed parts of one piece, without graphs."""
     plan = defense.plan(session, batch.size)
     assert plan is not None
     clock = _Recorder(batch.x.device)
@@ -42,7 +42,7 @@ def waterfall(session: Session, defense: Defense, batch: Batch) -> list[Stage]:
 
 
 class _Recorder:
-    """The times at which parts of a defense were done."""
+    """Recorder of the times at which parts end."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._times = device, list[tuple[str, Any]]()

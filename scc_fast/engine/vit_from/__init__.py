@@ -1,7 +1,6 @@
-"""From a model to the runner of its image tower, or the reason why it has none.
+"""Conversion of a model's image tower to the runner, or the reason why it is not supported.
 
-A tower is taken only if every part of it is known: an adapter, a hook or a changed forward would
-else be passed over in silence.
+Every part must be known, for the runner would ignore an adapter, a hook or a changed forward.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from scc_fast.engine.vit_from.parts import (
 from scc_fast.engine.vit_from.transformers import clip_tower, siglip_tower
 from scc_fast.models import FrozenModel, OpenCLIPModel, TransformersModel
 
-# By the class whose encode_image or get_image_features is the tower and nothing else.
+# By model class.
 _FAMILIES = {
     "open_clip.model.CLIP": open_clip_tower,
     "open_clip.model.CustomTextCLIP": open_clip_tower,
@@ -33,10 +32,9 @@ _FAMILIES = {
 
 
 def tower_of(model: Any, dtype: torch.dtype = torch.float32) -> Tower | str:
-    """The runner of a model's image tower in `dtype`, or why it has none.
+    """Runner of a model's image tower in `dtype`, or the reason why there is none.
 
-    In the dtype of the model's weights it works on their storage, but for q, k and v where the
-    model has them apart.
+    In the weights' dtype it shares their storage, except for separate q, k and v.
     """
     try:
         module = adapter_of(model).module
@@ -46,15 +44,15 @@ def tower_of(model: Any, dtype: torch.dtype = torch.float32) -> Tower | str:
         return _FAMILIES[name_of(module)](module, model.image_size, dtype)
     except UnknownPartError as reason:
         return str(reason)
-    except AttributeError as reason:  # a release that names its parts in another way
+    except AttributeError as reason:  # a release with other attribute names
         return f"its library is not of a release that the runner knows: {reason}"
 
 
 def adapter_of(model: Any) -> FrozenModel:
-    """The adapter that a model encodes with; a wrapper may hand on an adapter's encode_image.
+    """Adapter behind a model's encode_image, possibly through a wrapper.
 
     Raises:
-        UnknownPartError: it encodes in another way; says how.
+        UnknownPartError: the model has another encode_image.
     """
     encode = getattr(model, "encode_image", None)
     ours = getattr(encode, "__func__", None) is FrozenModel.encode_image

@@ -1,4 +1,4 @@
-"""Towers of open_clip: its own VisionTransformer, and SigLIP's in timm."""
+"""Towers of open_clip: VisionTransformer, and timm's for SigLIP."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _LAYERS = "open_clip.transformer.Transformer"
 _PARTS = (_OWN, _BLOCK, _LAYERS)
 _TIMM_TRUNK = "timm.models.vision_transformer.VisionTransformer"
 _TIMM_BLOCK = "timm.models.vision_transformer.Block"
-_TIMM_ATTENTION = (  # where timm 0.9 and 1.0 have it
+_TIMM_ATTENTION = (  # newer and older timm
     "timm.layers.attention.Attention",
     "timm.models.vision_transformer.Attention",
 )
@@ -52,10 +52,10 @@ _TIMM_PARTS = (
 
 
 def open_clip_tower(module: Any, image_size: tuple[int, int], dtype: torch.dtype) -> Tower:
-    """Of a CLIP or CustomTextCLIP.
+    """Tower of a CLIP or CustomTextCLIP.
 
     Raises:
-        UnknownPartError: says what is not known.
+        UnknownPartError: unsupported part.
     """
     visual = module.visual
     expect(visual, _OWN, _TIMM)
@@ -150,7 +150,7 @@ def _timm_tower(visual: Any, image_size: tuple[int, int], dtype: torch.dtype) ->
 
 
 def _timm_projection(visual: Any) -> Any:
-    """The one linear layer after the pool, or None."""
+    """Linear layer after the pool, or None."""
     expect(visual.head, "torch.nn.modules.container.Sequential")
     parts = (visual.trunk.head, *visual.head)
     found = [part for part in parts if not does_nothing(part)]

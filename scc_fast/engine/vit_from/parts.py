@@ -1,4 +1,4 @@
-"""What all families of towers share: what is refused, and a part of a model as the runner's."""
+"""Checks and conversions common to all families of towers."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ Weights = tuple[Tensor, Tensor | None]
 
 
 class UnknownPartError(Exception):
-    """Says what the runner does not know of a model, whose own modules then serve it."""
+    """Part of a model that the runner does not support."""
 
 
 def require(holds: bool, reason: str) -> None:
-    """Raises UnknownPartError."""
+    """Raise UnknownPartError unless `holds`."""
     if not holds:
         raise UnknownPartError(reason)
 
 
 def name_of(thing: object) -> str:
-    """The full name of its class."""
+    """Full name of an object's class."""
     return f"{type(thing).__module__}.{type(thing).__qualname__}"
 
 
 def expect(part: object, *names: str) -> None:
-    """A part is of exactly one of these classes."""
+    """Require a part of exactly one of these classes."""
     require(name_of(part) in names, f"{name_of(part)} is not {' or '.join(names)}")
 
 
@@ -89,17 +89,16 @@ GLOBAL_HOOKS: list[dict[int, Any]] = [getattr(torch_module, f"_global{name}") fo
 
 
 def unchanged(part: nn.Module, path: str) -> None:
-    """None of its methods was replaced on the object itself."""
+    """Require that no method was replaced on the object."""
     for key in vars(part):
         changed = callable(getattr(type(part), key, None))
         require(not changed, f"{path}.{key} was replaced on its {name_of(part)}")
 
 
 def examine(tower: nn.Module, path: str, own: Iterable[str]) -> None:
-    """Every module of a tower is of a known class, `own` being its family's, and was left alone.
+    """Require known, unmodified classes for all modules of a tower; `own` are its family's.
 
-    A subclass or a wrapper, such as an adapter on a linear layer, may compute something else, and
-    the runner would not call a hook.
+    A subclass or wrapper may compute something else, and the runner calls no hooks.
     """
     known = _COMMON.union(own)
     for below, part in tower.named_modules():
@@ -117,19 +116,19 @@ def examine(tower: nn.Module, path: str, own: Iterable[str]) -> None:
 
 
 def does_nothing(part: object) -> bool:
-    """In eval mode."""
+    """Whether a part is the identity in eval mode."""
     return part is None or name_of(part) in _NOTHING
 
 
 def absent(part: object, *names: str) -> None:
-    """It has none of these optional parts, or ones that do nothing."""
+    """Require that optional parts are missing or do nothing."""
     for name in names:
         found = getattr(part, name, None)
         require(does_nothing(found), f"{name_of(part)} has {name}: {name_of(found)}")
 
 
 def fits(image_size: tuple[int, int], side: int, positions: int) -> None:
-    """The patches of a picture are as many as the positions."""
+    """Require as many patches as positions."""
     height, width = image_size
     whole = height % side == 0 and width % side == 0
     require(
@@ -142,18 +141,18 @@ def fits(image_size: tuple[int, int], side: int, positions: int) -> None:
 
 
 def weights_of(part: Any) -> Weights:
-    """Those of a linear layer."""
+    """Weight and bias of a linear layer."""
     expect(part, *_LINEARS)
     return part.weight.detach(), None if part.bias is None else part.bias.detach()
 
 
 def linear_of(part: Any, dtype: torch.dtype) -> Linear:
-    """A linear layer."""
+    """Convert a linear layer."""
     return Linear.of(*weights_of(part), dtype)
 
 
 def norm_of(part: Any, dtype: torch.dtype) -> Norm:
-    """A LayerNorm of the last dimension; `dtype` is what it hands on."""
+    """Convert a LayerNorm of the last dimension, with output in `dtype`."""
     expect(part, *_NORMS)
     complete = part.weight is not None and part.bias is not None
     require(complete, f"a {name_of(part)} has no weight or no bias")
@@ -162,7 +161,7 @@ def norm_of(part: Any, dtype: torch.dtype) -> Norm:
 
 
 def patch_of(part: Any, dtype: torch.dtype) -> tuple[int, Linear]:
-    """A patch's side, and the convolution as a product with the rows of patches."""
+    """Side of a patch, and the patch convolution as a linear layer on rows of patches."""
     expect(part, _CONVOLUTION)
     side = part.kernel_size[0]
     plain = (
@@ -181,7 +180,7 @@ _KINDS: tuple[Literal["quick", "erf", "tanh"], ...] = ("quick", "erf", "tanh")
 
 
 def _kind_of(activation: Any) -> Literal["quick", "erf", "tanh"]:
-    """By its values: some classes hold their function in an attribute."""
+    """Kind of GELU, by its values."""
     expect(activation, *_ACTIVATIONS)
     x = torch.linspace(-6, 6, 97, dtype=torch.float32, device="cpu")
     with torch.no_grad():
@@ -193,7 +192,7 @@ def _kind_of(activation: Any) -> Literal["quick", "erf", "tanh"]:
 
 
 def mlp_of(up: Any, activation: Any, down: Any, dtype: torch.dtype) -> Mlp:
-    """Two linear layers and the activation between."""
+    """Convert an MLP."""
     return Mlp(linear_of(up, dtype), linear_of(down, dtype), _kind_of(activation))
 
 
@@ -201,7 +200,7 @@ def mlp_of(up: Any, activation: Any, down: Any, dtype: torch.dtype) -> Mlp:
 
 
 def packed_of(part: Any, batch_first: bool) -> Weights:
-    """q, k and v of torch's MultiheadAttention, in one weight (3·W, W)."""
+    """Packed q, k and v of torch's MultiheadAttention, (3·W, W)."""
     expect(part, _ATTENTION)
     plain = (
         part.in_proj_weight is not None
@@ -215,7 +214,7 @@ def packed_of(part: Any, batch_first: bool) -> Weights:
 
 
 def joined(parts: Sequence[Any]) -> Weights:
-    """Several linear layers of one input as one, copied."""
+    """Concatenate linear layers with a common input."""
     pairs = [weights_of(part) for part in parts]
     biases = [bias for _, bias in pairs if bias is not None]
     require(len(biases) in (0, len(pairs)), "of q, k and v some have a bias and some have none")
@@ -223,7 +222,7 @@ def joined(parts: Sequence[Any]) -> Weights:
 
 
 def scaled(part: Any, heads: int, inner: int) -> None:
-    """An attention's `scale` is that of `heads` heads which share `inner` numbers."""
+    """Require the usual scale of attention, for `heads` heads of total width `inner`."""
     plain = inner % heads == 0 and abs(part.scale - (inner // heads) ** -0.5) < 1e-6
     require(plain, f"a {name_of(part)} has {heads} heads and scale {part.scale} at width {inner}")
 
@@ -252,7 +251,7 @@ def block_of(
     first: bool,
     dtype: torch.dtype,
 ) -> Block:
-    """A block from its parts; `first` computes the first token alone."""
+    """Make a block; `first`: only the first token is a query."""
     before, between = (norm_of(norm, dtype) for norm in norms)
     attention = _attention(qkv, heads, linear_of(out, dtype), first, dtype)
     return Block(before, attention, between, mlp_of(*mlp, dtype))
@@ -261,7 +260,7 @@ def block_of(
 def blocks_of(
     layers: Iterable[Any], make: Callable[[Any, bool], Block], first_alone: bool
 ) -> list[Block]:
-    """All blocks, of which the last may compute the first token alone."""
+    """Make all blocks; in the last, only the first token may be a query."""
     parts = list(layers)
     require(bool(parts), "its transformer has no blocks")
     return [make(part, first_alone and i == len(parts)) for i, part in enumerate(parts, 1)]
@@ -277,7 +276,7 @@ def pool_of(
     projection: Any,
     dtype: torch.dtype,
 ) -> AttentionPool:
-    """SigLIP's end from its parts; `probe` is (1, 1, W)."""
+    """Make SigLIP's attention pool; `probe` is (1, 1, W)."""
     require(probe.shape[:2] == (1, 1), f"its attention pool has {probe.shape[1]} queries")
     (weight, bias), kv = _split(qkv, len(qkv[0]) // 3)
     query = nn.functional.linear(

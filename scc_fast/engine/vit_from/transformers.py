@@ -1,4 +1,4 @@
-"""Towers of transformers, 4 and 5: CLIPModel's and SiglipModel's."""
+"""Towers of transformers 4 and 5: CLIPModel and SiglipModel."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from scc_fast.engine.vit_from.parts import (
 
 _CLIP = "transformers.models.clip.modeling_clip.CLIP"
 _SIGLIP = "transformers.models.siglip.modeling_siglip.Siglip"
-# Releases before 4.48 had a class per implementation of attention.
+# Before 4.48: a class per attention implementation.
 _ATTENTIONS = ("Attention", "SdpaAttention", "FlashAttention2")
-# The tower's own class: transformers 4 has the first, 5 the second.
+# In transformers 4, and in 5.
 _TOWERS = ("VisionTransformer", "VisionModel")
 _PARTS = (*_TOWERS, *_ATTENTIONS, "VisionEmbeddings", "Encoder", "EncoderLayer", "MLP")
 
 
 def clip_tower(module: Any, image_size: tuple[int, int], dtype: torch.dtype) -> Tower:
-    """Of a CLIPModel.
+    """Tower of a CLIPModel.
 
     Raises:
-        UnknownPartError: says what is not known.
+        UnknownPartError: unsupported part.
     """
     vision = module.vision_model
     _examine(vision, _CLIP, ())
@@ -61,10 +61,10 @@ def clip_tower(module: Any, image_size: tuple[int, int], dtype: torch.dtype) -> 
 
 
 def siglip_tower(module: Any, image_size: tuple[int, int], dtype: torch.dtype) -> Tower:
-    """Of a SiglipModel, the pictures of which have one fixed size.
+    """Tower of a SiglipModel of fixed picture size.
 
     Raises:
-        UnknownPartError: says what is not known.
+        UnknownPartError: unsupported part.
     """
     vision = module.vision_model
     _examine(vision, _SIGLIP, ("MultiheadAttentionPoolingHead",))
@@ -108,7 +108,7 @@ def _examine(vision: Any, family: str, more: tuple[str, ...]) -> None:
 def _embeddings(
     vision: Any, image_size: tuple[int, int], prefix: int, dtype: torch.dtype
 ) -> tuple[int, Linear, Tensor]:
-    """The patch's side, its embedding, and the positions, of which `prefix` are no patch's."""
+    """Side of a patch, patch embedding, and positions with `prefix` extra ones."""
     parts = vision.embeddings
     side, patch = patch_of(parts.patch_embedding, dtype)
     table = parts.position_embedding
