@@ -1,4 +1,4 @@
-"""Attacks by name: on the undefended model, or knowing the defense; and ordinary damage."""
+"""Attacks by name: oblivious, adaptive, and ordinary damage."""
 
 from __future__ import annotations
 
@@ -73,17 +73,17 @@ __all__ = [
 
 
 def parse_attack(spec: str, epsilon: float) -> Attack:
-    """The attack of "pgd10", "apgd-ce50", "square:queries=1000", "pgd:steps=20:alpha=2/255", …
+    """Parse "pgd10", "apgd-ce50", "square:queries=1000", "pgd:steps=20:alpha=2/255", …
 
-    Digits after a name are its steps. Fields follow as :FIELD=VALUE; values are JSON where they
-    can be read as such, else text, which may hold colons ("transfer:source=hf-hub:org/repo").
+    Digits after a name are its steps. Fields follow as :FIELD=VALUE; values are JSON, else text,
+    which may contain colons ("transfer:source=hf-hub:org/repo").
 
     Args:
-        spec: the name and what departs from its defaults; not the budget.
-        epsilon: the budget, pixel units in [0, 1); an attack that has none ("damaged") ignores it.
+        spec: name and non-default fields, without the budget.
+        epsilon: the budget, pixel units in [0, 1); ignored by attacks without one ("damaged").
 
     Raises:
-        ValueError: an unknown name or field, one given twice, or a value that cannot be right.
+        ValueError: an unknown or repeated name or field, or an invalid value.
     """
     head, *parts = re.split(r":(?=\w+=)", spec)
     head, colon, stray = head.partition(":")
@@ -120,7 +120,7 @@ def parse_attack(spec: str, epsilon: float) -> Attack:
 
 
 def _named(head: str) -> tuple[str, str]:
-    """Name and trailing digits; a name that ends in digits is one itself."""
+    """Split a name and trailing digits, unless the whole is a name."""
     name = head if head in ATTACKS else head.rstrip("0123456789")
     return name, head[len(name) :]
 

@@ -1,10 +1,9 @@
-"""Attacks that know the defense: the rungs between an oblivious one and a worst case.
+"""Adaptive attacks, which know the defense.
 
-Each runs the defense, or the part that it is made against, at every point on its way, with draws
-of its own that are never the judge's. A defense finds what it adds to a picture from signs of
-gradients, which are constant almost everywhere, so what it adds has no useful derivative: the
-gradient at the repaired pictures is passed on to the picture itself (BPDA with the identity,
-Athalye et al., arXiv 1802.00420), and its randomness is averaged over (EOT).
+Each step runs the defense, or a part of it, with the attacker's own random draws. A defense's δ
+depends on signs of gradients, which have no useful derivative: the gradient at the repaired
+pictures is taken as that at the picture (BPDA with the identity, Athalye et al., arXiv
+1802.00420), averaged over draws (EOT).
 """
 
 from __future__ import annotations
@@ -28,25 +27,24 @@ from scc_fast.engine.defense import Defense
 from scc_fast.engine.drive import live
 from scc_fast.reference import philox, step
 
-# What an attacker's draws are for, beside philox.EOT: the views, and the pseudo-label's point.
+# Philox purposes beside philox.EOT: views, and the pseudo-label's point.
 VIEW_DRAWS, GUESS_DRAWS = 180, 181
 
-# (x, step) -> gradient to ascend, and the lead: above 0 where x fools the defense; None: not known.
+# (x, step) -> gradient to ascend, and lead: > 0 if x fools the defense; None: unknown.
 Survey = Callable[[Tensor, int], tuple[Tensor, Tensor | None]]
 
 _FADING = ((0.3, 1 / 2), (0.6, 1 / 4), (0.85, 1 / 8), (1.0, 1 / 16))
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """(B, K), (B,) → (B,) float64: in float32 an answer with a lead of 17 has no slope left."""
+    """(B, K), (B,) → (B,) float64; in float32 the gradient vanishes at a lead of 17."""
     return single(logits.double(), labels)
 
 
 def step_sizes(steps: int, alpha: float | None, epsilon: float) -> list[float]:
-    """The size of each step: alpha throughout; None: from epsilon/2 down to epsilon/16.
+    """Step sizes: constant alpha, or from epsilon/2 down to epsilon/16 for None.
 
-    Large steps cross the ball, small ones settle among the draws: at 4/255 they are 2, 1, 1/2 and
-    1/4 of 1/255, for 30, 30, 25 and 15 percent of the steps.
+    At 4/255 they are 2, 1, 1/2 and 1/4 of 1/255, for 30, 30, 25 and 15 percent of the steps.
     """
     if alpha is not None:
         return [alpha] * steps
@@ -67,12 +65,11 @@ def climb(
 ) -> Tensor:
     """Signed ascent from x + `delta` in the ball around x and in the box.
 
-    The direction is m ← momentum·m + g/mean|g|, g scaled for each image alone (MI-FGSM, Dong et
-    al., arXiv 1710.06081): with a new draw in every step it averages over the draws of the steps
-    before, for nothing.
+    The direction is m ← momentum·m + g/mean|g|, scaled per image (MI-FGSM, Dong et al., arXiv
+    1710.06081), which averages over the draws of earlier steps.
 
     Args:
-        survey: at a point; the lead it may give chooses what is returned.
+        survey: gradient and lead at a point.
         x: (B, 3, H, W) float32 in [0, 1].
         delta: like x, within the ball and the box.
         epsilon: budget, pixel units.
@@ -80,13 +77,15 @@ def climb(
         momentum: in [0, 1].
 
     Returns:
-        Of each image the surveyed point with the largest lead, if that is above 0, else the last
-        point: (B, 3, H, W).
+        (B, 3, H, W): per image the surveyed point with the largest lead if > 0, else the last
+        point.
     """
     found, best = delta, x.new_zeros(len(x))
     along = torch.zeros_like(x)
     for at, size in enumerate(sizes):
-        gradient, lead = survey((x + delta).clamp(0, 1), at)  # a rounding outside has no slope
+        gradient, lead = survey(
+            (x + delta).clamp(0, 1), at
+        )  # clamp rounding: outside the gradient is 0
         if lead is not None:
             better = lead > best
             best = torch.where(better, lead, best)
@@ -97,9 +96,9 @@ def climb(
 
 
 def balanced(gradient: Tensor) -> Tensor:
-    """Each image's gradient over its mean magnitude, (B, 3, H, W).
+    """Gradient (B, 3, H, W) divided by its mean magnitude per image.
 
-    One that is zero stays so; what is not finite in it counts as zero, so that it moves nothing.
+    Zero stays zero; non-finite values count as zero.
     """
     gradient = gradient.nan_to_num(0.0, 0.0, 0.0)
     mean = gradient.abs().mean(dim=(1, 2, 3), keepdim=True)
@@ -111,16 +110,16 @@ def _each(rows: Tensor) -> Tensor:
 
 
 def leads(target: Defender, labels: Tensor) -> Loss:
-    """How far the best wrong class is ahead of the true one, of logits (B, K): (B,).
+    """Loss: lead of the best wrong class over the true one, (B, K) → (B,), > 0 if wrong.
 
-    Above 0 where the prediction is wrong. A class with the true one's embedding is not wrong.
+    A class with the true one's embedding is not wrong.
     """
     classes = Distinct.of(target, labels)
     return lambda logits: -margin(classes.logits(logits), classes.labels)
 
 
 def cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean over the views of their cross-entropies: (L, B, K), (B,) → (B,)."""
+    """Mean cross-entropy over the views: (L, B, K), (B,) → (B,)."""
     every = labels.expand(len(logits), -1).flatten()
     losses = cross_entropy(logits.flatten(0, 1), every)
     return losses.unflatten(0, logits.shape[:2]).mean(dim=0)
@@ -128,7 +127,7 @@ def cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Aware(Attack):
-    """What the attacks on a defense share: steps, their sizes, and where they begin.
+    """Base of adaptive attacks: steps, step sizes, start.
 
     Args:
         steps: at least 1.
@@ -141,7 +140,7 @@ class Aware(Attack):
     momentum: float = 0.75
 
     aware: ClassVar[bool] = True
-    label: ClassVar[str]  # as a table shows it
+    label: ClassVar[str]  # in tables
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -155,7 +154,7 @@ class Aware(Attack):
         x, labels, seeds = prepared(target, x, labels, seeds)
         if len(x) == 0:
             return x.clone()
-        # Nothing here sees another image; a wide defense's pictures would not fit all at once.
+        # In pieces: a wide defense's pictures may not fit at once.
         some = [len(piece) for piece, _ in target.pieces(x, seeds)]
         if len(some) > 1:
             parts = zip(x.split(some), labels.split(some), seeds.split(some), strict=True)
@@ -175,26 +174,23 @@ class Aware(Attack):
             )
 
     def start(self, target: Defender, x: Tensor, labels: Tensor, seeds: Tensor) -> Tensor:
-        """Where it begins, less x: (B, 3, H, W)."""
+        """Initial δ (B, 3, H, W)."""
         return uniform_start(x, seeds, self.epsilon, philox.ATTACK_START)
 
     @abstractmethod
     def survey(
         self, target: Defender, point: Tensor, labels: Tensor, seeds: Tensor, at: int
     ) -> tuple[Tensor, Tensor | None]:
-        """At a point in step `at`: the gradient to ascend, and whether it fools (see climb)."""
+        """Gradient to ascend, and lead, at a point in step `at` (see climb)."""
 
 
 @dataclass(frozen=True)
 class ViewAware(Aware):
-    """PGD on the views that the defense looks at, not repaired.
-
-    Where the views are noisy, each step draws anew.
+    """PGD on the defense's views without a repair, with new noise in each step.
 
     Args:
-        of: "each", the mean of the views' cross-entropies, which lets no view off because another
-            is lost, but goes on with those that are; "mean", the cross-entropy of what the
-            defense reads off all of them, which is the stronger where it averages logits.
+        of: "each": mean of the views' cross-entropies; "mean": cross-entropy of the views' mean
+            logits, which is stronger against a defense that averages logits.
     """
 
     of: Literal["each", "mean"] = "mean"
@@ -226,18 +222,15 @@ class ViewAware(Aware):
 class BPDA(Aware):
     """BPDA with the identity, and EOT, through the whole defense.
 
-    Each step runs the defense at the current point, takes the gradient of the loss of its answer
-    at the repaired pictures, and applies it to the point. Cost of a step for one image: `eot`
-    times the defense and the gradient of its last look.
+    Each step costs `eot` runs of the defense and the gradient of its final pass.
 
     Args:
-        eot: draws of the defense's randomness in a step; momentum averages over the steps' too.
+        eot: random draws per step; momentum averages over steps, too.
         loss: of the defense's logits: "ce", cross-entropy of the true class; "margin", lead of
             the best wrong class.
-        warmup: steps of the view-aware attack before, from where this one then begins:
-            they cost a fraction of a step through the defense.
-        best: return the point that fooled the defense by most in the attacker's own draws,
-            instead of the last one, where there is one.
+        warmup: steps of the cheaper view-aware attack that give the start.
+        best: return the point with the largest lead in the attacker's draws, if any fooled the
+            defense, instead of the last one.
     """
 
     eot: int = 1
@@ -277,11 +270,11 @@ class BPDA(Aware):
     def through(
         self, target: Defender, point: Tensor, labels: Tensor, keys: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The defense's logits (B, K) at a point with these seeds, and the gradient to ascend."""
+        """Defended logits (B, K) at a point, and the gradient to ascend."""
         return slope(point, lambda x: target.live(x, keys).logits, self.of(target, labels))
 
     def of(self, target: Defender, labels: Tensor) -> Loss:
-        """The loss of logits (B, K): (B,)."""
+        """Loss of logits: (B, K) → (B,)."""
         if self.loss == "margin":
             return leads(target, labels)
         return lambda logits: cross_entropy(logits, labels)
@@ -289,13 +282,12 @@ class BPDA(Aware):
 
 @dataclass(frozen=True)
 class GateEvasion(BPDA):
-    """BPDA that also keeps the gate shut, so that the defense stays off and the attack arrives.
+    """BPDA that also lowers the gate's margin, so that the image is not repaired.
 
-    The gate's margin is descended where it is above 0, that is where the repair is on. Both
-    gradients count with their mean magnitudes equal.
+    The margin is descended where it is above 0. Both gradients are scaled to equal mean magnitude.
 
     Args:
-        weight: of the gate's gradient beside the loss's.
+        weight: of the gate's gradient relative to the loss's.
     """
 
     weight: float = 1.0
@@ -378,14 +370,13 @@ class _Through(BPDA):
 
 @dataclass(frozen=True)
 class PseudoLabel(Aware):
-    """Raises a wrong class where the defense takes its pseudo-label from.
+    """Attack on the pseudo-label: the defense then repairs towards a wrong class.
 
-    A defense that repairs towards what it takes the image for then repairs towards the wrong
-    class. The lead of the best wrong class is ascended at the point that the guess is made at
-    (SCC's x_w), which costs the defense's steps up to there.
+    Ascends the lead of the best wrong class at the pseudo-label's point (SCC's x_w), which costs
+    the defense's steps up to there.
 
     Args:
-        eot: draws of the defense's randomness in a step.
+        eot: random draws per step.
     """
 
     eot: int = 1

@@ -1,8 +1,8 @@
-"""Auto-PGD of Croce and Hein (arXiv 2003.01690, algorithm 1): PGD that chooses its own steps.
+"""Auto-PGD (Croce and Hein, arXiv 2003.01690, algorithm 1): PGD with adaptive step sizes.
 
-Each image has its own step, 2ε at first. At checkpoints that come closer and closer it is halved
-where the loss rose in too few of the steps, or where a whole stretch brought no new best; the image
-then starts again from its best iterate.
+Each image has its own step, 2ε at first. At checkpoints, at shrinking distances, it is halved if
+the loss rose in too few steps or a stretch brought no new best; the image then restarts from its
+best iterate.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from scc_fast.reference import philox
 
 START = 160  # Philox purpose: the random start, one view per restart
 
-# Iterates (B, 3, H, W) to their loss (B,), whether they fool (B,) bool, and the gradient.
+# Iterates (B, 3, H, W) -> loss (B,), whether misclassified (B,) bool, gradient.
 Evaluate = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
 @dataclass(frozen=True, eq=False)
 class Climb:
-    """What one run found.
+    """Result of one run.
 
     Args:
-        images: (B, 3, H, W), of the iterates that fool the one of highest loss; where none does,
-            the one of highest loss.
-        loss: (B,) that of `images`.
-        fooled: (B,) bool, whether an iterate fools.
-        highest: (B,) the highest loss of all iterates.
+        images: (B, 3, H, W), the misclassified iterate of highest loss, else the iterate of
+            highest loss.
+        loss: (B,) of `images`.
+        fooled: (B,) bool, whether any iterate is misclassified.
+        highest: (B,) highest loss of all iterates.
     """
 
     images: Tensor
@@ -57,18 +57,18 @@ def climb(
     momentum: float = 0.75,
     rho: float = 0.75,
 ) -> Climb:
-    """One run from `start`, which counts as an iterate; `steps` + 1 evaluations.
+    """Run from `start`, the first iterate; `steps` + 1 evaluations.
 
     The step after x_k is x_k + a (z − x_k) + (1 − a)(x_k − x_{k−1}) with z the plain signed step,
-    each clamped to ball and box. The stretch between two checkpoints is 0.22 of the steps at first,
-    then 0.03 shorter each time and no shorter than 0.06.
+    each clamped to ball and box. Checkpoints are 0.22 of the steps apart at first, then 0.03 less
+    each time, at least 0.06.
 
     Args:
         evaluate: the loss to ascend.
         x: (B, 3, H, W) float32 in [0, 1], the center of the ball.
         start: like x, in the ball.
         momentum: a, from the second step on.
-        rho: the step is halved where the loss rose in at most this share of a stretch.
+        rho: the step is halved if the loss rose in at most this share of a stretch.
     """
     low, high = (x - epsilon).clamp(0, 1), (x + epsilon).clamp(0, 1)
     point = start.clamp(low, high)
@@ -114,15 +114,14 @@ def _wide(rows: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class APGD(Attack):
-    """What the three have in common.
+    """Base of the three Auto-PGD attacks.
 
-    Every image comes back attacked: of the iterates that the model gets wrong the one of highest
-    loss, else the one of highest loss; an image that is wrong from the start is attacked in the
-    first run too. Only what is not fooled yet goes through the further runs.
+    Returns per image the misclassified iterate of highest loss, else the iterate of highest loss;
+    images misclassified when clean are attacked, too. Restarts run on the remaining images.
 
     Args:
-        steps: iterations of a run.
-        restarts: runs from different random starts, for each goal.
+        steps: iterations per run.
+        restarts: runs per goal, from different random starts.
     """
 
     steps: int = 100
@@ -181,7 +180,7 @@ class APGD(Attack):
         return evaluate
 
     def _goals(self, target: Defender, x: Tensor, classes: Distinct) -> Tensor:
-        """The classes to go for one after the other, (B, n); of one meaningless column here."""
+        """Goals (B, n), attacked in order; one unused column for untargeted attacks."""
         return classes.labels[:, None]
 
     @staticmethod
@@ -225,13 +224,13 @@ class APGDDLR(APGD):
 
 @dataclass(frozen=True)
 class APGDT(APGD):
-    """Auto-PGD on the targeted DLR loss, goal after goal; needs four classes.
+    """Auto-PGD on the targeted DLR loss, one goal at a time; needs four classes.
 
-    The goals are the wrong classes by their logits on the clean image, the likeliest first.
+    Goals are the wrong classes by falling logits on the clean image.
 
     Args:
         steps, restarts: see APGD.
-        targets: how many goals; no more than there are wrong classes.
+        targets: number of goals, at most the number of wrong classes.
     """
 
     targets: int = 9

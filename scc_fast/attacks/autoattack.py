@@ -1,15 +1,14 @@
-"""AutoAttack and Square, run by the package pyautoattack on the undefended model.
+"""AutoAttack and Square, by the package pyautoattack on the undefended model.
 
-What that package does, and these keep:
+As in that package:
 
-- An image that the model gets wrong clean comes back as it was, and so does one that no attack
-  fools. Shown to a defense, such a set is a mixture of attacked and clean images, and the accuracy
-  on it is not that on attacked ones: see `complete`.
-- Images leave the batch when they are fooled, and its random numbers are drawn for the batch: what
-  an image becomes depends on the others in it. The same call gives the same images.
+- Images that are misclassified clean, or withstand all attacks, come back clean. A defense then
+  sees a mixture of attacked and clean images: see `complete`.
+- Fooled images leave the batch, and random numbers are drawn per batch, so the result for an image
+  depends on its batch. The same call gives the same images.
 
-It seeds the global generators; they are put back as they were, as are its log and the tracing
-function. Until then other threads see them.
+It seeds the global generators; they are restored afterwards, as are its log and the tracing
+function. Other threads see them meanwhile.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from scc_fast.attacks.module import BareLogits
 from scc_fast.config import shown
 from scc_fast.reference import philox
 
-SEED = 162  # Philox purpose: what pyautoattack is seeded with
+SEED = 162  # Philox purpose: pyautoattack's seed
 _STEPS, _QUERIES = 100, 5000  # those of 'standard'
 
 
@@ -44,7 +43,7 @@ def package() -> Any:
     """The module pyautoattack.
 
     Raises:
-        ImportError: it is not installed; says how to get it.
+        ImportError: not installed.
     """
     try:
         return importlib.import_module("pyautoattack")
@@ -57,7 +56,7 @@ def package() -> Any:
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """The global generators, the tracing function and pyautoattack's log, afterwards as before."""
+    """Restore the global generators, the tracing function and pyautoattack's log."""
     log, tracing = logging.getLogger("auto-attack"), sys.gettrace()
     disabled, state = log.disabled, np.random.get_state()  # noqa: NPY002
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
@@ -73,14 +72,14 @@ def undisturbed() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Packaged(Attack):
-    """What the three have in common: 'standard' of pyautoattack with a list of its own."""
+    """Base: pyautoattack's 'standard' with another list of attacks."""
 
     @abstractmethod
     def parts(self, classes: int) -> list[str]:
-        """pyautoattack's names of the attacks that run one after the other on K classes."""
+        """pyautoattack's names of the attacks to run, for K classes."""
 
     def tune(self, standard: Any) -> None:
-        """Settings that are not those of 'standard'."""
+        """Change settings of 'standard'."""
 
     def run(self, target: Defender, x: Tensor, labels: Tensor, seeds: Tensor) -> Tensor:
         module = package()
@@ -105,14 +104,14 @@ class Packaged(Attack):
 
 @dataclass(frozen=True)
 class PaperAA(Packaged):
-    """The AutoAttack of TTC's and SCC's tables: apgd-ce, then apgd-dlr on what is left.
+    """AutoAttack of TTC's and SCC's tables: apgd-ce, then apgd-dlr on the remaining images.
 
-    With two classes, which have no DLR loss, apgd-ce alone.
+    Only apgd-ce with two classes, which have no DLR loss.
 
     Args:
-        steps: iterations of each; AutoAttack's are 100.
-        complete: an image that would come back clean comes back as our own APGD-CE leaves it, so
-            that a defense is shown attacked images only.
+        steps: iterations of each; 100 in AutoAttack.
+        complete: attack images that would come back clean with our APGD-CE, so that a defense
+            sees only attacked images.
     """
 
     steps: int = _STEPS
@@ -162,13 +161,13 @@ class PaperAA(Packaged):
 class AutoAttack(PaperAA):
     """AutoAttack 'standard' (arXiv 2003.01690): apgd-ce, apgd-t, fab-t and square.
 
-    With fewer than ten classes the targeted ones go for all wrong classes. With three classes, too
-    few for the targeted DLR loss, apgd-dlr takes the place of apgd-t; with two nothing does.
+    With fewer than ten classes the targeted attacks try all wrong classes. With three classes
+    apgd-dlr replaces apgd-t, whose loss needs four; with two nothing does.
 
     Args:
-        steps: iterations of apgd and fab; AutoAttack's are 100.
+        steps: iterations of apgd and fab; 100 in AutoAttack.
         complete: see PaperAA.
-        queries: of square; AutoAttack's are 5000.
+        queries: of square; 5000 in AutoAttack.
     """
 
     queries: int = _QUERIES
@@ -193,10 +192,10 @@ class AutoAttack(PaperAA):
 class Square(Packaged):
     """The Square attack (arXiv 1912.00049): random search on the margin, logits only.
 
-    Images that are wrong clean, or withstand it, come back as they were.
+    Images that are misclassified clean, or withstand it, come back clean.
 
     Args:
-        queries: forward passes for each image.
+        queries: forward passes per image.
     """
 
     queries: int = _QUERIES

@@ -1,6 +1,6 @@
-"""What every attack is: its settings, whom it is made against, and the ascent they share.
+"""Attack: base class, gradients of the undefended model, and PGD's ascent.
 
-An attack is told the true labels, and seeds of its own: never those a defense is judged with.
+An attack gets the true labels, and its own seeds, which differ from the defense's.
 """
 
 from __future__ import annotations
@@ -29,18 +29,16 @@ Loss = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Attack(ABC):
-    """One attack with its settings; subclasses add theirs as fields.
+    """Attack with its settings; subclasses add fields.
 
     Args:
         epsilon: budget, L-infinity, pixel units in [0, 1).
 
     Attributes:
-        name: as a command line spells it.
-        aware: it knows the defense, and is made against each; else once, on the undefended model,
-            and shown to all.
-        conclusive: a working one must bring the undefended model down; one that need not
-            (black boxes, controls) says so.
-        budgeted: it has a budget; else its epsilon is 0, and pixels may move anywhere in [0, 1].
+        name: in a spec.
+        aware: made against each defense; else once, against the undefended model.
+        conclusive: must break the undefended model; False for black boxes and controls.
+        budgeted: has a budget; else epsilon is 0, and pixels may take any value in [0, 1].
     """
 
     epsilon: float = 4 / 255
@@ -63,12 +61,12 @@ class Attack(ABC):
 
     @property
     def title(self) -> str:
-        """As a table shows it, without the budget: "PGD-10"."""
+        """Title in tables, without the budget: "PGD-10"."""
         return self.name
 
     @property
     def spec(self) -> str:
-        """What parse_attack() makes this attack of, budget apart: "pgd:steps=20"."""
+        """Spec for parse_attack(), without the budget: "pgd:steps=20"."""
         parts = [self.name]
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -80,19 +78,19 @@ class Attack(ABC):
 
     @property
     def reach(self) -> float:
-        """How far a pixel may move."""
+        """Largest change of a pixel."""
         return self.epsilon if self.budgeted else 1.0
 
     def suits(self, target: Defender) -> bool:
-        """Whether it can be made against this defense (a gate attack needs a gate)."""
+        """Whether the attack applies to this defense (a gate attack needs a gate)."""
         return True
 
     @abstractmethod
     def run(self, target: Defender, x: Tensor, labels: Tensor, seeds: Tensor) -> Tensor:
-        """The attacked images.
+        """Attack images.
 
         Args:
-            target: the defense; one that is not `aware` uses no more than its session.
+            target: the defense; only its session unless `aware`.
             x: (B, 3, H, W) float32 in [0, 1] on the model's device.
             labels: (B,) int64 true classes.
             seeds: (B,) int64, the attacker's own.
@@ -102,7 +100,7 @@ class Attack(ABC):
         """
 
     def settings(self) -> dict[str, Any]:
-        """Name and fields, the budget, if it has one, as "4/255"."""
+        """Name and fields, with a budget as "4/255"."""
         found = {"attack": self.name, **dataclasses.asdict(self)}
         if self.budgeted:
             return found | {"epsilon": format_epsilon(self.epsilon)}
@@ -112,10 +110,10 @@ class Attack(ABC):
 def prepared(
     target: Defender, x: Tensor, labels: Tensor, seeds: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What run() was given, checked, as tensors on one device that autograd may keep.
+    """Checked arguments of run(), on one device and usable by autograd.
 
     Raises:
-        TypeError, ValueError: naming the argument, what came and what would be right.
+        TypeError, ValueError: an invalid argument.
     """
     for name, value in (("x", x), ("labels", labels), ("seeds", seeds)):
         if not isinstance(value, Tensor):
@@ -149,10 +147,7 @@ def prepared(
 
 
 def slope(point: Tensor, answer: Callable[[Tensor], Tensor], loss: Loss) -> tuple[Tensor, Tensor]:
-    """answer(point), and the gradient of the summed loss of it: like point.
-
-    What `answer` does not pass a gradient through counts as constant.
-    """
+    """answer(point), and the gradient of its summed loss with respect to point."""
     with torch.enable_grad():
         leaf = point.detach().requires_grad_()
         found = answer(leaf)
@@ -161,12 +156,12 @@ def slope(point: Tensor, answer: Callable[[Tensor], Tensor], loss: Loss) -> tupl
 
 
 def bare_logits(target: Defender, x: Tensor) -> Tensor:
-    """Logits (B, K) of the undefended model, whatever the defense makes of x."""
+    """Logits (B, K) of the undefended model."""
     return target.session.logits(target.session.encode(x))
 
 
 def bare_slope(target: Defender, point: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
-    """As slope(), of the undefended model: its logits (B, K), and the gradient of the loss."""
+    """slope() of the undefended model: its logits (B, K), and the gradient of the loss."""
     return slope(point, lambda x: bare_logits(target, x), loss)
 
 
@@ -179,7 +174,7 @@ def pgd_ascent(
     steps: int,
     alpha: float = 1 / 255,
 ) -> Tensor:
-    """Signed gradient ascent in the ball and the box: random start, last iterate.
+    """Signed gradient ascent in ball and box, from a random start to the last iterate.
 
     The protocol of TTC and SCC (Madry et al., arXiv 1706.06083).
     """

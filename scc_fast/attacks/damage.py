@@ -1,8 +1,7 @@
-"""What happens to pictures without an attacker: compression, noise, blur, bad light, a tilt.
+"""Ordinary damage without an attacker: compression, noise, blur, darkness, rotation.
 
-A defense that is tuned to attacks should not pay for them here. The changes are Pillow's (JPEG)
-and torchvision's. They are made on the CPU, picture by picture, so that a picture's damage is the
-same on every device and in every batch.
+A defense should not lose accuracy on it. Made by Pillow (JPEG) and torchvision on the CPU, picture
+by picture: equal on every device and in every batch.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from scc_fast.attacks.base import Attack, prepared
 from scc_fast.config import one_of
 from scc_fast.reference import philox
 
-KIND, NOISE = 163, 164  # Philox purposes: which damage a picture has, and the noise of it
+KIND, NOISE = 163, 164  # Philox purposes: kind of damage, and its noise
 ANY = "any"
 
 
@@ -91,20 +90,19 @@ DAMAGES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class Damaged(Attack):
-    """No attacker: each picture has one of nine ordinary damages.
+    """One of nine ordinary damages per picture, without an attacker.
 
     JPEG of quality 50 or 20, Gaussian noise of standard deviation 8/255 or 16/255, Gaussian blur
     of 1.5 pixels, half the resolution and back (bilinear), half the brightness, grey, 15° of
-    rotation counter-clockwise with black corners. Which one is drawn evenly from the picture's seed
-    alone, so that shares are equal but for chance (of 1000 pictures 111 ± 10 each), and a picture
-    has the same damage wherever it stands.
+    rotation counter-clockwise with black corners. The kind is drawn uniformly from the picture's
+    seed alone (111 ± 10 of 1000 pictures each).
 
     Args:
-        epsilon: 0: there is no budget.
+        epsilon: 0: no budget.
         kind: "any", or one of DAMAGES for all pictures.
 
     Raises:
-        ValueError: another kind, or a budget.
+        ValueError: unknown kind, or a budget.
     """
 
     epsilon: float = 0.0
@@ -125,7 +123,7 @@ class Damaged(Attack):
         return self.name if self.kind == ANY else f"{self.name} ({self.kind})"
 
     def run(self, target: Defender, x: Tensor, labels: Tensor, seeds: Tensor) -> Tensor:
-        """The damaged pictures, as Attack.run() gives them, without a bound but [0, 1]."""
+        """Damaged pictures, as Attack.run(), bounded only by [0, 1]."""
         x, _, seeds = prepared(target, x, labels, seeds)
         if len(x) == 0:
             return x.clone()
@@ -137,7 +135,7 @@ class Damaged(Attack):
 
 
 def kinds_of(seeds: Tensor) -> list[str]:
-    """Which of DAMAGES each picture has under "any", for seeds (B,) int64."""
+    """Index into DAMAGES per picture under "any", for seeds (B,) int64."""
     kinds = tuple(DAMAGES)
     drawn = philox.uniform(seeds, KIND, 0, 1)[:, 0].double() * len(kinds)  # below len(kinds)
     return [kinds[place] for place in drawn.long().tolist()]

@@ -1,8 +1,8 @@
-"""Controls for label leakage: PGD that is not told, or does not use, the true label.
+"""Controls for label leakage: PGD without the true label.
 
-An attack that pushes away from the true class on the undefended model tells a defense which class
-that was, on images the model gets wrong too: robust accuracy above the clean one is its signature.
-What a defense gains against PGD and loses against these it owed to the label.
+An oblivious attack moves away from the true class, which reveals it to a defense even on images
+that the model gets wrong; robust accuracy above clean accuracy is a sign of it. A gain under PGD
+that is lost under these controls was due to the label.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ GOAL = 161  # Philox purpose: the wrong class of pgd-random
 
 @dataclass(frozen=True)
 class PGDOwn(PGD):
-    """PGD away from what the undefended model says of the clean image, right or wrong.
+    """PGD away from the undefended model's prediction on the clean image.
 
     Args:
         steps, alpha: as for PGD.
@@ -43,7 +43,7 @@ class PGDOwn(PGD):
 
 @dataclass(frozen=True)
 class PGDRandom(PGD):
-    """PGD towards one wrong class, drawn evenly for each image from its seed.
+    """PGD towards a wrong class drawn uniformly from the image's seed.
 
     Args:
         steps, alpha: as for PGD.
@@ -65,7 +65,7 @@ class PGDRandom(PGD):
 
 
 def wrong_classes(classes: Distinct, seeds: Tensor) -> Tensor:
-    """One class for each seed that is not the label's, nor has its embedding: (B,) int64."""
+    """Classes (B,) int64 drawn from those with another embedding than the label's."""
     rivals = len(classes) - 1
     if rivals < 1:
         raise ValueError("pgd-random needs two classes with different embeddings, got one")

@@ -1,4 +1,4 @@
-"""Losses on the margin between the true class and its rivals, and the CW attack of TTC and SCC."""
+"""Margin losses, and the CW attack of TTC and SCC."""
 
 from __future__ import annotations
 
@@ -12,20 +12,16 @@ from scc_fast.api import Defender
 from scc_fast.attacks.base import Loss
 from scc_fast.attacks.pgd import PGD
 
-_SLACK = 50.0  # keeps the relu of the CW loss open while the margin is above -50
+_SLACK = 50.0  # the relu of the CW loss is open for margins > -50
 
 
 @dataclass(frozen=True, eq=False)
 class Distinct:
-    """The classes, those with equal text embeddings taken as one.
-
-    Two prompts that read alike get equal logits: a margin between them is always zero, and has no
-    gradient to follow.
+    """Classes with duplicate text embeddings merged: the margin between equal ones is always 0.
 
     Args:
-        columns: (U,) int64, for each different embedding the first class that has it; all classes
-            in their order where none is there twice.
-        labels: (B,) int64, the place of each image's class in `columns`.
+        columns: (U,) int64, first class of each different embedding.
+        labels: (B,) int64, index of each image's class in `columns`.
     """
 
     columns: Tensor
@@ -33,7 +29,7 @@ class Distinct:
 
     @classmethod
     def of(cls, target: Defender, labels: Tensor) -> Distinct:
-        """Those of a defense's classes; labels (B,) count its K classes."""
+        """Distinct classes of a defense, for labels (B,) among its K classes."""
         group, kinds = target.table.group, len(target.table.distinct)
         order = torch.arange(len(group), device=group.device)
         if kinds == len(group):
@@ -45,7 +41,7 @@ class Distinct:
         return len(self.columns)
 
     def __getitem__(self, rows: Tensor) -> Distinct:
-        """For some of the images."""
+        """Select images."""
         return Distinct(self.columns, self.labels[rows])
 
     def logits(self, logits: Tensor) -> Tensor:
@@ -62,8 +58,8 @@ def margin(logits: Tensor, labels: Tensor) -> Tensor:
 def dlr(logits: Tensor, labels: Tensor) -> Tensor:
     """Difference of logits ratio (arXiv 2003.01690, equation 6): (B, K ≥ 3), (B,) → (B,).
 
-    −(l_y − max_{k≠y} l_k) / (l_π1 − l_π3), with π the classes from the largest logit down: no
-    scale or shift of the logits changes it, and it is positive where another class wins.
+    −(l_y − max_{k≠y} l_k) / (l_π1 − l_π3), with π the classes by falling logits: invariant to
+    scale and shift, positive where another class wins.
     """
     ranked = logits.sort(dim=1)
     own = logits.gather(1, labels[:, None])[:, 0]
@@ -86,8 +82,8 @@ def targeted_dlr(logits: Tensor, labels: Tensor, goals: Tensor) -> Tensor:
 class CW(PGD):
     """The margin attack of the papers: PGD's loop on −relu(l_y − max_{k≠y} l_k + 50).
 
-    Named after Carlini and Wagner's loss (arXiv 1608.04644); TTC's code and arXiv 2503.03613 give
-    this form of it. Classes with the embedding of the true one are none of its rivals.
+    After Carlini and Wagner's loss (arXiv 1608.04644), in the form of TTC (arXiv 2503.03613).
+    Classes with the true one's embedding are not rivals.
 
     Args:
         steps, alpha: as for PGD.

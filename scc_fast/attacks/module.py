@@ -1,4 +1,4 @@
-"""The undefended model as the module that other attack libraries ask for."""
+"""The undefended model as a module, for other attack libraries."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from scc_fast.attacks.base import bare_logits
 class BareLogits(nn.Module):
     """Pixels (B, 3, H, W) in [0, 1] to the undefended model's logits (B, K).
 
-    Runs on the engine that serves the defense, and is differentiable with respect to the pixels,
-    once. It has no parameters, and no training mode: train() leaves it as it is.
+    Runs on the defense's engine; differentiable once with respect to the pixels. Without
+    parameters; train() has no effect.
 
     Args:
-        target: the defense whose model it is.
-        columns: (U,) int64, the classes to give logits of; None: all K.
+        target: the defense of the model.
+        columns: (U,) int64, classes of the logits; None: all K.
     """
 
     def __init__(self, target: Defender, columns: Tensor | None = None) -> None:

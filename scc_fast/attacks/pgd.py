@@ -1,7 +1,7 @@
-"""PGD on the undefended model: what the literature calls robust accuracy is measured on this.
+"""PGD on the undefended model, the field's usual attack.
 
-The protocol of TTC and SCC: random start in the ball, sum of cross-entropies, steps of 1/255, no
-restarts, the last iterate is the answer (arXiv 1706.06083, 2503.03613).
+Protocol of TTC and SCC: random start in the ball, sum of cross-entropies, steps of 1/255, no
+restarts, last iterate (arXiv 1706.06083, 2503.03613).
 """
 
 from __future__ import annotations
@@ -55,5 +55,5 @@ class PGD(Attack):
             )
 
     def _loss(self, target: Defender, x: Tensor, labels: Tensor, seeds: Tensor) -> Loss:
-        """What to ascend on these images."""
+        """Loss to ascend on these images."""
         return lambda logits: cross_entropy(logits, labels)

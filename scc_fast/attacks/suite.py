@@ -1,4 +1,4 @@
-"""What "adaptive" stands for: the attacks that know a defense, those that suit it."""
+"""The suite "adaptive": all adaptive attacks that apply to a defense."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from scc_fast.attacks.unrolled import Unrolled
 
 
 def adaptive_suite(target: Defender, epsilon: float) -> list[Attack]:
-    """The attacks on a defense whose worst per image is to be reported, cheapest first.
+    """Adaptive attacks on a defense, cheapest first; report the worst per image.
 
-    None of them contains another: which is the strongest depends on the defense and the image.
+    The strongest depends on the defense and the image.
 
     Args:
         target: the defense.

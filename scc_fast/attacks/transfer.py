@@ -1,4 +1,4 @@
-"""Transfer: images made against another encoder, by who has no access to the one under test."""
+"""Transfer attack: images made against another encoder."""
 
 from __future__ import annotations
 
@@ -21,13 +21,12 @@ from scc_fast.models import VisionLanguage, load_spec, parse_model
 class Transfer(PGD):
     """PGD on the cross-entropy of another model, with the target's prompts as its classes.
 
-    The pixels are the target's; the other encoder sees them through its own resize, which the
-    gradient goes back through.
+    The other encoder gets the target's pixels through its own differentiable resize.
 
     Args:
         steps, alpha: as for PGD.
-        source: the other model, as scc_fast.models.load_spec() takes it, with weights:
-            "ViT-B-16@openai", "hf-hub:org/repo", "tiny", a folder. The last two are kept loaded.
+        source: spec of the other model, with weights: "ViT-B-16@openai", "hf-hub:org/repo",
+            "tiny", a folder (see scc_fast.models.load_spec). Two models stay loaded.
     """
 
     source: str = ""
@@ -45,7 +44,7 @@ class Transfer(PGD):
             ) from None
         brings = name == "tiny" or name.startswith(("hf-hub:", "local-dir:"))
         if pretrained is None and not brings and not Path(name).expanduser().is_dir():
-            # load_model() would take random weights, which fool nobody.
+            # load_model() would use random weights.
             raise ValueError(
                 f"transfer: source {shown(self.source)} is no folder and names no weights; an "
                 f'open_clip name needs them: "{name}@openai", or whichever tag or file it is'
@@ -73,5 +72,5 @@ class Transfer(PGD):
 
 @functools.lru_cache(maxsize=2)
 def loaded(source: str, device: torch.device) -> VisionLanguage:
-    """The model of a source, loaded once."""
+    """Model of a source, cached."""
     return load_spec(source, device)

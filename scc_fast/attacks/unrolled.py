@@ -1,25 +1,21 @@
-"""The gradient through a defense's own steps: TTC and SCC unrolled, for attack purposes.
+"""Unrolled attack: the gradient through the steps of TTC and SCC.
 
-What BPDA with the identity leaves out is that a point moved changes what the defense adds to it.
-Here the defense is written out under autograd, its ascent's gradients included, and differentiated
-as a whole. Two of its operations have no useful derivative and get a straight-through one (Bengio
-et al., arXiv 1308.3432; for defenses Athalye et al., arXiv 1802.00420):
+BPDA with the identity ignores that δ depends on the image. Here the whole defense, with the
+gradients of its ascent, is differentiated by autograd. Two operations get a straight-through
+derivative (Bengio et al., arXiv 1308.3432; for defenses Athalye et al., arXiv 1802.00420):
 
-- sign(g) of an ascent step: backward it counts as c · g / mean|g|, with the mean of each
-  image taken as a constant. At c = 1 the surrogate's mean magnitude is that of the sign, and the
-  gradient of step upon step grows a thousandfold and points anywhere; at c = 0 this is BPDA.
-- the projection Π: its clamp to the ball passes gradients inside, which is its own derivative; its
-  clamp to the box passes them all, for a pixel at the box is free to move away from it.
+- sign(g) of an ascent step has the derivative of c · g / mean|g|, with a constant mean per image.
+  At c = 1 the surrogate has the sign's mean magnitude, and gradients over several steps explode;
+  c = 0 is BPDA.
+- the projection Π: the clamp to the ball has its own derivative; the clamp to the box has the
+  identity's, for a pixel at the box can move away from it.
 
-What is decided (the gate, ŷ, the hardest negative) counts as constant; the soft pseudo-label
-does not.
+Decisions (the gate, ŷ, the hardest negative) count as constant; the soft pseudo-label does not.
 
-Memory and time: every pass of the defense and its backward are kept, and differentiated once
-more: the encoder's activations of 1 + L·(N + S + 1) pictures of one image, N steps of
-warm-up, S semantic ones, about twice each. On a CPU it took three times as long as the
-reference of the defense, and five to eight times as long as the runner.
-It runs through the model's own modules in the weights' precision, whatever engine serves the
-defense, and takes attention in plain products, whose second derivative PyTorch has.
+All passes of the defense are kept and differentiated twice: activations of 1 + L·(N + S + 1)
+pictures per image, with N warm-up and S semantic steps, about twice each. On a CPU it took three
+times as long as the reference, and five to eight times as long as the runner. It uses the model's
+modules in the weights' precision, with plain attention, which has a second derivative.
 """
 
 from __future__ import annotations
@@ -41,17 +37,17 @@ from scc_fast.engine.drive import dense
 from scc_fast.reference import heads, step
 from scc_fast.reference.views import make_views
 
-MOST_STEPS = 8  # of the defense: more do not fit, and their gradient is noise
+MOST_STEPS = 8  # of the defense; beyond, the gradient is noise
 
 
 @dataclass(frozen=True)
 class Unrolled(BPDA):
-    """Ascent of the loss along the gradient through all of TTC's or SCC's steps.
+    """Ascent along the gradient through all steps of TTC or SCC, at most 8.
 
-    Only defenses of at most 8 steps in total. A step costs some five to eight runs of the defense.
+    A step costs five to eight runs of the defense.
 
     Args:
-        slope: c, of the straight-through sign, in [0, 1].
+        slope: c of the straight-through sign, in [0, 1].
     """
 
     steps: int = 10
@@ -78,7 +74,7 @@ class Unrolled(BPDA):
 
 
 def step_count(target: Defender) -> int:
-    """Steps that TTC or SCC takes in all; 0 for another defense."""
+    """Number of steps of TTC or SCC; 0 for another defense."""
     defense = target.defense
     if not isinstance(defense, Ascent):
         return 0
@@ -86,22 +82,21 @@ def step_count(target: Defender) -> int:
 
 
 def unrolled(target: Defender, x: Tensor, seeds: Tensor, slope: float = 1.0) -> Tensor:
-    """The logits of TTC or SCC as a differentiable function of x.
+    """Logits of TTC or SCC, differentiable with respect to x as this module describes.
 
-    Their values are the defense's own (METHOD.md's steps 1 to 5), their derivative is the one
-    this module describes. To be called where gradients are on.
+    Gradients must be on.
 
     Args:
         target: TTC or SCC.
         x: (B, 3, H, W) float32 in [0, 1], B >= 1.
         seeds: (B,) int64.
-        slope: c, of the straight-through sign.
+        slope: c of the straight-through sign.
 
     Returns:
         (B, K).
 
     Raises:
-        ValueError: another defense.
+        ValueError: neither TTC nor SCC.
     """
     if not isinstance(target.defense, Ascent):
         raise ValueError(f"only ttc and scc can be unrolled, got {target.method!r}")
@@ -112,7 +107,7 @@ def unrolled(target: Defender, x: Tensor, seeds: Tensor, slope: float = 1.0) -> 
 
 
 class UnrolledViews(LiveViews):
-    """Views whose steps are differentiable too, any number of times.
+    """Views with differentiable steps, to any order.
 
     Args:
         slope: c, of the straight-through sign.
@@ -167,7 +162,7 @@ class UnrolledViews(LiveViews):
 
 
 def straight_sign(gradient: Tensor, slope: float = 1.0) -> Tensor:
-    """sign(g), with the derivative of c·g / mean|g|, the mean of each image a constant.
+    """sign(g) with the derivative of c·g / mean|g|, the mean per image constant.
 
     Args:
         gradient: (B, 3, H, W).
