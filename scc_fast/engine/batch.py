@@ -144,7 +144,7 @@ class Views:
         return gradient
 
     def answer(self, delta: Tensor, features: Tensor | None, strength: float = 1.0) -> Tensor:
-        """Mean logits (B, K) of x + δ, whose features are given where they are known."""
+        """Mean logits (B, K) of x + δ, from its features if known."""
         return self.logits(self.forward(delta) if features is None else features, strength)
 
     def step(

@@ -112,7 +112,7 @@ class Plan:
 
 
 def single_pass(method: str, views: int, head: str = "mean_logits") -> Plan:
-    """The plan of a method that looks once at `views` views."""
+    """Plan of a single forward pass of `views` views."""
     return Plan(method, views, (Pass("predict", views, 0, head),), gate=False)
 
 
