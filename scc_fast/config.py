@@ -1,4 +1,4 @@
-"""Configurations of the methods: frozen, validated when made, to and from JSON."""
+"""Configs of methods: frozen, validated, convertible to JSON."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ C = TypeVar("C", bound="MethodConfig")
 
 
 def shown(value: Any) -> str:
-    """repr of a value for a message, cut to 80 characters; shape and type of an array."""
+    """Short repr of a value for a message; shape and dtype of an array."""
     try:
         if getattr(value, "shape", ()) and hasattr(value, "dtype"):
             return f"{type(value).__qualname__} of shape {tuple(value.shape)} and {value.dtype}"
         text = " ".join(repr(value).split("\n"))
-    except Exception:  # a repr that fails, or a number of thousands of digits
+    except Exception:  # a failing repr, or an int with thousands of digits
         return f"an object of type {type(value).__qualname__}"
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def nearest(value: object, choices: Iterable[str], most: int = 1) -> str:
-    """What a message says of choices close to a value: "; did you mean 'scc'?", or ""."""
+    """Suggestion of close choices for a message: "; did you mean 'scc'?", or ""."""
     if not isinstance(value, str):
         return ""
     spelled = {_letters(choice): choice for choice in choices}
@@ -42,10 +42,10 @@ def _letters(name: str) -> str:
 
 
 def one_of(name: str, value: Any, choices: Sequence[str]) -> str:
-    """The value of an argument that is one of a few names, spelt exactly so.
+    """Check that a value is one of several names.
 
     Raises:
-        ValueError: it is none; lists them, and the nearest.
+        ValueError: it is not; suggests the nearest.
     """
     if not isinstance(value, str) or value not in choices:
         raise ValueError(
@@ -56,30 +56,30 @@ def one_of(name: str, value: Any, choices: Sequence[str]) -> str:
 
 
 def python_number(value: Any) -> Any:
-    """A number of NumPy, or an array or tensor without dimensions, as Python's; else as it is."""
-    if type(value) in (bool, int, float, str):  # all that Dynamo can look at, and the usual case
+    """Convert a NumPy number or 0-d array or tensor to Python's; return others unchanged."""
+    if type(value) in (bool, int, float, str):  # the usual case, and all that Dynamo can trace
         return value
     return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
 
 
 def within(name: str, value: Any, low: float, high: float) -> float:
-    """`value` as Python's number.
+    """Check that `value` is a number in [low, high]; returns Python's.
 
     Raises:
-        ValueError: it is no number in [low, high]; names the field and the range.
+        ValueError: it is not.
     """
     number = python_number(value)
     good = isinstance(number, int | float) and not isinstance(number, bool)
-    if not good or not low <= number <= high:  # NaN is not
+    if not good or not low <= number <= high:  # false for NaN
         raise ValueError(f"{name} must be a number in [{low:g}, {high:g}], got {shown(value)}")
     return number
 
 
 def whole(name: str, value: Any, low: int, high: int | None = None, of: str = "") -> int:
-    """`value` as Python's int.
+    """Check that `value` is a whole number in [low, high], or >= low; returns Python's int.
 
     Raises:
-        ValueError: it is no whole number in [low, high], or from low on; names the field.
+        ValueError: it is not.
     """
     number = python_number(value)
     if type(number) is not int or number < low or (high is not None and number > high):
@@ -90,7 +90,7 @@ def whole(name: str, value: Any, low: int, high: int | None = None, of: str = ""
 
 @dataclass(frozen=True)
 class View:
-    """One view of an image: shift by whole pixels, then flip, then add noise and clamp.
+    """View of an image: shift by whole pixels, then flip, then add noise and clamp.
 
     Args:
         flip: mirror left to right.
@@ -132,12 +132,12 @@ class View:
         return dataclasses.replace(self, shift=(down, right))
 
 
-_FARTHEST = 2**40  # beyond any picture, and what every backend can add to an index
+_FARTHEST = 2**40  # beyond any picture, within int64 index arithmetic
 IDENTITY = View()
 
 
 def parse_epsilon(value: Any) -> float:
-    """A budget in pixel units from "4/255", "0.0157" or a number; ValueError outside [0, 1)."""
+    """Parse a budget in pixel units: "4/255", "0.0157" or a number; ValueError outside [0, 1)."""
     given, number = python_number(value), math.nan
     try:
         if isinstance(given, str):
@@ -156,7 +156,7 @@ def parse_epsilon(value: Any) -> float:
 
 
 def format_epsilon(value: float) -> str:
-    """0.0157 as "4/255" where it is a multiple of 1/255, else as a decimal."""
+    """Budget as "4/255" if a multiple of 1/255, else as a decimal."""
     steps = value * 255
     return f"{round(steps)}/255" if abs(steps - round(steps)) < 1e-6 else f"{value:g}"
 
@@ -178,7 +178,7 @@ def resolve_views(
 
 @dataclass(frozen=True)
 class MethodConfig:
-    """What every method's configuration can do."""
+    """Base of configs: validation and JSON."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -200,17 +200,17 @@ class MethodConfig:
             object.__setattr__(self, field.name, value)
 
     def to_json(self) -> str:
-        """All fields as one JSON object; from_json() makes an equal config of it."""
+        """JSON object of all fields; inverse of from_json()."""
         return json.dumps(dataclasses.asdict(self))
 
     @classmethod
     def from_json(cls: type[C], text: str) -> C:
-        """The inverse of to_json(); unknown names are refused."""
+        """Config from to_json(); ValueError for unknown fields."""
         return cls.from_dict(json.loads(text))
 
     @classmethod
     def from_dict(cls: type[C], values: dict[str, Any]) -> C:
-        """A config from a plain dict; unknown names are refused."""
+        """Config from a dict; ValueError for unknown fields."""
         if not isinstance(values, dict):
             raise ValueError(f"{cls.__name__} is made from a JSON object, got {shown(values)}")
         known = [field.name for field in dataclasses.fields(cls)]
@@ -233,7 +233,7 @@ _RANGES: dict[str, tuple[float, float]] = {
 
 
 def parse_budget(name: str, value: Any) -> float:
-    """parse_epsilon() for an argument of another name."""
+    """parse_epsilon() with another name in the message."""
     try:
         return parse_epsilon(value)
     except ValueError as error:
@@ -303,7 +303,7 @@ class TTCConfig(MethodConfig):
         epsilon, alpha: budget and step, L-infinity, pixel units in [0, 1).
         steps: N, counterattack steps.
         beta: weight of iterate t is proportional to exp(beta t).
-        tau: images whose drift is below it are taken as attacked.
+        tau: gate; an image with drift < tau counts as attacked.
     """
 
     epsilon: float = 4 / 255
@@ -321,7 +321,7 @@ class SCCConfig(MethodConfig):
         epsilon, alpha: budget and step, L-infinity, pixel units in [0, 1).
         warmup_steps: N_w, steps of the view-averaged counterattack.
         beta: weight of warm-up iterate t is proportional to exp(beta t).
-        tau: gate; an image with drift >= tau is taken as clean and left at its noise.
+        tau: gate; an image with drift >= tau counts as clean and keeps δ⁰.
         views: "geometric", "paper" or a list of View that begins with the identity.
         sigma: noise of the "paper" preset's copies, pixels in [0, 1].
         temperature: T, sharpens the pseudo-label; in (0, 1].
@@ -354,10 +354,7 @@ def method_config(
     config: MethodConfig | dict[str, Any] | None,
     kind: type[MethodConfig],
 ) -> MethodConfig:
-    """The config of `method`, from an object, a dict or None, over a model's own defaults.
-
-    `kind` is its class.
-    """
+    """Config of `method` (class `kind`) from an object, a dict or None, over a model's defaults."""
     if isinstance(config, MethodConfig):
         if not isinstance(config, kind):
             raise TypeError(

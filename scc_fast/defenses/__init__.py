@@ -1,4 +1,4 @@
-"""Every defense behind one protocol, by name: the rows of the papers' tables."""
+"""Defenses by name, with one interface."""
 
 from __future__ import annotations
 
@@ -38,20 +38,20 @@ DEFENSES: dict[str, type[Defense]] = {
     )
 }
 
-# Those whose passes are listed and timed, and which CUDA graphs serve.
+# Defenses with a plan of passes, supported by CUDA graphs.
 PLANNED = tuple(name for name, kind in DEFENSES.items() if kind.captures)
 
 __all__ = ["DEFENSES", "PLANNED", "Defense", "Repaired", "State", "Traits", "parse_defense"]
 
 
 def parse_defense(spec: str) -> tuple[str, dict[str, Any]]:
-    """Name and config of "scc", "scc:semantic=false:epsilon=8/255" or 'scc{"epsilon": "8/255"}'.
+    """Parse "scc", "scc:semantic=false:epsilon=8/255" or 'scc{"epsilon": "8/255"}'.
 
-    Values are JSON where they can be read as such, else text.
+    Values are JSON, else text.
 
     Raises:
-        ValueError: an unknown name, a part without "=", a field given twice, both ways at once, or
-            what follows a brace is no JSON.
+        ValueError: an unknown name, a part without "=", a repeated field, both forms at once, or
+            invalid JSON after a brace.
     """
     head, brace, rest = spec.partition("{")
     name, *parts = head.split(":")

@@ -22,19 +22,17 @@ from scc_fast.engine.session import Session
 
 @dataclass(frozen=True)
 class AntiAdvConfig(MethodConfig):
-    """Steps and budget of the anti-adversary; None is replaced by a number when it is made.
+    """Config of Anti-adv; None fields get numbers at construction.
 
-    What the tables of TTC, DOC and SCC used for CLIP is not published. The default gives every
-    gradient method of such a table one budget, 4/255, and as the published one does, K steps
-    that reach together just as far as they may: alpha is epsilon/steps, 2/255.
+    The values behind the tables of TTC, DOC and SCC are not published. The default is their common
+    budget, 4/255, just reached by K steps, as in the published config: alpha = epsilon/steps.
 
     Args:
-        epsilon: max |γ|, L-infinity, pixel units in [0, 1). None: 4/255. Where published, there
-            is no projection, and this is how far the steps reach, steps·alpha.
-        alpha: step, pixel units in [0, 1). None: epsilon/steps; where published, 0.15.
+        epsilon: max |γ|, L-infinity, pixel units in [0, 1). None: 4/255. With
+            `published` there is no projection, and this is steps·alpha.
+        alpha: step, pixel units in [0, 1). None: epsilon/steps, or 0.15 with `published`.
         steps: K.
-        published: as in the authors' code, alpha 0.15 and neither projection nor clamp, so that
-            the encoder is shown pixels outside [0, 1].
+        published: as in the authors' code: alpha 0.15, no projection, no clamp to [0, 1].
     """
 
     epsilon: float | None = None
@@ -62,10 +60,10 @@ class AntiAdvConfig(MethodConfig):
 
 
 class AntiAdv(Defense):
-    """Anti-adversary: makes the model more certain of what it says of the picture it was given.
+    """Anti-adversary: increases the model's confidence in its prediction.
 
-    The pseudo-label is read off the pass that the first gradient needs, which the authors' code
-    makes twice: K + 1 passes forward, not K + 2, for the same result.
+    The pseudo-label shares the first gradient's pass, which the authors' code makes twice: K + 1
+    forward passes instead of K + 2, with the same result.
     """
 
     name, Config = "anti_adv", AntiAdvConfig
@@ -94,7 +92,7 @@ class AntiAdv(Defense):
             nonlocal label
             logits = session.logits(session.encode(still + delta))
             label = logits.detach().argmax(dim=-1) if label is None else label
-            # 1 - p vanishes in float32 where the model is certain
+            # 1 - p underflows in float32 for a certain model
             return -F.cross_entropy(logits.double(), label, reduction="none")
 
         def gradient(delta: Tensor, _: int) -> Tensor:

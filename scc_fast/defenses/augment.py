@@ -1,8 +1,7 @@
-"""Random crops and mild changes of pictures, each image's own, for a whole batch at once.
+"""Random crops and mild augmentations, per image, for a whole batch.
 
-What torchvision does to one PIL picture at a time, on float tensors: no rounding to 8 bits in
-between, and zeros beyond the border are blended in by the bilinear weights, which changes border
-pixels a little. Everything is differentiable with respect to the pixels.
+torchvision's transforms on float tensors: no rounding to 8 bits, and zeros beyond the border are
+blended in by bilinear weights. Differentiable with respect to the pixels.
 """
 
 from __future__ import annotations
@@ -17,19 +16,19 @@ from torch import Tensor
 
 from scc_fast.reference import philox
 
-BOX_DRAWS = 22  # uniforms that one random box takes
+BOX_DRAWS = 22  # uniforms per random box
 _TRIES = 10
 _GRAY = (0.2989, 0.587, 0.114)
 _ORDERS = tuple(itertools.permutations(range(4)))
 
 
 def straight(x: Tensor, changed: Tensor) -> Tensor:
-    """`changed`, with the gradient of x: for what cannot be differentiated."""
+    """`changed` with the gradient of x (straight-through)."""
     return x + (changed - x).detach()
 
 
 def only(x: Tensor, rows: Tensor, change: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """x (n, ...) with the rows of a mask (n,) changed by `change(x[i], i)`, i their indices."""
+    """x (n, ...) with masked rows replaced by `change(x[i], i)`, i their indices."""
     index = rows.nonzero()[:, 0]
     return x.index_copy(0, index, change(x[index], index)) if len(index) else x
 
@@ -43,10 +42,10 @@ def random_boxes(
     scale: tuple[float, float],
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> Tensor:
-    """Boxes as of RandomResizedCrop: (..., 22) uniforms → (..., 4) top, left, height, width.
+    """Boxes of RandomResizedCrop: (..., 22) uniforms → (..., 4) top, left, height, width.
 
-    Up to ten tries for an area in `scale` and a log-uniform width/height in `ratio` that fit into
-    (height, width); then the largest box in the middle.
+    Up to ten draws of an area in `scale` and a log-uniform width/height in `ratio`, until they fit
+    into (height, width); then the largest centred box.
     """
     height, width = size
     tries = draws[..., : 2 * _TRIES].double().unflatten(-1, (_TRIES, 2))
@@ -77,11 +76,11 @@ def _middle_box(height: int, width: int, ratio: tuple[float, float]) -> tuple[in
 
 
 def crop_resize(x: Tensor, boxes: Tensor, flip: Tensor) -> Tensor:
-    """Boxes of each image, bilinearly enlarged to the image's size.
+    """Crop boxes and resize them bilinearly to the image's size.
 
     Args:
         x: (B, 3, H, W).
-        boxes: (B, V, 4) top, left, height, width in whole pixels, no larger than the image.
+        boxes: (B, V, 4) top, left, height, width in whole pixels, within the image.
         flip: (B, V) bool, mirrored left to right.
 
     Returns:
@@ -101,7 +100,7 @@ def crop_resize(x: Tensor, boxes: Tensor, flip: Tensor) -> Tensor:
 
 
 def _places(side: int, start: Tensor, length: Tensor) -> Tensor:
-    """Where `side` pixels are taken from in start + [0, length), (n, side), in grid units."""
+    """Sampling positions (n, side) of `side` pixels in start + [0, length), in grid units."""
     at = torch.arange(side, dtype=start.dtype, device=start.device) + 0.5
     at = at * (length / side)[:, None] - 0.5
     at = at.clamp_min(0).minimum(length[:, None] - 1) + start[:, None]
@@ -116,8 +115,8 @@ def warp(x: Tensor, matrix: Tensor) -> Tensor:
 
     Args:
         x: (n, 3, H, W).
-        matrix: (n, 2, 3), from an output pixel's (x, y, 1) to where it is taken from, in pixels
-            from the middle of the picture, right and down.
+        matrix: (n, 2, 3), output (x, y, 1) -> input position, in pixels right and down from the
+            centre.
     """
     height, width = x.shape[-2:]
     half = x.new_tensor([width / 2, height / 2])
@@ -127,7 +126,7 @@ def warp(x: Tensor, matrix: Tensor) -> Tensor:
 
 
 def rotation(angle: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """The map that turns pictures clockwise, enlarges them, and shifts them: (n, 2, 3) for warp.
+    """Matrix (n, 2, 3) for warp: rotate clockwise, scale, shift.
 
     Args:
         angle: (n,) radians. scale: (n,). shift: (n, 2) pixels to the right and down.
@@ -141,22 +140,22 @@ def rotation(angle: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 
 def brightness(x: Tensor, factor: Tensor) -> Tensor:
-    """Towards black: (n, 3, H, W), factor (n,)."""
+    """Blend with black: (n, 3, H, W), factor (n,)."""
     return (x * _wide(factor)).clamp(0, 1)
 
 
 def contrast(x: Tensor, factor: Tensor) -> Tensor:
-    """Towards the picture's mean gray."""
+    """Blend with the picture's mean gray."""
     return _blend(x, _gray(x).mean(dim=(1, 2, 3), keepdim=True), factor)
 
 
 def saturation(x: Tensor, factor: Tensor) -> Tensor:
-    """Towards each pixel's gray."""
+    """Blend with each pixel's gray."""
     return _blend(x, _gray(x), factor)
 
 
 def hue(x: Tensor, turn: Tensor) -> Tensor:
-    """Turns the hue by turn (n,), 1 for the whole circle."""
+    """Rotate the hue by turn (n,); 1 is the whole circle."""
     red, green, blue = x.unbind(dim=1)
     value = x.amax(dim=1)
     chroma = value - x.amin(dim=1)
@@ -174,7 +173,7 @@ def weighted_blur(x: Tensor, weights: Tensor, padding: str = "reflect") -> Tenso
     """Separable blur with each picture's own weights (n, 2r + 1) in both directions.
 
     Raises:
-        ValueError: a picture of r pixels or fewer, in which nothing can be reflected.
+        ValueError: a side of r pixels or fewer, too small for reflection.
     """
     reach = weights.shape[1] // 2
     height, width = x.shape[-2:]
@@ -198,12 +197,12 @@ def gaussian_blur(x: Tensor, sigma: Tensor, size: int = 5) -> Tensor:
 
 
 def jitter(x: Tensor, factors: Sequence[Tensor], order: Tensor) -> Tensor:
-    """The four changes of colour, in an order of each picture's own.
+    """Colour jitter, in a random order per picture.
 
     Args:
         x: (n, 3, H, W).
         factors: of brightness, contrast, saturation and hue, (n,) each.
-        order: (n,) int64 in [0, 24), which of their permutations.
+        order: (n,) int64 in [0, 24), index of the permutation.
     """
     changes = (brightness, contrast, saturation, hue)
     table = torch.tensor(_ORDERS, device=x.device)[order]
@@ -219,8 +218,8 @@ def jitter(x: Tensor, factors: Sequence[Tensor], order: Tensor) -> Tensor:
 def mild(x: Tensor, seeds: Tensor, purpose: int, view: int) -> Tensor:
     """MAC's augmentation (arXiv 2606.06938): x (B, 3, H, W) in [0, 1] → the same.
 
-    Always turned by up to 5 degrees, shifted by up to 4 % (whole pixels) and scaled by up to 8 %;
-    each with probability one half: colour jitter 0.08/0.08/0.08/0.02, a 5x5 Gaussian blur of
+    Rotation up to 5 degrees, shift up to 4 % (whole pixels), scale up to 8 %; each with probability
+    one half: colour jitter 0.08/0.08/0.08/0.02, a 5x5 Gaussian blur of
     sigma 0.5 to 1.2, Gaussian noise of a sigma up to 0.02. Draws from `purpose` and the next one.
     """
     if len(x) == 0:

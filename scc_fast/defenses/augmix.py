@@ -1,7 +1,7 @@
-"""AugMix's chains of simple changes (Hendrycks et al., arXiv 1912.02781), at severity 1.
+"""AugMix (Hendrycks et al., arXiv 1912.02781) at severity 1.
 
-As R-TPT takes them, but on float pixels for a batch at once: the original works on 8-bit PIL
-pictures. Gradients pass equalize and posterize straight through.
+As in R-TPT, but batched and on float pixels instead of 8-bit pictures. Equalize and posterize have
+straight-through gradients.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from torch import Tensor
 from scc_fast.defenses.augment import rotation, straight, warp
 
 CHAINS, LONGEST = 3, 3
-_EACH = 1 + 3 * LONGEST  # draws of a chain: its length; operation, level and sign of each step
+_EACH = 1 + 3 * LONGEST  # draws per chain: length; operation, level and sign of each step
 MIX_DRAWS = CHAINS + 1 + CHAINS * _EACH
-_AT_ONCE = 64  # pictures on a CPU, for the caches' sake
+_AT_ONCE = 64  # pictures at once on a CPU, to fit caches
 # By index: photometric operations, then geometric ones.
 _GEOMETRIC = ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
 
@@ -44,7 +44,7 @@ def augmix(x: Tensor, draws: Tensor) -> Tensor:
 
 
 def _chain(x: Tensor, draws: Tensor) -> Tensor:
-    """One to three operations in a row, each picture's own."""
+    """Chain of one to three operations per picture."""
     length = 1 + (LONGEST * draws[:, 0]).long()
     for at in range(LONGEST):
         which, level, sign = draws[:, 1 + 3 * at : 4 + 3 * at].unbind(dim=1)
@@ -54,17 +54,17 @@ def _chain(x: Tensor, draws: Tensor) -> Tensor:
 
 
 def operate(x: Tensor, kind: Tensor, level: Tensor, sign: Tensor) -> Tensor:
-    """One operation on each picture.
+    """Apply one operation per picture.
 
     Args:
         x: (n, 3, H, W) in [0, 1].
         kind: (n,) int64, index into OPERATIONS, or −1 for none.
         level: (n,) in [0.1, 1], of at most 10.
-        sign: (n,) ±1, the direction of the geometric ones.
+        sign: (n,) ±1, direction of geometric operations.
     """
     order = kind.argsort()
     counts = torch.bincount(kind + 1, minlength=len(OPERATIONS) + 1).tolist()
-    # None, each photometric operation, and all geometric ones at once.
+    # Identity, each photometric operation, all geometric ones.
     counts = [*counts[: 1 + len(_PHOTOMETRIC)], sum(counts[1 + len(_PHOTOMETRIC) :])]
     same, *rows, moved = order.split(counts)
     parts = [x[same]]
@@ -79,7 +79,7 @@ def _size(x: Tensor) -> tuple[int, int]:
 
 
 def autocontrast(x: Tensor, _: Tensor) -> Tensor:
-    """Each channel stretched to [0, 1]; a channel of one value stays."""
+    """Stretch each channel to [0, 1]; constant channels are unchanged."""
     low, high = x.amin(dim=(2, 3), keepdim=True), x.amax(dim=(2, 3), keepdim=True)
     spread = high - low
     flat = spread == 0
@@ -100,19 +100,19 @@ def equalize(x: Tensor, _: Tensor) -> Tensor:
 
 
 def posterize(x: Tensor, _: Tensor) -> Tensor:
-    """The upper 4 of 8 bits, at every level of this severity."""
+    """Keep the upper 4 of 8 bits (at every level of this severity)."""
     return straight(x, torch.floor((x * 255).round() / 16) * 16 / 255)
 
 
 def solarize(x: Tensor, level: Tensor) -> Tensor:
-    """Pixels of at least 256 − ⌊25.6 level⌋ of 255 are inverted."""
+    """Invert pixels of at least 256 − ⌊25.6 level⌋ of 255."""
     threshold = (256 - torch.floor(25.6 * level)) / 255
-    # Half a step lower, so that rounding does not move a pixel of that very value.
+    # Half a step lower, against rounding of pixels at the threshold.
     return torch.where(x < threshold[:, None, None, None] - 0.5 / 255, x, 1 - x)
 
 
 def _matrices(kind: Tensor, level: Tensor, sign: Tensor, size: tuple[int, int]) -> Tensor:
-    """For warp, (n, 2, 3): kind (n,) indexes _GEOMETRIC."""
+    """Matrices (n, 2, 3) for warp; kind (n,) indexes _GEOMETRIC."""
     height, width = size
     zero = torch.zeros_like(level)
 
@@ -128,7 +128,7 @@ def _matrices(kind: Tensor, level: Tensor, sign: Tensor, size: tuple[int, int]) 
     down = pick("shear_y", 0.03 * level)
     across = pick("translate_x", torch.floor(width / 30 * level))
     along = pick("translate_y", torch.floor(height / 30 * level))
-    # Pillow shears about the upper left corner, warp() counts from the middle.
+    # Pillow shears about the upper left corner, warp() about the centre.
     moved = torch.stack(
         [
             torch.stack([zero, right, across + right * height / 2], dim=-1),

@@ -1,4 +1,4 @@
-"""Contrastive spectral rectification: move away from the picture, towards its low-pass copy."""
+"""CSR, contrastive spectral rectification: away from the picture, towards its low-pass copy."""
 
 from __future__ import annotations
 
@@ -23,16 +23,13 @@ class CSRConfig(MethodConfig):
     Args:
         epsilon, alpha: budget and step, L-infinity, pixel units in [0, 1).
         steps: gradient steps on R.
-        threshold: images with C(x) = cos(f(x), f(low-pass x)) below it are rectified; at it or
-            above they pass unchanged.
-        radius: of the Gaussian low-pass, in frequency bins of a picture with 224 pixels a side;
-            on another size the same share of the band passes.
-        repulsion: λ, the weight of the similarity to the picture as it came.
-        fast: the released FastCSR, which leaves out the last of the steps; there, too, the picture
-            as it came is a candidate only where published.
-        published: the released code's choice, where the picture as it came, with R = C − λ,
-            competes with the iterates; without, as in the paper, the best of the steps' results
-            is taken, even if it is worse than the picture.
+        threshold: images with C(x) = cos(f(x), f(low-pass x)) < threshold are rectified.
+        radius: of the Gaussian low-pass, in frequency bins for 224 pixels per side; scaled to
+            other sizes.
+        repulsion: λ, weight of the similarity to the original picture.
+        fast: the released FastCSR, without the last step.
+        published: as in the released code, the original picture (R = C − λ) is a candidate, too;
+            by default, as in the paper, only the iterates.
     """
 
     epsilon: float = 4 / 255
@@ -52,17 +49,17 @@ class CSRConfig(MethodConfig):
 
     @property
     def taken(self) -> int:
-        """The gradient steps that are made."""
+        """Number of gradient steps."""
         return max(self.steps - 1, 0) if self.fast else self.steps
 
 
 def low_pass(x: Tensor, radius: float) -> Tensor:
     """Gaussian low-pass of x (B, 3, H, W), clipped to [0, 1].
 
-    The factor of a frequency is exp(−D²/(2r²)), D its distance from zero in bins of a picture of
-    224 pixels: r = 40 of 112 bins there is r = 40·S/224 on a side of S pixels.
+    Factor exp(−D²/(2r²)) at distance D from zero frequency, in bins for 224 pixels: r = 40 becomes
+    40·S/224 for a side of S pixels.
     """
-    if len(x) == 0:  # which MKL's FFT refuses
+    if len(x) == 0:  # MKL's FFT needs an element
         return x.clone()
     height, width = x.shape[-2:]
     down = 224 * torch.fft.fftfreq(height, device=x.device)
@@ -74,11 +71,10 @@ def low_pass(x: Tensor, radius: float) -> Tensor:
 class CSR(Defense):
     """Contrastive spectral rectification.
 
-    An image whose feature moves under the low-pass, C(x) < threshold, is taken as attacked. N
-    signed ascent steps from x on R(x') = cos(f(x'), f(x_low)) − λ cos(f(x'), f(x)) follow, within
-    epsilon of x, and the iterate with the highest R is predicted from. Deterministic: seeds do
-    not matter. A picture that passes takes 2F. The released code makes 8F where 7F suffice,
-    because it encodes x once more.
+    Images with C(x) < threshold count as attacked. They get N signed ascent steps from x on
+    R(x') = cos(f(x'), f(x_low)) − λ cos(f(x'), f(x)), within epsilon of x; the prediction is that
+    of the iterate with the highest R. Deterministic. A clean image takes 2F. The released code
+    makes 8F instead of 7F: it encodes x again.
     """
 
     name, Config = "csr", CSRConfig

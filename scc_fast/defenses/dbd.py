@@ -1,4 +1,4 @@
-"""Directional bias-guided defense: follow the shift that simple transforms of a picture share."""
+"""DBD, directional bias-guided defense: follow the common feature shift of transforms."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from scc_fast.engine.defense import Defense, State, Traits
 from scc_fast.engine.session import Session
 from scc_fast.reference import philox
 
-# Purposes of random numbers.
+# Philox purposes.
 CROPS, NOISE = 130, 131
 
 SPATIAL, NOISES = 16, 6
 QUALITIES = (50, 60, 75)
 ROUNDINGS: tuple[Callable[[Tensor], Tensor], ...] = (torch.floor, torch.round, torch.ceil)
 PICTURES = 1 + SPATIAL + len(ROUNDINGS) + len(QUALITIES) + NOISES + 3
-# What OpenCV takes for a 5x5 Gaussian of automatic sigma.
+# OpenCV's automatic sigma for a 5x5 Gaussian.
 GAUSSIAN = (1 / 16, 4 / 16, 6 / 16, 4 / 16, 1 / 16)
 MEAN = (1 / 5,) * 5
 
@@ -43,12 +43,11 @@ class DBDConfig(MethodConfig):
     """DBD (ICLR 2026, arXiv 2606.06186); the defaults are the published ones.
 
     Args:
-        keep: views with the lowest entropy that count, of the 31.
-        threshold: on the DB-score; above it an image is taken as attacked.
-        strength: c for these; 1 for the others, which is the mean of the kept views.
-        published: round the picture down to 8 bits first, as the released code does where it
-            keeps attacked pictures; without, all pixels are taken as they are. (Its class texts,
-            descriptions by a language model, are the caller's to give.)
+        keep: number of the 31 views that count, those with the lowest entropy.
+        threshold: on the DB-score; above it an image counts as attacked.
+        strength: c for attacked images; 1 for others (the mean of the kept views).
+        published: first round the picture down to 8 bits, as the released code stores attacked
+            pictures. (Its class texts, by a language model, are up to the caller.)
     """
 
     keep: int = 16
@@ -64,7 +63,7 @@ class DBDConfig(MethodConfig):
 
 
 def jpeg(x: Tensor, quality: int) -> Tensor:
-    """x (B, 3, H, W) in [0, 1] through Pillow's JPEG, in memory; the gradient of x."""
+    """Pillow's JPEG of x (B, 3, H, W) in [0, 1], straight-through."""
     pixels = (x.detach() * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     back = np.empty_like(pixels)
     for i, picture in enumerate(pixels):
@@ -76,13 +75,13 @@ def jpeg(x: Tensor, quality: int) -> Tensor:
 
 
 def bit_depth(x: Tensor, rounding: Callable[[Tensor], Tensor], bits: int = 3) -> Tensor:
-    """x in [0, 1] at 2^bits levels, the k-th at k/(2^bits − 1); the gradient of x."""
+    """Quantise x in [0, 1] to 2^bits levels k/(2^bits − 1), straight-through."""
     top = 2**bits - 1
     return straight(x, rounding(x * top) / top)
 
 
 def median(x: Tensor, size: int = 5) -> Tensor:
-    """The median of size x size pixels, the border repeated outwards; the gradient of x."""
+    """Median of size x size pixels, with replicated border, straight-through."""
     with torch.no_grad():
         wide = F.pad(x, (size // 2,) * 4, mode="replicate")
         windows = wide.unfold(2, size, 1).unfold(3, size, 1)
@@ -98,15 +97,14 @@ def blur(x: Tensor, weights: tuple[float, ...]) -> Tensor:
 class DBD(Defense):
     """Directional bias-guided defense.
 
-    An image and 31 changed copies: 16 random crops (scale 0.5 to 1, mirrored half the time), 12
-    changes of pixels (3 bits by floor, round and ceil; JPEG 50, 60 and 75; six times noise of
-    sigma 0.1) and 3 of frequencies (5x5 median, mean, Gaussian). With unit features z_0 of the
+    An image and 31 transforms: 16 random crops (scale 0.5 to 1, mirrored half the time), 12 of
+    pixels (3 bits by floor, round and ceil; JPEG 50, 60 and 75; six times noise of sigma 0.1) and
+    3 of frequencies (5x5 median, mean, Gaussian). With unit features z_0 of the
     image and z_i of the 16 copies with the lowest entropy, d_i = z_i − z_0 and d̄ their mean:
     DB-score = mean cos(d_i, d̄), and z_0 + c·d̄ is classified, c = 2.5 for a score above 0.8.
 
-    Nothing is added to the picture: `delta` is zero, `drift` the DB-score. Crops are resized on
-    float pixels; the released code rounds every copy to 8 bits. What has no gradient (rounding,
-    JPEG, median) passes it straight through.
+    `delta` is zero, `drift` the DB-score. Crops are resized on float pixels; the released code
+    rounds every copy to 8 bits. Rounding, JPEG and median have straight-through gradients.
     """
 
     name, Config = "dbd", DBDConfig
@@ -139,7 +137,7 @@ class DBD(Defense):
         return State(score.detach(), margin=score - self.config.threshold, logits=logits)
 
     def pictures(self, session: Session, batch: Batch) -> Tensor:
-        """(32, B, 3, H, W): x, then the changed copies."""
+        """(32, B, 3, H, W): x, then its transforms."""
         x, seeds = batch.x, batch.seeds
         if len(x) == 0:
             return x.expand(PICTURES, *x.shape)
@@ -167,7 +165,7 @@ class DBD(Defense):
         copies = unit[1:].gather(0, kept[..., None].expand(-1, -1, unit.shape[-1]))
         shifts = copies - unit[0]
         mean = shifts.mean(dim=0)
-        # A crop of all of the picture is no shift: what rounding makes of it has no direction.
+        # A full crop is no shift; its rounding error has no direction.
         moved = shifts.detach().norm(dim=-1) > 1e-5
         along = F.cosine_similarity(shifts, mean[None], dim=-1) * moved
         return unit[0], mean, along.mean(dim=0)

@@ -1,7 +1,7 @@
 """DOC, directional orthogonal counterattack: ascent with momentum, random turns and a soft gate.
 
 "Diversifying Counterattacks: Orthogonal Exploration for Robust CLIP Inference", AAAI 2026
-(arXiv 2511.09064), Algorithm 1. The values that its text leaves to a supplement are those of a
+(arXiv 2511.09064), Algorithm 1. Values that the text leaves to a supplement are those of a
 third party's implementation, the runner of NAC.
 """
 
@@ -20,22 +20,22 @@ from scc_fast.engine.batch import Batch, ascend, gradient_of, uniform_start
 from scc_fast.engine.defense import Defense, Repaired, State, Traits
 from scc_fast.engine.session import Session
 
-PROBES, TURNS = 101, 102  # what a number is drawn for, beside those of philox
+PROBES, TURNS = 101, 102  # Philox purposes
 
 
 @dataclass(frozen=True)
 class DOCConfig(MethodConfig):
-    """Directional orthogonal counterattack; ε, α and N are the paper's, the rest a third party's.
+    """Config of DOC; ε, α and N are the paper's, the others a third party's.
 
     Args:
         epsilon, alpha: budget and step, L-infinity, pixel units in [0, 1).
         steps: N, counterattack steps.
         tau: threshold of the gate, on a mean cosine distance.
         gamma: steepness of the gate, in [0, 1e6].
-        probes: M, pictures whose features tell the sensitivity, in [1, 1000].
-        probe_noise: a probe's: "sign", ±ε by a coin per pixel, as the paper's text has it, or
-            "uniform", U(−ε, ε), as its Algorithm 1 has it.
-        orthogonal: λ, length of the random part beside the unit gradient, in [0, 1e6].
+        probes: M, noisy pictures for the sensitivity, in [1, 1000].
+        probe_noise: "sign", ±ε per pixel, as in the paper's text, or "uniform", U(−ε, ε), as in
+            its Algorithm 1.
+        orthogonal: λ, length of the random part relative to the unit gradient, in [0, 1e6].
         momentum: μ, share of the old direction, in [0, 1).
     """
 
@@ -67,8 +67,8 @@ class DOC(Defense):
 
     Steps: f(x) and its probes give the sensitivity τ̂ and the gate w = σ(γ(τ − τ̂)); N steps push
     f(x + δ) away from f(x), along a momentum that starts at 0; δ = w·δᴺ + (1 − w)·δ⁰. A low τ̂
-    means attacked, as that formula has it and TTC's false stability; the paper's text says the
-    opposite. f(x) is shared by probes and steps: M + N + 2 passes forward.
+    means attacked, by this formula and TTC's false stability; the paper's text says the opposite.
+    Probes and steps share f(x): M + N + 2 forward passes.
     """
 
     name, Config = "doc", DOCConfig
@@ -77,7 +77,7 @@ class DOC(Defense):
     repairs: Literal["all"] = "all"
 
     def width(self, session: Session, size: tuple[int, int]) -> int:
-        """Pictures of one image that are held together: it and its probes."""
+        """Pictures per image in the encoder at once: it and its probes."""
         return 1 + self.config.probes
 
     def traits(self, session: Session) -> Traits:
@@ -124,7 +124,7 @@ class DOC(Defense):
         return Repaired(session.mean_logits(session.features(looked)), delta)
 
     def _probes(self, session: Session, batch: Batch) -> Tensor:
-        """x and x + n_m, which nothing keeps in the box: (1 + M, B, 3, H, W)."""
+        """x and x + n_m, not clamped: (1 + M, B, 3, H, W)."""
         x, numel, backend = batch.x, batch.x.shape[1:].numel(), session.backend
         pictures = [x]
         for probe in range(self.config.probes):
@@ -147,8 +147,8 @@ class DOC(Defense):
 
 
 def unit(x: Tensor) -> Tensor:
-    """x (B, 3, H, W) scaled to unit length per image; zero stays zero."""
-    # A power of two, exact, keeps the squares of tiny gradients from vanishing.
+    """x (B, 3, H, W) normalised per image; zero stays zero."""
+    # Scale by a power of two against underflow of squares.
     largest = x.abs().amax(dim=(1, 2, 3), keepdim=True).clamp_min(2.0**-100)
     lifted = x * torch.exp2(-torch.floor(torch.log2(largest)))
     length = lifted.square().sum(dim=(1, 2, 3), keepdim=True).sqrt()

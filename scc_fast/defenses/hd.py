@@ -20,19 +20,18 @@ from scc_fast.engine.session import Session
 
 @dataclass(frozen=True)
 class HDConfig(MethodConfig):
-    """Steps and budget of the hedge; None is replaced by a number when it is made.
+    """Config of HD; None fields get numbers at construction.
 
-    What the tables of TTC, DOC and SCC used for CLIP is not published. The default gives every
-    gradient method of such a table one budget, 4/255, with the original ratio of alpha to it.
+    The values behind the tables of TTC, DOC and SCC are not published. The default is their common
+    budget, 4/255, with the original ratio of alpha to it.
 
     Args:
-        epsilon: max |δ|, L-infinity, pixel units in [0, 1). None: 4/255; where published, 0.031.
-        alpha: step, pixel units in [0, 1). None: half of epsilon; where published, 0.007.
+        epsilon: max |δ|, L-infinity, pixel units in [0, 1). None: 4/255, or 0.031 with `published`.
+        alpha: step, pixel units in [0, 1). None: epsilon/2, or 0.007 with `published`.
         steps: K.
-        published: as in the authors' repository (burcywu/hedge_defense), made for adversarially
-            trained models on CIFAR-10: that budget, and the prediction is that of the logits of
-            δ¹ … δ^(K-1) together instead of δ^K's, at KF + KB. (The repository sums them; here it
-            is their mean, which has the same largest and does not saturate a cross-entropy.)
+        published: as in the authors' repository (burcywu/hedge_defense), for adversarially trained
+            models on CIFAR-10: its budget, and the mean logits of δ¹ … δ^(K-1) instead of δ^K's,
+            at KF + KB. (The repository sums them: same argmax.)
     """
 
     epsilon: float | None = None
@@ -52,12 +51,12 @@ class HDConfig(MethodConfig):
 
 
 def hedge(logits: Tensor) -> Tensor:
-    """(1/C) Σ_c CE(l, c) = LSE(l) − mean(l): (B, C) → (B,); its slope is softmax(l) − 1/C."""
+    """(1/C) Σ_c CE(l, c) = LSE(l) − mean(l): (B, C) → (B,); gradient softmax(l) − 1/C."""
     return logits.logsumexp(dim=-1) - logits.mean(dim=-1)
 
 
 class HD(Defense):
-    """Hedge defense: attacks all classes, from a random start, and predicts at the last iterate."""
+    """Hedge defense: attacks all classes from a random start; predicts at the last iterate."""
 
     name, Config = "hd", HDConfig
     repairs: Literal["all"] = "all"
@@ -100,7 +99,7 @@ class HD(Defense):
         if not config.published:
             looked = (batch.x + delta)[None]
             return Repaired(session.mean_logits(session.features(looked)), delta)
-        # The code's sum leaves out the start; its mean has the same argmax.
+        # The code's sum omits the start; the mean has the same argmax.
         kept = torch.stack(seen[1:])
         if torch.is_grad_enabled() and batch.x.requires_grad:
             kept = session.features(batch.x + torch.stack(path[1:]))

@@ -1,4 +1,4 @@
-"""Multi-view guided adaptive counterattack: each view counterattacked as far as it is unstable."""
+"""MAC, multi-view guided adaptive counterattack: views weighted by their instability."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from scc_fast.engine.defense import Defense, Repaired, State, Traits
 from scc_fast.engine.session import Session
 from scc_fast.reference import heads
 
-# Purposes of random numbers; an augmentation takes two.
+# Philox purposes; an augmentation takes two.
 VIEW, FRESH, START = 120, 122, 124
 
 
@@ -25,11 +25,11 @@ class MACConfig(MethodConfig):
 
     Args:
         epsilon, alpha: budget and step, L-infinity, pixel units in [0, 1); the budget is twice
-            that of the other counterattacks.
-        steps: N, counterattack steps; the last iterate counts.
-        tau: corruption degree at which a view's counterattack has half its weight.
-        temperature: of the sigmoid that turns the corruption degree into that weight.
-        view_count: V, the picture and V − 1 mild augmentations of it.
+            that of other counterattacks.
+        steps: N, counterattack steps; the last iterate is used.
+        tau: corruption degree with weight 1/2.
+        temperature: of the sigmoid from corruption degree to weight.
+        view_count: V, the picture and V − 1 mild augmentations.
     """
 
     epsilon: float = 8 / 255
@@ -47,11 +47,11 @@ class MACConfig(MethodConfig):
 class MAC(Defense):
     """Multi-view guided adaptive counterattack.
 
-    For each view v: c = ‖f(aug(v)) − f(v)‖ / ‖f(v)‖ with one fresh augmentation, a counterattack
-    as TTC's with its own start and anchor f(v), and δ_v weighted by sigmoid((c − τ)/T). The
-    logits of the views v + δ_v are averaged. Unlike TTC it takes a picture whose feature moves
-    *much* as attacked. `delta` of a result is that of the picture itself, the first view;
-    `drift` is the largest c of an image's views, and it is flagged where that is above τ.
+    Per view v: corruption degree c = ‖f(aug(v)) − f(v)‖ / ‖f(v)‖ with a new augmentation, a
+    counterattack as in TTC with its own start and anchor f(v), and δ_v weighted by
+    sigmoid((c − τ)/T). The logits of the views v + δ_v are averaged. Unlike in TTC, a large c means
+    attacked. `delta` is that of the picture itself, the first view; `drift` is the largest c of the
+    views, and an image is flagged above τ.
     """
 
     name, Config = "mac", MACConfig
@@ -60,7 +60,7 @@ class MAC(Defense):
     repairs: Literal["all"] = "all"
 
     def width(self, session: Session, size: tuple[int, int]) -> int:
-        """Pictures of one image that are held together."""
+        """Pictures per image in the encoder at once."""
         return self.config.view_count
 
     def traits(self, session: Session) -> Traits:

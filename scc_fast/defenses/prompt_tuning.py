@@ -1,4 +1,4 @@
-"""The text tower as a function of its prompts' context, for defenses that tune it per image."""
+"""Text tower as a function of its prompts' context, for per-image prompt tuning."""
 
 from __future__ import annotations
 
@@ -15,26 +15,24 @@ from scc_fast.models import FrozenModel, OpenCLIPModel, TransformersModel, froze
 
 
 class Context:
-    """What is added to the embeddings of the first `count` content tokens of every prompt.
+    """Context: the embeddings of the first `count` content tokens of every prompt, with an offset.
 
-    Content tokens are those between the start token (where the tokenizer has one) and the end
-    token; a prompt with fewer of them is changed at these alone. "a photo of a dog" has its
-    context there, as R-TPT's own prompts have; in general the offset is shared over the classes,
-    whatever words they begin with, and a prompt of no more than `count` tokens has its class name
-    changed too.
+    Content tokens are those between the start token (if any) and the end token. In "a photo of a
+    dog" they are the context, as in R-TPT's prompts; in general the offset is shared by all
+    classes, and in short prompts it also changes the class name.
 
-    The tower is a copy in float32 that shares the model's weights where they are in float32. It
-    is cut to the longest prompt where that provably changes nothing. Thread-safe.
+    The tower is a float32 copy that shares float32 weights with the model. It is cut to the longest
+    prompt if that changes nothing. Thread-safe.
 
     Args:
         model: an open_clip or transformers CLIP, loaded by scc_fast.load_model.
         prompts: K strings, one per class; equal ones are encoded once.
         count: tokens to tune.
-        at_once: prompts that go through the tower together: bounds the memory.
-        need: who asks, for errors.
+        at_once: prompts per pass of the tower, to bound memory.
+        need: the caller, for errors.
 
     Raises:
-        ValueError: a model without a text tower that can be tuned; says what is missing.
+        ValueError: the model has no tunable text tower.
     """
 
     def __init__(
@@ -63,11 +61,10 @@ class Context:
         self._tower, self.base = self._checked(model, want, int(length.max()), need)
 
     def features(self, offset: Tensor, keep: float = 1.0) -> Tensor:
-        """Text embeddings, not normalised, for each image's own context.
+        """Text embeddings, not normalised, with each image's context.
 
         Args:
-            offset: (B, count, W), added to the tuned tokens' embeddings after these were
-                multiplied with `keep`.
+            offset: (B, count, W), added to the tuned tokens' embeddings times `keep`.
 
         Returns:
             (B, U, D), U different prompts; classes are [:, self.group].
@@ -87,19 +84,19 @@ class Context:
                 leaf = offset.detach()[image].requires_grad_()
                 found = self._run(prompt, leaf, keep)
             (gradient,) = torch.autograd.grad(found, leaf, flat[rows])
-            # By image, each a sum in one order: indexing's own backward has none on many threads.
+            # Per image, in a fixed order: the backward of indexing is not deterministic on threads.
             for one in image.unique().tolist():
                 total[one] += gradient[image == one].sum(dim=0)
         return total
 
     def _pieces(self, images: int) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Rows of (image, prompt) pairs, and of each its image and its prompt."""
+        """Pieces of (image, prompt) pairs, as indices."""
         count = len(self._ids)
         rows = torch.arange(images * count, device=self._ids.device)
         return [(part, part // count, part % count) for part in rows.split(self.at_once)]
 
     def _run(self, prompt: Tensor, offset: Tensor, keep: float) -> Tensor:
-        """Rows of prompts (n,) with their offsets (n, count, W)."""
+        """Run the tower on prompts (n,) with offsets (n, count, W)."""
         self._local.change = (self._tuned[prompt], offset, keep)
         try:
             mask = None if self._attention is None else self._attention[prompt]
@@ -117,7 +114,7 @@ class Context:
     def _checked(
         self, model: FrozenModel, want: Tensor, content: int, need: str
     ) -> tuple[Callable[[Tensor, Tensor | None], Tensor], Tensor]:
-        """The tower, proved on the prompts as they are: (tower, features (U, D))."""
+        """Tower, checked against the model on unchanged prompts: (tower, features (U, D))."""
         full = self._ids, self._attention
         bound = 1e-4 if model.dtype == torch.float32 else 0.05
         for size in (self._first + max(content, self.count) + 1, full[0].shape[1]):
@@ -128,7 +125,7 @@ class Context:
             start = want.new_zeros(1, self.count, width)
             try:
                 base = self.features(start)[0]
-            except RuntimeError:  # a tower that takes no shorter rows
+            except RuntimeError:  # the tower needs full-length rows
                 if size == full[0].shape[1]:
                     raise
                 continue
@@ -144,7 +141,7 @@ class Context:
 def _tokens(
     model: FrozenModel, prompts: list[str], count: int
 ) -> tuple[Tensor, Tensor | None, tuple[int, Tensor]]:
-    """Ids (U, T), attention mask (U, T) or None, and (first content token, their numbers (U,))."""
+    """Ids (U, T), attention mask (U, T) or None, and (first content token, number of them (U,))."""
     texts = [*prompts, "", "a", "zebra"]
     inputs = {key: value.to(model.device) for key, value in model.text_inputs(texts).items()}
     ids, attention = inputs["input_ids"], inputs.get("attention_mask")
@@ -162,10 +159,10 @@ def _tokens(
 def _tower(
     model: FrozenModel, size: int, hook: Callable[..., Tensor], need: str
 ) -> tuple[Callable[[Tensor, Tensor | None], Tensor], int]:
-    """Ids (n, size) and mask to features (n, D), and the width of a token embedding."""
+    """Function from ids (n, size) and mask to features (n, D), and the embedding width."""
     twin = cast(Any, frozen_twin(model.module))
     if type(twin).__module__.split(".")[0] in ("open_clip", "transformers"):
-        for vision in ("visual", "vision_model"):  # OpenAI's package asks it for its dtype
+        for vision in ("visual", "vision_model"):  # read by OpenAI's package
             if isinstance(getattr(twin, vision, None), nn.Module):
                 setattr(twin, vision, nn.Identity())
     holder, embedding = _embedding(twin)
@@ -201,7 +198,7 @@ def _tower(
 
 
 def _embedding(twin: Any) -> tuple[Any, nn.Embedding | None]:
-    """The module that holds the token embedding, and it."""
+    """Parent module of the token embedding, and the embedding."""
     text = getattr(twin, "text_model", None)
     holders = (twin, getattr(twin, "text", None), getattr(text, "embeddings", None))
     for holder in holders:

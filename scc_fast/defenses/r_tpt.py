@@ -1,4 +1,4 @@
-"""Robust test-time prompt tuning: one step on the prompt, then views weighted by reliability."""
+"""R-TPT, robust test-time prompt tuning: a prompt step, then views weighted by reliability."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from scc_fast.engine.defense import Defense, State, Traits
 from scc_fast.engine.session import Session
 from scc_fast.reference import philox
 
-# Purpose of random numbers.
+# Philox purpose.
 VIEWS = 140
-# PyTorch's defaults of AdamW, with which the released code tunes.
+# PyTorch's AdamW defaults, as in the released code.
 BETAS, DECAY, TINY = (0.9, 0.999), 0.01, 1e-8
 
 
@@ -30,18 +30,18 @@ class RTPTConfig(MethodConfig):
     """R-TPT (CVPR 2025, arXiv 2504.11195); the defaults are the published ones.
 
     Args:
-        view_count: the picture and its random views.
-        selection: share of the views, those with the lowest entropy, that tune the prompt.
+        view_count: number of views, including the picture.
+        selection: share of views, with the lowest entropy, that tune the prompt.
         steps: AdamW steps on the prompt.
-        learning_rate: of these.
-        context: tokens that are tuned.
-        neighbors: k, most similar other views that a view's reliability is the mean over.
+        learning_rate: of AdamW.
+        context: number of tuned tokens.
+        neighbors: k nearest other views for a view's reliability.
         temperature: of the softmax over reliabilities.
-        augmix: AugMix after each crop, as for the fine-grained sets; without, crops alone, as for
-            ImageNet and its variants.
-        published: drop self-similarities as the released code does, with all entries >= 1.0, so
-            that rounding decides whether a view counts as its own neighbor; without, the diagonal
-            is left out. Where no entry is left (a picture of one color), views weigh the same.
+        augmix: AugMix after each crop, as for fine-grained sets; else crops alone, as for ImageNet
+            and its variants.
+        published: drop all similarities >= 1.0, as the released code does (so that rounding decides
+            on self-similarities); else drop the diagonal. Without any entry, views have equal
+            weights.
     """
 
     view_count: int = 64
@@ -64,27 +64,24 @@ class RTPTConfig(MethodConfig):
 
     @property
     def selected(self) -> int:
-        """Views that tune the prompt."""
+        """Number of views that tune the prompt."""
         return max(1, int(self.selection * self.view_count))
 
 
 class RTPT(Defense):
     """Robust test-time prompt tuning.
 
-    The views are the picture and random crops of it (scale 0.08 to 1, mirrored half the time,
-    then AugMix), on float pixels where the released code rounds to 8 bits. For each image anew,
-    the context of the prompts, 4 tokens, makes one AdamW step on the mean of the entropies of the
-    6 most certain views. The logits of all views with the tuned prompt are averaged with weights
-    softmax(r_v/T), r_v the mean cosine of view v to its k nearest other views.
+    Views are the picture and random crops (scale 0.08 to 1, mirrored half the time, then AugMix),
+    on float pixels (8 bits in the released code). Per image, the prompts' context of 4 tokens (see
+    prompt_tuning.Context) makes one AdamW step on the mean entropy of the 6 most certain views. The
+    logits of all views with the tuned prompt are averaged with weights softmax(r_v/T), r_v the mean
+    cosine of view v to its k nearest other views.
 
-    The context of prompts such as "a photo of a dog" is their first 4 tokens; see
-    prompt_tuning.Context for others. Features of the views are computed once: 64F where the
-    released code makes 257F; the text tower is passed twice and back once per image, for all
-    classes. `delta` is zero; there is no gate.
+    View features are computed once: 64F instead of 257F in the released code; the text tower runs
+    twice forward and once backward per image, for all classes. `delta` is zero; no gate.
 
     Raises:
-        ValueError: text_features in place of classes, or a model whose token embeddings cannot
-            be reached.
+        ValueError: text_features instead of classes, or inaccessible token embeddings.
     """
 
     name, Config = "r_tpt", RTPTConfig
@@ -119,7 +116,7 @@ class RTPT(Defense):
         features = session.features(self.pictures(session, batch))
         text = self._tuned(session, features.detach())
         weights = self._reliability(features)[..., None]
-        # Of each prompt once, so that equal ones get equal logits.
+        # Once per prompt: equal prompts get equal logits.
         logits = (weights * self._logits(session, features, text)).sum(dim=0)
         return State(no_drift(batch), logits=logits[:, self.context.group])
 
@@ -138,7 +135,7 @@ class RTPT(Defense):
         return torch.cat([x[None], crops])
 
     def _tuned(self, session: Session, features: Tensor) -> Tensor:
-        """Each image's text embeddings (B, U, D), from features (V, B, D)."""
+        """Tuned text embeddings (B, U, D) per image, from features (V, B, D)."""
         config, batch = self.config, features.shape[1]
         offset = self.context.start.repeat(batch, 1, 1)
         first, second = torch.zeros_like(offset), torch.zeros_like(offset)
@@ -154,7 +151,7 @@ class RTPT(Defense):
             first = BETAS[0] * first + (1 - BETAS[0]) * slope
             second = BETAS[1] * second + (1 - BETAS[1]) * slope.square()
             root = (second / (1 - BETAS[1] ** at)).sqrt() + TINY
-            # The decay is the context's own: that of the embeddings and of what was added.
+            # Weight decay of embedding and offset.
             less = 1 - config.learning_rate * DECAY
             step = config.learning_rate * first / (1 - BETAS[0] ** at) / root
             offset, keep = less * offset - step, less * keep
@@ -162,17 +159,17 @@ class RTPT(Defense):
         return text
 
     def _logits(self, session: Session, features: Tensor, text: Tensor) -> Tensor:
-        """s·cos + b: (V, B, D) and each image's (B, U, D) → (V, B, U)."""
+        """s·cos + b: (V, B, D), text (B, U, D) per image → (V, B, U)."""
         cosines = F.normalize(features, dim=-1).transpose(0, 1) @ F.normalize(text, dim=-1).mT
         return session.classes.scale * cosines.transpose(0, 1) + session.classes.bias
 
     def _entropy(self, session: Session, features: Tensor, text: Tensor) -> Tensor:
-        """Of each view's distribution over the classes, nats: (V, B)."""
+        """Entropy of each view's class distribution, nats: (V, B)."""
         logs = self._logits(session, features, text)[..., self.context.group].log_softmax(dim=-1)
         return -(logs.exp() * logs).sum(dim=-1)
 
     def _reliability(self, features: Tensor) -> Tensor:
-        """The views' weights, (V, B, D) → (V, B), which sum to 1 over the views."""
+        """Weights of views, (V, B, D) → (V, B), with sum 1 over the views."""
         unit = F.normalize(features, dim=-1).transpose(0, 1)
         similar = unit @ unit.mT  # (B, V, V)
         if self.config.published:

@@ -1,7 +1,6 @@
 """The methods of METHOD.md: no defense, random noise, SCC's views, TTC and SCC.
 
-Each follows scc_fast/reference step by step; what they share with it is the ops' meaning and
-nothing else.
+Each follows scc_fast/reference step by step, without shared code.
 """
 
 from __future__ import annotations
@@ -35,18 +34,18 @@ from scc_fast.reference.ttc import Outcome, ttc
 
 
 class OnViews(Defense):
-    """A method of METHOD.md, which looks at views of the image."""
+    """Base of the methods of METHOD.md, which use views of the image."""
 
     source: ClassVar[str]
     captures, uncaptured = True, ""
 
     def views(self, session: Session, size: int) -> tuple[View, ...]:
-        """Those it averages over, for images whose shorter side is `size` pixels."""
+        """Views to average, for images with a shorter side of `size` pixels."""
         return (IDENTITY,)
 
     def pictures(self, session: Session, batch: Batch) -> Tensor:
         views, x = self.views(session, min(batch.size)), batch.x
-        # clamp() has no gradient at 0 and 1 themselves, where many pixels are; this one passes it.
+        # Clamp with an identity gradient: clamp() has none at 0 and 1.
         inside = x + (x.clamp(0, 1) - x).detach()
         seen = ops.make_views(
             inside, None, batch.seeds, views, fill=session.mean, backend=session.backend
@@ -77,7 +76,7 @@ class OnViews(Defense):
 
 
 class Undefended(OnViews):
-    """The model's own prediction."""
+    """Undefended model."""
 
     name, Config, source = "none", NoneConfig, "the model itself"
     repairs: Literal["none"] = "none"
@@ -128,9 +127,9 @@ class SpatialViews(OnViews):
 
 
 class Ascent(OnViews):
-    """Gradient ascent on the images that the gate takes as attacked: TTC, and SCC's frame.
+    """Base of TTC and SCC: gated gradient ascent.
 
-    The gate leaves the others at δ⁰, whose first pass is their prediction.
+    Clean images keep δ⁰, whose first pass is their prediction.
     """
 
     has_gate = judged = True
@@ -147,14 +146,14 @@ class Ascent(OnViews):
         return self.config.steps
 
     def first_pass(self, session: Session, batch: Batch) -> State:
-        """TTC's steps 1 and 2, with the drift averaged over the views (SCC's step 1)."""
+        """Steps 1 and 2 of TTC, with the drift averaged over views (step 1 of SCC)."""
         views = self._over(session, batch)
         delta = views.start(self.config.epsilon)
         features, anchor, backward = views.vjp(delta, anchor=True)
         assert anchor is not None
         drift, slope = views.drift(features, anchor)
         if self.has_gate and session.judge is not None:
-            # Of a fine-tuned encoder the gate looks through the one that it was tuned from (TTC).
+            # The gate of a fine-tuned encoder uses the original encoder (TTC).
             x = batch.x
             moved = x + ((x + delta).clamp(0, 1) - x).detach()
             judge = session.judge.encode
@@ -174,10 +173,10 @@ class Ascent(OnViews):
         assert state.delta is not None
         delta, anchor = state.delta.clone(), state.rows["anchor"]
         features, backward = state.views["features"], state.backward
-        if backward is None:  # not all of the first pass could be taken along
+        if backward is None:  # the first pass's state cannot be indexed
             features, backward = self._again(session, batch, delta)
         steps, taken = self.warmup_steps, 0
-        with torch.device("cpu"):  # the host's numbers, whatever the default device is
+        with torch.device("cpu"):  # on the host, whatever the default device
             weights = step.iterate_weights(steps, config.beta).tolist()
         slope, weighted = state.views["slope"], weights[0] * delta
         for weight in weights[1:]:
@@ -203,7 +202,7 @@ class Ascent(OnViews):
 
     def _again(self, session: Session, batch: Batch, delta: Tensor) -> tuple[Tensor, Any]:
         features, _, backward = self._over(replace(session, mark=unmarked), batch).vjp(delta)
-        session.mark("forward")  # of the pass before, still
+        session.mark("forward")  # of the previous pass
         return features, backward
 
     def reference(self, session: Session, batch: Batch) -> Outcome | None:
@@ -225,7 +224,7 @@ class Ascent(OnViews):
 
     @abstractmethod
     def _plain_reference(self, session: Session, batch: Batch, config: Any) -> Outcome:
-        """By scc_fast.reference, whose gate looks through the session's own encoder."""
+        """Run scc_fast.reference, whose gate uses the session's own encoder."""
 
     def plan(self, session: Session, size: tuple[int, int]) -> Plan:
         views = self.width(session, size)
@@ -275,7 +274,7 @@ class SCC(Ascent):
 
     @property
     def guess(self) -> Defense | None:
-        """The answer at x_w, the image after the warm-up (SCC's step 2)."""
+        """Defense that answers at x_w, the image after the warm-up (step 2 of SCC)."""
         return SCC(replace(self.config, semantic=False)) if self.config.semantic else None
 
     def _plain_reference(self, session: Session, batch: Batch, config: Any) -> Outcome:
@@ -287,11 +286,11 @@ class SCC(Ascent):
 
 
 def chosen_views(config: Any, session: Session, size: int) -> tuple[View, ...]:
-    """The views of a config for images whose shorter side is `size` pixels."""
+    """Views of a config, for images with a shorter side of `size` pixels."""
     flip = session.flip if config.flip is None else config.flip
     return resolve_views(config.views, size, flip=flip, sigma=getattr(config, "sigma", 0.0))
 
 
 def no_drift(batch: Batch) -> Tensor:
-    """What a method without a gate measures: NaN, (B,)."""
+    """Drift of a method without a gate: NaN (B,)."""
     return batch.x.new_full((len(batch),), torch.nan)

@@ -1,4 +1,4 @@
-"""TTE, test-time transformation ensembling: logits averaged over a picture's fixed transforms.
+"""TTE, test-time transformation ensembling: logits averaged over fixed transforms.
 
 Pérez et al., ICCV workshops 2021 (arXiv 2107.14110), and the authors' repository juancprzs/TTE.
 """
@@ -20,25 +20,25 @@ from scc_fast.engine.defense import Defense, State, Traits
 from scc_fast.engine.session import Session
 from scc_fast.reference import philox
 
-CROP_ORIGINS = 100  # what a number is drawn for, beside those of philox
+CROP_ORIGINS = 100  # Philox purpose
 
 
 @dataclass(frozen=True)
 class EnsembleConfig(MethodConfig):
-    """Which transforms TTE averages; the defaults are the paper's best set, 10 pictures.
+    """Transforms of TTE; the default is the paper's best set, 10 pictures.
 
-    Identity, mirror, `crops` crops, and as many crops of the mirrored picture. A crop is the
-    picture's own size, out of the picture padded by an eighth of its shorter side (4 of 32,
-    28 of 224). As in the authors' code the padding is zero after the normalisation, which in
-    pixels is the model's mean, and a crop's upper left corner is uniform on {0, …, 2·pad − 1}².
+    Identity, mirror, `crops` crops, and as many crops of the mirrored picture. A crop has
+    the picture's size, out of the picture padded by an eighth of its shorter side (4 of 32, 28 of
+    224). As in the authors' code the padding is zero after normalisation (the model's mean), and a
+    crop's upper left corner is uniform on {0, …, 2·pad − 1}².
 
     Args:
         crops: number of crops, in [0, 64].
         flip: whether transforms may mirror; None asks the model.
-        seed: the crops are drawn from it once, for all images alike; any int64.
-        blur: one more picture, through the authors' 5x5 Gaussian of sigma 1.
-        published: all crops are the last one, as in the authors' code, whose list of transforms
-            binds late. The numbers of the paper were made so. By default the crops differ.
+        seed: of the crops, common to all images; any int64.
+        blur: add the authors' 5x5 Gaussian blur of sigma 1.
+        published: all crops are the last one, as in the authors' code (late binding) and the
+            paper's numbers. By default the crops differ.
     """
 
     crops: int = 4
@@ -104,10 +104,10 @@ class TTE(Defense):
 
 @functools.lru_cache(maxsize=64)
 def crop_origins(seed: int, crops: int, pad: int) -> tuple[tuple[int, int], ...]:
-    """The upper left corners (row, column) of the crops, all different, in {0, …, 2·pad − 1}².
+    """Distinct upper left corners (row, column) of the crops in {0, …, 2·pad − 1}².
 
     Raises:
-        ValueError: there are fewer corners than crops.
+        ValueError: fewer corners than crops.
     """
     side = 2 * pad
     if crops > side**2:
@@ -121,20 +121,19 @@ def crop_origins(seed: int, crops: int, pad: int) -> tuple[tuple[int, int], ...]
 
 
 def pad_with(x: Tensor, pad: int, fill: Tensor) -> Tensor:
-    """x (B, 3, H, W) in a frame of `pad` pixels of the color fill (3,); (B, 3, H+2·pad, …)."""
+    """Pad x (B, 3, H, W) by `pad` pixels of the color fill (3,); (B, 3, H+2·pad, …)."""
     frame = [pad] * 4
     outside = 1 - F.pad(torch.ones_like(x[:1, :1]), frame) if len(x) else x.new_zeros(())
     return F.pad(x, frame) + outside * fill.view(3, 1, 1)
 
 
 def blurred(x: Tensor) -> Tensor:
-    """x (B, 3, H, W) through the 5x5 Gaussian of sigma 1, reflected at the border.
+    """5x5 Gaussian blur of x (B, 3, H, W) with sigma 1, reflected at the border.
 
-    Its taps are what SciPy's filter, cut at 4 sigma and mirrored at the edge, makes of an impulse
-    on 5 pixels, as the authors' are.
+    Taps as in the authors' code: SciPy's filter of an impulse on 5 pixels.
 
     Raises:
-        ValueError: the picture is smaller than 3x3, so that nothing can be reflected.
+        ValueError: the picture is smaller than 3x3.
     """
     if min(x.shape[-2:]) < 3:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Results: a row for each accuracy, and a folder of them read back as one table."""
+"""Results: rows of accuracies, and reading of folders as one table."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 FORMAT = 1  # of results.json
 CLEAN, WORST = "clean", "worst"
 NO_BUDGET = format_epsilon(0.0)  # clean and damaged pictures
-# Attacks under plain words at the head of a column, and what a table says of them below.
+# Column heads of attacks in plain words, and their footnotes.
 _WORDS = {"pgd-own": "own answer", "pgd-random": "random class"}
 _NOTES = {
     "damaged": "damaged: no attacker, but ordinary damage, one of nine kinds a picture: JPEG of "
@@ -42,19 +42,18 @@ def wilson(hits: int, n: int, z: float = 1.959964) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Row:
-    """One accuracy with all that is needed to read it; accuracy and interval in [0, 1].
+    """One accuracy with its settings; accuracy and interval in [0, 1].
 
     Args:
-        defense, method: the spec as it was asked for ("scc:semantic=false"), and its name ("scc").
-        attack, title: the same of the attack ("pgd10", "PGD-10"); "clean" is none, "worst" counts
-            an image only if it is right under every attack of `of`.
+        defense, method: requested spec ("scc:semantic=false"), and name ("scc").
+        attack, title: of the attack ("pgd10", "PGD-10"); "clean": none; "worst": right only if
+            right under every attack of `of`.
         aware: the attack knew the defense.
-        eps: budget, as "4/255"; "0/255" where there is none.
-        clean_right, clean_wrong: the images that the undefended model gets right (wrong) when they
-            are clean, {"n", "hits"}: an oblivious attack may give the label away, and then the
-            defense is right where the model was wrong.
-        flagged: the share that the gate took as attacked; None without a gate.
-        traits, config, attack_settings: of the defense and of the attack.
+        eps: budget, as "4/255"; "0/255" without one.
+        clean_right, clean_wrong: {"n", "hits"} of the images that the undefended model gets right
+            (wrong) when clean; hits on the latter may show a leak of the label.
+        flagged: share flagged by the gate; None without a gate.
+        traits, config, attack_settings: of defense and attack.
     """
 
     defense: str
@@ -79,8 +78,8 @@ class Row:
 
 
 def row_of(right: str, clean: str, flagged: str = "", **facts: Any) -> Row:
-    """A row from one character an image: "1" where the answer is right, where the undefended model
-    is right on the clean image, and where the gate took it as attacked ("" without a gate)."""
+    """Make a row from one character per image: "1" if the answer is right, if the undefended model
+    is right on the clean image, and if the gate flagged it ("" without a gate)."""
     n, hits = len(right), right.count("1")
     low, high = wilson(hits, n)
 
@@ -102,20 +101,20 @@ def row_of(right: str, clean: str, flagged: str = "", **facts: Any) -> Row:
 
 
 def worst_of(bits: Sequence[str]) -> str:
-    """An image counts only if it is right every time; as far as all have been seen."""
+    """Images right every time, over the common length."""
     return "".join("1" if set(column) == {"1"} else "0" for column in zip(*bits, strict=False))
 
 
 class AttackFailed(RuntimeError):
-    """The undefended model survives the attack, so nothing measured under it means anything."""
+    """The attack does not break the undefended model; accuracies under it mean nothing."""
 
 
 def check_attack(row: Row, least: float = 0.1) -> None:
-    """Raise AttackFailed unless the attack costs the undefended model what it was right about.
+    """Raise AttackFailed unless the attack breaks the undefended model.
 
     Args:
-        row: that of "none" under the attack.
-        least: the share of the pictures it got right that must fall.
+        row: of "none" under the attack.
+        least: least share of its correct pictures that must turn wrong.
     """
     n, hits = row.clean_right["n"], row.clean_right["hits"]
     if n and hits > (1 - least) * n:
@@ -127,13 +126,13 @@ def check_attack(row: Row, least: float = 0.1) -> None:
 
 
 def format_rows(rows: Sequence[Row | Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """As they stand in results.json, `of` only where it means something."""
+    """Rows as in results.json, without an empty `of`."""
     plain = [asdict(row) if isinstance(row, Row) else dict(row) for row in rows]
     return [{k: v for k, v in row.items() if k != "of" or v} for row in plain]
 
 
 def timed_rows(rows: Sequence[Row], times: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """As --json has them: those of results.json, each with its times; None where it has none."""
+    """Rows as in --json: those of results.json, with times or None."""
     known = {(time["defense"], time["attack"], time["eps"]): time for time in times}
     names = ("ms_per_image", "attack_ms_per_image", "rounds")
     found = []
@@ -144,15 +143,14 @@ def timed_rows(rows: Sequence[Row], times: Sequence[Mapping[str, Any]]) -> list[
 
 
 def base_of(spec: str) -> str:
-    """The name of an attack, "pgd" of "pgd10" and "pgd:steps=20"."""
+    """Name of an attack: "pgd" of "pgd10" and "pgd:steps=20"."""
     return re.sub(r"\d*(:.*)?$", "", spec)
 
 
 def place(attack: str, eps: str, aware: bool) -> int:
-    """Where the column of an attack stands among those of its budget.
+    """Order of an attack's column within its budget.
 
-    Clean, damaged, PGD, its two controls, others that do not know the defense, those that know it,
-    the worst.
+    Clean, damaged, PGD, its two controls, other oblivious ones, adaptive ones, the worst.
     """
     if attack in (CLEAN, WORST):
         return 0 if attack == CLEAN else 7
@@ -162,13 +160,13 @@ def place(attack: str, eps: str, aware: bool) -> int:
 
 
 def footnotes(specs: Iterable[str]) -> list[str]:
-    """What a table says below of columns whose heads are short, each once."""
+    """Footnotes of columns with short heads, each once."""
     bases = {base_of(spec) for spec in specs}
     return [note for base, note in _NOTES.items() if base in bases]
 
 
 def _head(spec: str, title: str) -> str:
-    """An attack at the head of a column; the controls in words, with what departs from 10 steps."""
+    """Column head of an attack; controls in words, with the spec unless it has 10 steps."""
     base = base_of(spec)
     if base not in _WORDS:
         return title
@@ -176,7 +174,7 @@ def _head(spec: str, title: str) -> str:
 
 
 def attack_titles(some: Iterable[Any]) -> dict[tuple[str, str], str]:
-    """{(attack, eps): head of a column}, in order; two of one budget that share it get the spec."""
+    """{(attack, eps): column head}, in order; equal heads of one budget get the spec."""
     named = {(one.attack, one.eps): _head(one.attack, one.title) for one in some}
     seen = [(title, eps) for (_, eps), title in named.items()]
     return {
@@ -198,14 +196,12 @@ _WIDEST = 9  # columns of attacks that 80 letters have room for
 def tables(
     rows: Sequence[Row], title: str, times: Sequence[Mapping[str, Any]] = ()
 ) -> Iterator[Table]:
-    """The accuracy tables for a terminal, narrow enough for 80 columns.
-
-    One where there is room; else attacks that know the defense, and the worst, have their own.
+    """Accuracy tables for a terminal of 80 columns; adaptive attacks apart if they do not fit.
 
     Args:
-        rows: a line a defense, a column an attack.
-        title: above each.
-        times: of each row; those of clean pictures are shown in the first.
+        rows: one line per defense, one column per attack.
+        title: above each table.
+        times: of the rows; the first table shows those of clean pictures.
     """
     heads = attack_titles(sorted(rows, key=lambda row: place(row.attack, row.eps, row.aware)))
     aware = {(row.attack, row.eps) for row in rows if row.aware}
@@ -227,7 +223,7 @@ def _table(
     title: str,
     times: Sequence[Mapping[str, Any]],
 ) -> Table:
-    """One of tables(), of these columns."""
+    """One table of tables()."""
     from rich import box
     from rich.table import Table
 
@@ -257,34 +253,31 @@ def _table(
 
 
 def _narrow(row: Row | None) -> str:
-    """The interval in whole percent on a line of its own: a terminal has no room for more."""
+    """Accuracy, and its interval in whole percent on another line."""
     if row is None:
         return "–"
     return f"{100 * row.accuracy:.1f}\n{100 * row.ci_low:.0f}–{100 * row.ci_high:.0f}"
 
 
-# ------------------------------------------------------------------------------ a folder, read back
+# ---------------------------------------------------------------------------- reading of a folder
 
-# What tells one model from another, and one data set. Results that differ in any of it are never
-# put together.
+# Identity of a model and of a data set: results that differ in any of these are never pooled.
 MODEL = ("model", "source", "weights", "size", "precision")
 DATA = ("dataset", "paper", "split", "protocol", "template", "prompts", "sample")
 
 
 def read(folder: Path) -> DataFrame:
-    """Every results.json below a folder, and the timings.json beside it, as one table.
+    """Read every results.json below a folder, with its timings.json, as one table.
 
-    A line is a row of a results.json under the names of Row, with its `ms_per_image` (None if not
-    known) and what its file says of the run: `file`; of the model MODEL; of the data DATA (`paper`
-    is its name there, `sample` the seed of the choice of pictures, "" where all are taken);
-    `asked` pictures of `pictures`, where the protocol has `expected`; `classes`; `duplicates`, the
-    prompts that name two classes or more; `environments`, where it was made. A row without an
-    image is left out. A run without a row has one line, with n = 0.
+    A line is a Row with its `ms_per_image` (None if unknown) and facts of the run: `file`; MODEL;
+    DATA (`paper`: the papers' name, `sample`: seed of the drawn pictures, "" for all); `asked`
+    pictures of `pictures`, `expected` by the protocol; `classes`; `duplicates`, number of prompts
+    shared by classes; `environments`. Rows without images are left out. A run without rows has one
+    line, with n = 0.
 
     Raises:
         ImportError: pandas is not installed.
-        ValueError: there is no file, or one is cut short, not the runner's, or of another format;
-            it is named.
+        ValueError: no file, or a damaged or foreign one.
     """
     try:
         from pandas import DataFrame
@@ -304,7 +297,7 @@ def read(folder: Path) -> DataFrame:
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of one results.json. A field that an older version did not write may lack."""
+    """Lines of one results.json; fields of newer versions may be missing."""
     top = _Fields(path, "", _load(path))
     version = top.value.get("format")
     if version != FORMAT or isinstance(version, bool):
@@ -356,7 +349,7 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _row(row: _Fields) -> dict[str, Any]:
-    """The fields of a Row, held to what its numbers must be."""
+    """Checked fields of a Row."""
     found = {
         "defense": row.get("defense", str),
         "method": row.get("method", str),
@@ -384,7 +377,7 @@ def _row(row: _Fields) -> dict[str, Any]:
 
 
 def _times(path: Path) -> dict[tuple[str, ...], float | None]:
-    """(defense, attack, eps) -> milliseconds an image, of the defense."""
+    """(defense, attack, eps) -> milliseconds per image of the defense."""
     rows = _Fields(path, "", _load(path)).each("rows") if path.exists() else ()
     return {
         (row.get("defense", str), row.get("attack", str), row.budget()): row.get(
@@ -406,14 +399,14 @@ def _text(value: Any) -> str:
 
 
 def _size(value: Any) -> int | None:
-    """A count that may have been written as the things that it counts."""
+    """A count, written as a number or as the counted list."""
     if isinstance(value, list | dict):
         return len(value)
     return value if type(value) is int else None
 
 
 class _Fields:
-    """A JSON object whose fields are asked for by type; errors name the file and the place."""
+    """JSON object with typed access; errors name file and place."""
 
     def __init__(self, path: Path, where: str, value: Any) -> None:
         self.path, self.where = path, where
@@ -426,7 +419,7 @@ class _Fields:
         return ValueError(f"{self.path}:{place} {what}; it is not what scc-fast evaluate writes")
 
     def get(self, name: str, kind: type, default: Any = ...) -> Any:
-        """A field of that type; `default`, if there is one, where it is missing or null."""
+        """Field of a type, or `default` if missing or null."""
         if default is not ... and self.value.get(name) is None:
             return default
         if name not in self.value:
@@ -434,7 +427,7 @@ class _Fields:
         value: Any = self.value[name]
         if kind is float and type(value) is int:
             value = float(value)
-        # bool is an int, and NaN a float, but neither is a number here.
+        # Neither a bool nor NaN counts as a number.
         if type(value) is not kind or (isinstance(value, float) and not math.isfinite(value)):
             raise self.wrong(f"{name!r} must be {kind.__name__}, got {shown(value)}")
         return value
@@ -447,14 +440,14 @@ class _Fields:
             yield _Fields(self.path, f"{name}[{index}]", value)
 
     def counts(self) -> dict[str, int]:
-        """n and hits."""
+        """Fields n and hits."""
         n, hits = self.get("n", int), self.get("hits", int)
         if not 0 <= hits <= n:
             raise self.wrong(f"must have 0 <= hits <= n, got {hits} of {n}")
         return {"n": n, "hits": hits}
 
     def budget(self) -> str:
-        """A row's budget, written in one way: "4/255"."""
+        """Budget of a row, normalised: "4/255"."""
         value: Any = self.value.get("eps")
         if self.get("attack", str) == CLEAN:
             return format_epsilon(0.0)

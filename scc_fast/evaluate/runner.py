@@ -1,6 +1,6 @@
-"""Runs defenses against attacks, batch by batch, and can be interrupted at any time.
+"""Runner: defenses against attacks, batch by batch, resumable.
 
-What a batch gives is on disk before the next begins; the same call goes on where it stopped and
+Each batch is stored before the next begins; after an interruption the same call continues, and
 ends with the same results.json.
 """
 
@@ -41,32 +41,32 @@ from scc_fast.evaluate.store import (
 from scc_fast.evaluate.worker import Judged, Made, Place, Setting, Task, Worker
 from scc_fast.models.checkpoints import without_folders
 
-# On a command line: every attack that suits a defense and knows it, and the main table's columns.
+# Names for all applicable adaptive attacks, and for the columns of the main table.
 ADAPTIVE, STANDARD = "adaptive", "standard"
 STANDARDS = ("damaged", "pgd10", "pgd-own10", "pgd-random10", ADAPTIVE)
 
 
 class Executor(Protocol):
-    """Who does tasks: this process, or many."""
+    """Executor of tasks, in this process or many."""
 
     def __call__(
         self, tasks: Sequence[Task], kept: Callable[[Task], Tensor | None]
     ) -> Iterable[tuple[Task, Place | Made | Judged]]:
-        """What comes of each task, in any order; `kept` are images that need not be made."""
+        """Results of tasks, in any order; `kept` gives stored images."""
         ...
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What a call of the runner asks for.
+    """Request: defenses, attacks and budgets.
 
     Args:
-        defenses: specs, see defenses.parse_defense; "none" is always there.
-        attacks: specs, see attacks.parse_attack, or "adaptive", or "standard" for STANDARDS;
-            "clean" is always there.
-        eps: budgets, pixel units; what has none ("damaged") is made once.
-        adaptive_n: attacks that know the defense get the first so many pictures; None: all.
-        allow_weak: do not stop where an attack leaves the undefended model standing.
+        defenses: specs, see defenses.parse_defense; "none" is always included.
+        attacks: specs, see attacks.parse_attack, "adaptive", or "standard" for STANDARDS; "clean"
+            is always included.
+        eps: budgets, pixel units; attacks without one ("damaged") are made once.
+        adaptive_n: number of pictures under adaptive attacks, the first ones; None: all.
+        allow_weak: continue if an attack does not break the undefended model.
     """
 
     defenses: tuple[str, ...] = ("none", "ttc", "scc")
@@ -77,7 +77,9 @@ class Asked:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "defenses", tuple(dict.fromkeys(("none", *self.defenses))))
-        alike: dict[str, str] = {}  # "pgd10" and "pgd:steps=10" are one; the first spelling stays
+        alike: dict[
+            str, str
+        ] = {}  # "pgd10" and "pgd:steps=10" are equal; the first spelling counts
         sets = (STANDARDS if spec == STANDARD else (spec,) for spec in self.attacks)
         for spec in chain.from_iterable(sets):
             alike.setdefault(_plainly(spec), spec)
@@ -93,12 +95,12 @@ class Asked:
 
 
 class Run:
-    """One model, one data set, one seed: its folder and what is left to do.
+    """Run of one model, data set and seed, in a folder.
 
     Args:
-        setting: what every result depends on.
-        out: the folder that holds the run's folder.
-        worker: what does the tasks in this process.
+        setting: of all results.
+        out: parent of the run's folder.
+        worker: of this process.
     """
 
     def __init__(self, setting: Setting, out: Path, worker: Worker | None = None) -> None:
@@ -109,10 +111,10 @@ class Run:
         name = slug(without_folders(setting.model) + parts, setting.model + parts)
         self.store = Store(out / name, self.worker.facts())
 
-    # ----------------------------------------------------------------------------- what is to do
+    # ------------------------------------------------------------------------------------ tasks
 
     def tasks(self, asked: Asked) -> list[Task]:
-        """Every task, done or not: the undefended model first under each attack."""
+        """All tasks, done or not; the undefended model comes first under each attack."""
         others = tuple(spec for spec in asked.defenses if spec != "none")
         plain = [(CLEAN, 0.0)]
         for spec in asked.attacks:
@@ -136,7 +138,7 @@ class Run:
         return found
 
     def _aware(self, asked: Asked) -> Iterator[tuple[str, float, str]]:
-        """(attack, budget, defense) of what knows the defense."""
+        """(attack, budget, defense) of adaptive attacks."""
         for epsilon in asked.eps:
             for owner in asked.defenses:
                 target = self.worker.defense(owner)
@@ -151,7 +153,7 @@ class Run:
                         yield spec, epsilon, owner
 
     def _left(self, tasks: Sequence[Task]) -> list[Task]:
-        """The tasks with the defenses that have not been judged."""
+        """Remaining tasks, with the defenses not yet judged."""
         known: dict[Path, dict[tuple[str, int], Any]] = {}
         left = []
         for task in tasks:
@@ -171,7 +173,7 @@ class Run:
     def _folder(self, task: Task) -> AttackFolder:
         return self.store.attack(task.attack, task.epsilon)
 
-    # ------------------------------------------------------------------------------------- doing
+    # --------------------------------------------------------------------------------- execution
 
     def go(
         self,
@@ -182,19 +184,19 @@ class Run:
         tick: Callable[[str], None] = lambda what: None,
         say: Callable[[str], None] = lambda what: None,
     ) -> list[Row]:
-        """Do what is left, and return the rows.
+        """Do the remaining tasks, and return the rows.
 
-        Where another process works on the same attack, its end is waited for.
+        Waits for other processes that work on the same attack.
 
         Args:
-            asked: what is wanted.
-            execute: who does it; None: this process.
-            start: told how many judgements there are, and how many are done already.
-            tick: told each judgement, as text.
-            say: told what the user should know.
+            asked: the request.
+            execute: executor; None: this process.
+            start: gets the number of judgements, and of those done already.
+            tick: gets each judgement, as text.
+            say: gets messages for the user.
 
         Raises:
-            AttackFailed: an attack leaves the undefended model standing; what was done is kept.
+            AttackFailed: an attack does not break the undefended model; results so far are kept.
         """
         execute = self.execute if execute is None else execute
         self.store.add_defenses({spec: self.worker.describe(spec) for spec in asked.defenses})
@@ -229,7 +231,7 @@ class Run:
 
     @contextmanager
     def _alone(self, path: Path, say: Callable[[str], None]) -> Iterator[None]:
-        """An attack's folder for this process alone."""
+        """Exclusive lock of an attack's folder."""
         with ExitStack() as stack:
             try:
                 stack.enter_context(locked(path, wait=False))
@@ -258,14 +260,14 @@ class Run:
             folder.append_record(task, found)
             key = task.attack, task.epsilon, found.defense
             remaining[key] -= 1
-            if not remaining[key]:  # the row is known
+            if not remaining[key]:  # the row is complete
                 self.publish()
             tick(f"{found.defense} under {task.attack}")
 
     def execute(
         self, tasks: Sequence[Task], kept: Callable[[Task], Tensor | None]
     ) -> Iterator[tuple[Task, Place | Made | Judged]]:
-        """Do the tasks in this process, in order."""
+        """Execute tasks in this process, in order."""
         for task in tasks:
             yield task, self.worker.place()
             for found in self.worker.work(task, kept(task)):
@@ -281,7 +283,7 @@ class Run:
     # ----------------------------------------------------------------------------------- results
 
     def rows(self) -> list[Row]:
-        """Every row that is known whole: clean, oblivious, aware, worst, each by its name."""
+        """All complete rows: clean, oblivious, aware, worst, by name."""
         n = len(self.worker.data)
         described = self.store.defenses()
         bits: dict[tuple[str, float], dict[str, str]] = {}
@@ -295,7 +297,7 @@ class Run:
             for spec in dict.fromkeys(defense for defense, _ in records):
                 found = list(_in_order(records, spec, self.worker.setting.batch))
                 right = "".join(record["right"] for record in found)
-                # An attack that knows the defense may have been asked for the first images alone.
+                # An adaptive attack may be requested for the first images alone.
                 if len(right) >= (wanted.get(spec, n) if facts["aware"] else n):
                     bits.setdefault(key, {})[spec] = right
                     flags.setdefault(key, {})[spec] = "".join(record["flagged"] for record in found)
@@ -341,10 +343,7 @@ class Run:
         return {"defense": spec, "seed": self.worker.setting.seed, **facts}
 
     def timings(self) -> list[dict[str, Any]]:
-        """Milliseconds an image: of each defense under each attack, and of the attack; medians.
-
-        `rounds` batches of a defense were timed, after a warm-up.
-        """
+        """Median milliseconds per image of defenses and attacks, over `rounds` batches."""
         found = []
         for folder, _ in self.store.attacks():
             made: dict[str, dict[int, float]] = {}
@@ -369,7 +368,7 @@ class Run:
         return found
 
     def rounded(self) -> list[dict[str, Any]]:
-        """How many attacked images fool the undefended model no more as they are kept."""
+        """Numbers of attacked images that fool the undefended model only before rounding."""
         found = []
         for folder, _ in self.store.attacks():
             undone: dict[str, int] = {}
@@ -381,7 +380,7 @@ class Run:
         return found
 
     def publish(self) -> list[Row]:
-        """Write results.json and timings.json from what is known."""
+        """Write results.json and timings.json."""
         with locked(self.store.folder, wait=True):
             rows = self.rows()
             places = self.store.environments()
@@ -400,7 +399,7 @@ class Run:
 def _in_order(
     records: dict[tuple[str, int], dict[str, Any]], spec: str, size: int
 ) -> Iterator[dict[str, Any]]:
-    """The records of a defense from batch 0 on, up to the first that is missing or short."""
+    """Records of a defense from batch 0 to the first missing or short one."""
     batch, whole = 0, True
     while whole and (spec, batch) in records:
         yield records[spec, batch]
@@ -409,7 +408,7 @@ def _in_order(
 
 
 def _plainly(spec: str) -> str:
-    """One spelling for all specs of the same attack."""
+    """Canonical spec of an attack."""
     if spec in (CLEAN, ADAPTIVE):
         return spec
     try:

@@ -1,4 +1,4 @@
-"""What one process does: it makes adversarial images of a batch and shows them to defenses."""
+"""Worker: makes the attacked images of a batch, and runs defenses on them."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from scc_fast.evaluate.data import Dataset, open_dataset
 from scc_fast.evaluate.results import CLEAN
 from scc_fast.models import VisionLanguage, load_spec
 
-_ATTACKERS = 1 << 32  # added to the seed: an attacker never draws what a defense is judged with
+_ATTACKERS = 1 << 32  # added to the seed of attackers, whose draws differ from the defenses'
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What every result of a run depends on.
+    """Setting that all results of a run depend on.
 
     Args:
         model: "tiny", "ViT-B-32@openai", "ViT-B-32@openai+FILE.pth.tar", "hf-hub:…", "local-dir:…".
         dataset, split, protocol, root, download, n_samples, sample_seed: see open_dataset().
         seed: of the noise of attackers and defenses.
-        batch: images at a time.
-        precision, engine: of the encoder, for attackers and defenses alike.
-        device: "cpu", "cuda", …; None takes CUDA where it is.
+        batch: images per batch.
+        precision, engine: of the encoder, for attackers and defenses.
+        device: "cpu", "cuda", …; None: CUDA if available.
     """
 
     model: str = "tiny"
@@ -60,15 +60,15 @@ class Setting:
 
 @dataclass(frozen=True)
 class Task:
-    """One batch: the images of an attack, and the defenses that are to see them.
+    """One batch of an attack, and the defenses to judge on it.
 
     Args:
         attack: a spec such as "pgd10", or "clean".
-        epsilon: its budget, 0 where it has none.
-        owner: the defense that the attack knows; None for one made on the undefended model.
-        batch: which.
-        count: how many images it has.
-        defenses: the specs of those that are judged.
+        epsilon: its budget, 0 without one.
+        owner: the defense that the attack knows; None: oblivious.
+        batch: index.
+        count: number of images.
+        defenses: specs of defenses to judge.
     """
 
     attack: str
@@ -81,13 +81,12 @@ class Task:
 
 @dataclass(frozen=True, eq=False)
 class Made:
-    """What is kept of the attacked images of a batch.
+    """Stored attack of a batch.
 
     Args:
-        delta: the perturbation, (n, 3, H, W) float16.
-        seconds: that it took.
-        undone: images that fool the undefended model as they were made, and do not as they are
-            kept.
+        delta: perturbation, (n, 3, H, W) float16.
+        seconds: time to make it.
+        undone: number of images that fool the undefended model only before rounding.
     """
 
     delta: Tensor
@@ -97,12 +96,12 @@ class Made:
 
 @dataclass(frozen=True)
 class Judged:
-    """What a defense said of each image.
+    """Answers of a defense for a batch.
 
     Args:
-        right, flagged: one character an image, "1" for yes; flagged is "" without a gate.
-        drift: what the gate measured, empty without one.
-        seconds: of the whole batch, after a warm-up.
+        right, flagged: one character per image, "1" for yes; flagged is "" without a gate.
+        drift: the gate's measure, empty without a gate.
+        seconds: for the batch, after a warm-up.
     """
 
     defense: str
@@ -113,7 +112,7 @@ class Judged:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Where numbers are made."""
+    """Versions and hardware."""
     cuda = device.type == "cuda"
     return {
         "torch": torch.__version__,
@@ -128,17 +127,17 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Place:
-    """Where what follows was made; see environment()."""
+    """Environment of the results that follow; see environment()."""
 
     environment: dict[str, Any]
 
 
 class Worker:
-    """The model, the data and the defenses of a run, loaded once.
+    """Model, data and defenses of a run, loaded once.
 
     Args:
         setting: of the run.
-        model, dataset: where the caller has loaded them.
+        model, dataset: if loaded already.
     """
 
     def __init__(
@@ -172,7 +171,7 @@ class Worker:
         return make_defense(spec, self.model, self.data.prompts, **options)
 
     def facts(self) -> dict[str, Any]:
-        """What results depend on, as results.json has it."""
+        """Facts that results depend on, for results.json."""
         s = self.setting
         return {
             "model": {
@@ -189,7 +188,7 @@ class Worker:
         }
 
     def describe(self, spec: str) -> dict[str, Any]:
-        """What rows say of a defense."""
+        """Facts of a defense for rows."""
         defense = self.defense(spec)
         return {
             "method": defense.method,
@@ -198,18 +197,18 @@ class Worker:
         }
 
     def place(self) -> Place:
-        """Where this worker works."""
+        """Environment of this worker."""
         return Place(environment(self.model.device))
 
     def batches(self, limit: int | None = None) -> Iterator[tuple[int, int]]:
-        """(place, images) of each batch of the first `limit` images."""
+        """(index, images) of each batch of the first `limit` images."""
         last = len(self.data) if limit is None else min(len(self.data), limit)
         size = self.setting.batch
         for start in range(0, last, size):
             yield start // size, min(size, last - start)
 
     def work(self, task: Task, delta: Tensor | None = None) -> Iterator[Made | Judged]:
-        """Make the images of a batch, unless `delta` brings them, and show them to each defense."""
+        """Make the attack of a batch, unless given as `delta`, and run each defense on it."""
         device = self.model.device
         start = task.batch * self.setting.batch
         stop = start + task.count
@@ -225,12 +224,12 @@ class Worker:
         for spec in task.defenses:
             defense = self.defense(spec)
             seeds = self._seeds(start, stop, False)
-            if (spec, task.count) not in self._warm:  # a first call loads, compiles and captures
+            if (spec, task.count) not in self._warm:  # warm-up: compile and capture
                 self._warm.add((spec, task.count))
                 _ = defense(seen, seeds).labels
             began = time.perf_counter()
             found = defense(seen, seeds)
-            answer = found.labels  # waits for the device
+            answer = found.labels  # synchronises
             seconds = time.perf_counter() - began
             gated = defense.has_gate
             flagged = _bits(found.flagged) if gated else ""
@@ -244,7 +243,7 @@ class Worker:
         began = time.perf_counter()
         found = attack.run(target, x, labels, seeds)
         delta = (found.clamp(0, 1) - x).clamp(-attack.reach, attack.reach)
-        # Rounded to nearest: at most 2^-11 of the perturbation is lost, and nothing is cut off.
+        # Rounded to nearest: a relative error of at most 2^-11.
         stored = delta.to(torch.float16)
         seconds = time.perf_counter() - began
         bare = self.defense("none")
@@ -259,17 +258,17 @@ class Worker:
 
 
 def restored(x: Tensor, delta: Tensor, attack: Attack, batch: int) -> Tensor:
-    """The attacked images from what is kept of them, verified.
+    """Attacked images from a stored perturbation.
 
     Raises:
-        ValueError: another shape, not finite, or outside the ball by more than the rounding.
+        ValueError: wrong shape, non-finite, or outside the ball by more than rounding.
     """
     budget = f" at {format_epsilon(attack.epsilon)}" if attack.budgeted else ""
     where = f"images kept of {attack.title}{budget}, batch {batch}"
     if delta.shape != x.shape:
         raise ValueError(f"{where}: shape {tuple(delta.shape)}, the pictures have {tuple(x.shape)}")
     delta = delta.float()
-    # Half a unit in the last place of a float16, normal or not.
+    # Half an ulp of float16.
     room = attack.reach * (1 + 2.0**-11) + 2.0**-25
     if not bool((delta.abs() <= room).all()):  # NaN is not
         raise ValueError(f"{where}: not within the budget; remove the file to make them again")
@@ -281,7 +280,7 @@ def _bits(flags: Tensor) -> str:
 
 
 def _readable(config: dict[str, Any]) -> dict[str, Any]:
-    """A config with its budgets as "4/255"."""
+    """Config with budgets as "4/255"."""
     return {
         name: format_epsilon(value) if name in ("epsilon", "alpha") and value is not None else value
         for name, value in config.items()
@@ -289,7 +288,7 @@ def _readable(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def weights_hash(model: VisionLanguage) -> str:
-    """sha256 of a model's weights and buffers."""
+    """SHA-256 of a model's weights and buffers."""
     found = hashlib.sha256()
     for name, value in getattr(model, "module", nn.Module()).state_dict().items():
         found.update(name.encode())

@@ -1,9 +1,8 @@
-"""The ops: schema, fake, reference and choice of backend, once per op.
+"""Ops: schema, fake, reference and choice of backend, once per op.
 
-An op is torch.ops.scc_fast.<name>. Its reference is the CompositeExplicitAutograd kernel, so it
-runs on every machine; where scc_fast._C is loaded, the CPU and CUDA kernels registered there win.
-Its Triton twin, a plain function of the same name and signature in scc_fast.kernels, is
-torch.ops.scc_fast.<name>_triton.
+An op is torch.ops.scc_fast.<name>. Its reference is the CompositeExplicitAutograd kernel, which
+runs everywhere; CPU and CUDA kernels of scc_fast._C take precedence. Its Triton twin, a function of
+the same name and signature in scc_fast.kernels, is torch.ops.scc_fast.<name>_triton.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ from scc_fast.config import shown
 
 BACKENDS = ("reference", "cpp", "triton")
 
-# The first available one serves backend=None. As benchmarks/results say (benchmarks/preference.py),
-# which hold rows for the CPU; the order on CUDA is a guess until it is measured.
+# Order of backends for backend=None, from benchmarks/results (benchmarks/preference.py); the order
+# on CUDA is a guess until measured.
 _PREFERENCE = {"cuda": ("triton", "cpp", "reference"), "cpu": ("cpp", "reference")}
 
 _LIBRARY = torch.library.Library("scc_fast", "DEF")
@@ -44,16 +43,16 @@ def define(
     Args:
         schema: "name(Tensor x, …) -> Tensor", without a namespace.
         reference: the op in plain PyTorch, on any device.
-        fake: the shapes and dtypes of its result, from fake tensors.
-        triton: imports the module of scc_fast.kernels that holds its twin.
-        autograd: (setup_context, backward) as torch.library.register_autograd takes them; an op
-            without them takes its arguments as constants.
+        fake: shapes and dtypes of the result, from fake tensors.
+        triton: imports the module of scc_fast.kernels with its twin.
+        autograd: (setup_context, backward) for torch.library.register_autograd; without them
+            arguments count as constants.
     """
     name = schema.split("(")[0]
     overload = _register(schema, reference, fake, autograd)
     _HAS_TRITON[name] = triton is not None
     if triton is not None:
-        # An op of its own, so that torch.compile does not look into it.
+        # An op of its own, opaque to torch.compile.
         opaque = name.rstrip("_") + "_triton" + "_" * name.endswith("_")
         kernel = _register(
             opaque + schema[len(name) :],
@@ -70,7 +69,7 @@ def define(
             )
         if chosen == "triton":
             return kernel(*arguments)
-        if chosen == "reference":  # past the dispatcher, which would take C++
+        if chosen == "reference":  # bypasses the dispatcher, which would choose C++
             with torch.set_grad_enabled(autograd is not None and torch.is_grad_enabled()):
                 return reference(*arguments)
         return overload(*arguments)
@@ -84,11 +83,11 @@ def _register(
     fake: Callable[..., Any],
     autograd: Autograd | None,
 ) -> Callable[..., Any]:
-    """Make torch.ops.scc_fast.<name>, served by `kernel` where nothing better is registered."""
+    """Register torch.ops.scc_fast.<name> with `kernel` as its fallback."""
     name = schema.split("(")[0]
     _LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
     torch.library.register_fake(f"scc_fast::{name}", fake, lib=_LIBRARY)
-    if autograd is None:  # constants: else torch warns, and differentiates it to zero
+    if autograd is None:  # constants: otherwise torch warns and returns zero gradients
         _LIBRARY.impl(name, torch.no_grad()(kernel), "CompositeExplicitAutograd")
         _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
     else:
@@ -101,24 +100,24 @@ def _register(
 
 
 def names() -> tuple[str, ...]:
-    """The names of all ops defined so far."""
+    """Names of all ops."""
     return tuple(_HAS_TRITON)
 
 
 def backends_of(op: str, device: torch.device | str) -> dict[str, str | None]:
-    """Per backend of an op on a device, None where it is available, else the reason why not."""
+    """Per backend of an op on a device: None if available, else the reason."""
     kind = torch.device(device).type
     return {"reference": None, "cpp": _why_not_cpp(op, kind), "triton": _why_not_triton(op, kind)}
 
 
-# Dynamo takes the answer as a constant: nothing here depends on a tensor's values.
+# Constant for Dynamo: independent of tensor values.
 @torch.compiler.assume_constant_result
 def choose(op: str, kind: str, backend: str | None) -> str:
-    """The backend that serves an op on a kind of device ("cpu", "cuda", …).
+    """Backend of an op on a kind of device ("cpu", "cuda", …).
 
     Raises:
-        ValueError: an unknown backend.
-        RuntimeError: the backend asked for by name is not available; says why.
+        ValueError: unknown backend.
+        RuntimeError: the requested backend is not available.
     """
     return _choose(op, kind, backend)
 
@@ -141,7 +140,7 @@ def _why_not_cpp(op: str, kind: str) -> str | None:
         return f"there are no C++ kernels for {kind} tensors"
     if not _extension.available():
         return _extension.WHY
-    # Asked of the dispatcher rather than of BUILT: it knows each op and device.
+    # By the dispatcher, which knows each op and device.
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"scc_fast::{op}", kind.upper()):
         return None
     return f"scc_fast._C (built for {_extension.BUILT}) holds no {op} for {kind} tensors"
@@ -160,7 +159,7 @@ def _why_not_triton(op: str, kind: str) -> str | None:
 
 
 def _triton_is_interpreted() -> bool:
-    """Whether @triton.jit interprets: fixed for good when triton decorated its own library."""
+    """Whether @triton.jit interprets, as fixed at triton's import."""
     import triton
 
     return not isinstance(triton.language.softmax, triton.JITFunction)

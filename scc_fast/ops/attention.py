@@ -1,7 +1,6 @@
-"""Attention of short sequences, forward and back, without the square of their length in memory.
+"""Attention of short sequences, forward and backward, without quadratic memory.
 
-All arithmetic is float32. The backward gives the gradients with respect to q, k and v by itself:
-no op builds an autograd graph.
+All arithmetic is float32. Backward is an op; no op builds an autograd graph.
 """
 
 from __future__ import annotations
@@ -17,21 +16,21 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """softmax(q kᵀ / √d) v, of every image and head.
+    """softmax(q kᵀ / √d) v per image and head.
 
     Args:
-        q: (B, H, Tq, d), d >= 1, float32, float16 or bfloat16. Any strides; a last dimension that
-            is not contiguous costs a copy.
+        q: (B, H, Tq, d), d >= 1, float32, float16 or bfloat16. Any strides; a
+            non-contiguous last dimension costs a copy.
         k, v: (B, H, Tk, d), in the dtype of q.
-        backend: "reference", "cpp"; None takes the device's best.
+        backend: "reference", "cpp"; None: the device's best.
 
     Returns:
         o: (B, H, Tq, d) in the dtype of q; o.transpose(1, 2) is contiguous. Zero for Tk = 0.
-        lse: (B, H, Tq) float32, the logarithm of the sum of the exponentials of a row.
+        lse: (B, H, Tq) float32, log-sum-exp of a row.
 
     Raises:
-        TypeError, ValueError: naming the op, the argument and what came.
-        RuntimeError: the backend asked for is not available; says why.
+        TypeError, ValueError: an invalid argument.
+        RuntimeError: the requested backend is not available.
     """
     _check("attention", q, k, v)
     o, lse = _attention(q.device, backend, q, k, v)
@@ -51,8 +50,8 @@ def attention_back(
 
     Args:
         gradient: ∂J/∂o, like q.
-        q, k, v: as attention had them.
-        lse: as attention gave it.
+        q, k, v: as in attention.
+        lse: from attention.
         backend: as attention.
 
     Returns:
@@ -105,7 +104,7 @@ def _check_back(gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor) 
 
 
 # ---- Reference: in float32, or in float64 where the tests give it that ---------------------------
-# It serves devices without C++ too, so it refuses what the C++ kernels refuse.
+# The same limits as the C++ kernels, also on devices without them.
 
 
 def attention_of(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,7 +119,7 @@ def attention_back_of(
     """dq, dk and dv in the dtype of q."""
     scale = q.shape[-1] ** -0.5
     weights = (q @ k.mT * scale - lse[..., None]).exp()
-    # lse is rounded: what the weights are off by would not cancel below.
+    # normalised again: lse is rounded, and the error would not cancel below
     weights = weights / weights.sum(dim=-1, keepdim=True)
     slope = gradient @ v.mT
     slope = scale * weights * (slope - (weights * slope).sum(dim=-1, keepdim=True))

@@ -1,8 +1,8 @@
-"""What stands between the matrix products of a vision transformer, forward and back.
+"""Norm and GELU of a vision transformer, forward and backward.
 
-The residual stream is float32; what goes into a matrix product or comes out of one is float32,
-float16 or bfloat16. All arithmetic is float32. The weights are frozen, so a backward gives the
-gradient with respect to the input alone, and no op builds an autograd graph.
+The residual stream is float32; inputs and outputs of matrix products are float32, float16 or
+bfloat16. All arithmetic is float32. Weights are frozen: backward is with respect to the input
+alone, and no op builds an autograd graph.
 """
 
 from __future__ import annotations
@@ -33,27 +33,26 @@ def add_norm(
     dtype: torch.dtype = torch.float32,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The sum of x and y, and its LayerNorm: (total − mean) · scale · weight + bias.
+    """Sum of x and y, and its LayerNorm: (total − mean) · scale · weight + bias.
 
-    scale = 1/√(variance + epsilon); the variance is that of the W numbers about their mean,
-    divided by W. Rows do not depend on each other.
+    scale = 1/√(variance + epsilon), with the biased variance of a row. Rows are independent.
 
     Args:
         x: the residual stream, (…, W) float32, W >= 1.
-        y: what is added, like x, float32, float16 or bfloat16; None for zero.
+        y: residual, like x, float32, float16 or bfloat16; None for zero.
         weight, bias: (W,) float32.
         epsilon: >= 0.
         dtype: of normed: float32, float16 or bfloat16.
-        backend: "reference", "cpp", "triton"; None takes the device's best.
+        backend: "reference", "cpp", "triton"; None: the device's best.
 
     Returns:
-        total: (…, W) float32; x itself where y is None.
+        total: (…, W) float32; x itself if y is None.
         normed: (…, W) in dtype.
-        mean, scale: (…) float32, what add_norm_back needs.
+        mean, scale: (…) float32, for add_norm_back.
 
     Raises:
-        TypeError, ValueError: naming the op, the argument and what came.
-        RuntimeError: the backend asked for is not available; says why.
+        TypeError, ValueError: an invalid argument.
+        RuntimeError: the requested backend is not available.
     """
     arguments = (x, y, weight, bias, epsilon, dtype)
     _check_add_norm(*arguments)
@@ -72,22 +71,22 @@ def add_norm_back(
     dtype: torch.dtype = torch.float32,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """∂J/∂total from ∂J/∂normed, plus what reaches total beside the norm.
+    """∂J/∂total from ∂J/∂normed, plus the residual's gradient.
 
     With g = gradient · weight, x̂ = (total − mean) · scale and means over the W numbers of a row,
     scale · (g − mean(g) − x̂ · mean(g · x̂)) + residual.
 
     Args:
         gradient: ∂J/∂normed, (…, W), float32, float16 or bfloat16.
-        total, mean, scale: as add_norm gave them.
+        total, mean, scale: from add_norm.
         weight: (W,) float32.
-        residual: ∂J/∂total past the norm, (…, W) float32; None for zero.
+        residual: ∂J/∂total around the norm, (…, W) float32; None for zero.
         dtype: of low: float32, float16 or bfloat16.
         backend: as add_norm.
 
     Returns:
         whole: (…, W) float32.
-        low: whole in dtype; whole itself where that is float32.
+        low: whole in dtype; whole itself for float32.
 
     Raises:
         as add_norm.
@@ -101,7 +100,7 @@ def add_norm_back(
 def gelu(
     x: Tensor, bias: Tensor | None = None, *, kind: Gelu = "erf", backend: str | None = None
 ) -> Tensor:
-    """The activation of x + bias: z · share(z).
+    """GELU of z = x + bias: z · share(z).
 
     "quick": z · sigmoid(1.702 z). "erf": z · (1 + erf(z/√2)) / 2. "tanh": its approximation
     z · (1 + tanh(√(2/π) (z + 0.044715 z³))) / 2.
@@ -109,7 +108,7 @@ def gelu(
     Args:
         x: any shape, float32, float16 or bfloat16.
         bias: (W,), W being the last dimension of x, float32 or in the dtype of x; None for zero.
-        kind: which.
+        kind: of GELU.
         backend: as add_norm.
 
     Returns:
@@ -134,7 +133,7 @@ def gelu_back(
 
     Args:
         gradient: like x.
-        x, bias, kind: as gelu had them.
+        x, bias, kind: as in gelu.
         backend: as add_norm.
 
     Returns:
@@ -235,7 +234,7 @@ def _check_gelu_back(gradient: Tensor, x: Tensor, bias: Tensor | None, kind: str
 
 
 # ---- Reference: in float32, or in float64 where the tests give it that ---------------------------
-# It serves devices without C++ too, so it refuses what the C++ kernels refuse.
+# The same limits as the C++ kernels, also on devices without them.
 
 
 def norm_of(total: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> tuple[Tensor, ...]:
@@ -257,7 +256,7 @@ def norm_back_of(
 
 
 def gelu_of(z: Tensor, kind: str) -> Tensor:
-    """The activation, in the dtype of z."""
+    """GELU in the dtype of z."""
     if kind == "quick":
         return z * torch.sigmoid(1.702 * z)
     return F.gelu(z, approximate="tanh" if kind == "tanh" else "none")

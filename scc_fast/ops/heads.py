@@ -1,8 +1,7 @@
-"""The heads: from features to labels, and to the gradient of an objective, in closed form.
+"""Heads: labels, and closed-form gradients of objectives, from features.
 
 Features are (L, B, D), float32, float16 or bfloat16, of L views of B images; arithmetic is float32.
-Gradients come in the dtype of the features. No head builds an autograd graph but mean_logits,
-which is differentiable: the others take their arguments as constants.
+Gradients have the dtype of the features. Only mean_logits is differentiable by autograd.
 """
 
 from __future__ import annotations
@@ -26,21 +25,20 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True, eq=False)
 class ClassTable:
-    """The U different text embeddings among K classes, in order of first appearance.
+    """Table of the U different text embeddings of K classes, in order of first appearance.
 
-    The heads work on them: duplicate prompts then have equal logits to the bit and are never each
-    other's negatives, at no cost. Make it with `ClassTable.of(classes)`.
+    Duplicate prompts have bit-equal logits and are not each other's negatives. Make it with
+    `ClassTable.of(classes)`.
 
-    A row that no class has is absent: but for its column in mean_logits, which no class then reads,
-    the heads give what they would without it. So tables of one size can hold different classes.
+    A row without a class is absent: it does not affect the heads, except for its unused column in
+    mean_logits. Tables of one size can thus hold different classes.
 
     Args:
-        text: (U, D) float32, unit length, contiguous; of an absent row any finite numbers.
-        count: (U,) int64, how many classes have each, 0 in absent rows, not in all; None where all
-            are different.
-        group: (K,) int64, the row of each class; None where all are different.
+        text: (U, D) float32, unit length, contiguous; any finite numbers in absent rows.
+        count: (U,) int64, classes per row, 0 in absent rows (not all); None: one each.
+        group: (K,) int64, row of each class; None: one each.
         scale: s, the model's logit scale.
-        bias: b, 0 but for SigLIP.
+        bias: b, 0 except for SigLIP.
     """
 
     text: Tensor
@@ -51,7 +49,7 @@ class ClassTable:
 
     @classmethod
     def of(cls, classes: Classes) -> ClassTable:
-        """From the reference's classes; at least two, which may be equal."""
+        """Table of the reference's classes; at least two, possibly equal."""
         if len(classes.text) < 2:
             raise ValueError(f"classes: K must be at least 2, got {len(classes.text)}")
         if not 0 <= classes.scale < float("inf"):
@@ -67,9 +65,9 @@ class ClassTable:
         return cls(text, count[order], group, classes.scale, classes.bias)
 
     def padded(self, rows: int, classes: int) -> ClassTable:
-        """The same classes in a table of `rows` rows, of which those past U are absent.
+        """Pad to `rows` rows, absent beyond U.
 
-        `expand` then gives `classes` columns, of which those past K repeat the first.
+        `expand` then gives `classes` columns; those beyond K repeat the first.
         """
         count, group = self.count, self.group
         if count is None:
@@ -93,19 +91,19 @@ class ClassTable:
 def drift_head(
     features: Tensor, anchor: Tensor, *, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Relative drift τ of the first view, and the gradient of the mean squared drift of all.
+    """Relative drift τ of the first view, and gradient of the mean squared drift of all views.
 
     Args:
         features: f of the views of x + δ, (L, B, D).
         anchor: f₀, (B, D), in the dtype of the features.
-        backend: "reference", "cpp", "triton"; None takes the device's best.
+        backend: "reference", "cpp", "triton"; None: the device's best.
 
     Returns:
         τ = ‖f_1 − f₀‖ / ‖f₀‖, (B,) float32, and ∂/∂f of (1/L) Σ_l ‖f_l − f₀‖², (L, B, D).
 
     Raises:
-        TypeError, ValueError: naming the op, the argument and what came.
-        RuntimeError: the backend asked for is not available; says why.
+        TypeError, ValueError: an invalid argument.
+        RuntimeError: the requested backend is not available.
     """
     _check_features("drift_head", features)
     _check_like("drift_head", "anchor", anchor, features, features.shape[1:], features.dtype)
@@ -117,7 +115,7 @@ def pseudo_label(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Soft pseudo-label of the views (METHOD.md, SCC step 2).
 
-    q̄ is the mean of the views' softmax, q = q̄^(1/T) / Σ q̄^(1/T), t_soft = Σ_k q_k t_k, made unit.
+    q̄ is the mean of the views' softmax, q = q̄^(1/T) / Σ q̄^(1/T), t_soft = Σ_k q_k t_k, normalised.
 
     Args:
         features: (L, B, D).
@@ -126,7 +124,7 @@ def pseudo_label(
         backend: as drift_head.
 
     Returns:
-        q: (B, U) float32, the probability of one class of each row of the table, 0 if absent.
+        q: (B, U) float32, probability of one class per row of the table, 0 if absent.
         ŷ: (B,) int64, the first maximiser of q, a row of the table.
         t_soft: (B, D) float32, unit length.
 
@@ -148,15 +146,15 @@ def margin_head(
     *,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The semantic margin times s, and its gradient (METHOD.md, SCC step 3).
+    """Semantic margin times s, and its gradient (METHOD.md, SCC step 3).
 
     J = (s/L) Σ_l [cos(f_l, t_soft) − max_{k ≠ ŷ} cos(f_l, t_k)], k over the rows of the table. The
-    maximum takes the gradient of its first maximiser, and counts as 0 where no row but ŷ is there.
+    gradient of the maximum is that of its first maximiser; without a row but ŷ the maximum is 0.
 
     Args:
         features: (L, B, D).
         soft: t_soft, (B, D) float32, unit length.
-        label: ŷ, (B,) int64, rows of the table, as pseudo_label gives them.
+        label: ŷ, (B,) int64, rows of the table, from pseudo_label.
         table: the classes.
         backend: as drift_head.
 
@@ -281,10 +279,10 @@ def _check_classes(op: str, features: Tensor, table: ClassTable) -> None:
 
 
 def _classes(text: Tensor, scale: float, bias: float, count: Tensor | None = None) -> Classes:
-    """The reference's classes of rows known to be different, each counted `count` times."""
+    """Classes of the reference, from distinct rows with counts."""
     group = torch.arange(len(text), device=text.device)
     group = group if count is None else group.repeat_interleave(count)
-    classes = object.__new__(Classes)  # past its search for duplicates
+    classes = object.__new__(Classes)  # without its search for duplicates
     fields = {"text": text[group], "scale": scale, "bias": bias, "distinct": text, "group": group}
     for name, value in fields.items():
         object.__setattr__(classes, name, value)
@@ -308,7 +306,7 @@ def _reference_pseudo(
     wide = features.float()
     if count is None:
         return reference.pseudo_label(wide, _classes(text, scale, bias), temperature)
-    # Of a table cut to its classes; one of no class at all is taken whole.
+    # Cut to present rows; a table without any is kept.
     (rows,) = torch.where((count > 0) | ~count.any())
     count = count[rows].clamp(min=1)
     classes = _classes(text[rows], scale, bias, count)
@@ -322,7 +320,7 @@ def _reference_margin(
     features: Tensor, soft: Tensor, label: Tensor, text: Tensor, count: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     rows = torch.arange(len(text), device=text.device)
-    # Asked on the CPU alone, where it costs no wait; CUDA masks no class then.
+    # On the CPU alone, without a synchronisation; CUDA then masks no class.
     asked = label.device.type == "cpu" and not torch.compiler.is_compiling()
     if asked and not ((label >= 0) & (label < len(text))).all():
         raise ValueError(f"margin_head: label must be rows of text, below {len(text)}")
@@ -387,7 +385,7 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     features, text, weights = ctx.saved_tensors
     if ctx.needs_input_grad[1]:
         raise NotImplementedError("mean_logits: no gradient with respect to text")
-    # Differentiable in turn. ∂cos(f, a)/∂f = (a − (u·a) u)/‖f‖ with a = Σ_k g_k t_k, linear in a.
+    # Differentiable again. ∂cos(f, a)/∂f = (a − (u·a) u)/‖f‖ with a = Σ_k g_k t_k, linear in a.
     wide = features.float()
     norm = wide.norm(dim=-1, keepdim=True).clamp(min=1e-12)
     unit = wide / norm

@@ -1,7 +1,7 @@
 """Random numbers from per-image seeds (METHOD.md, "Random numbers").
 
-No state and no generator: a number depends on (seed, purpose, view, element) alone, so a result is
-the same on every device and backend, in any batch, and inside a CUDA graph.
+Stateless: a number depends on (seed, purpose, view, element) alone, and is equal on every device
+and backend, in any batch, and in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from scc_fast.reference import philox as reference
 def philox_uniform(
     seeds: Tensor, purpose: int, view: int, numel: int, *, backend: str | None = None
 ) -> Tensor:
-    """Uniform numbers in [0, 1), one stream per image, equal to the bit on every backend.
+    """Uniform numbers in [0, 1), one stream per image, bit-equal on every backend.
 
     u = (w >> 8) · 2^-24, with w word e mod 4 of the Philox 4x32-10 block e div 4 for element e.
 
     Args:
         seeds: (B,) int64, any values; one per image.
-        purpose: what the numbers are for, in [0, 2^32). Two purposes share no number.
-        view: index of the view, in [0, 2^32). Two views share no number.
+        purpose: stream of a use, in [0, 2^32).
+        view: stream of a view, in [0, 2^32).
         numel: numbers per image, >= 0.
-        backend: "reference", "cpp", "triton"; None takes the device's best.
+        backend: "reference", "cpp", "triton"; None: the device's best.
 
     Returns:
         (B, numel) float32 on the device of seeds.
 
     Raises:
-        TypeError: seeds is no int64 tensor, or purpose, view or numel no int.
-        ValueError: seeds is not (B,), an int is out of its range, or the backend is unknown.
-        RuntimeError: the backend asked for is not available; says why.
+        TypeError: seeds is not an int64 tensor, or purpose, view or numel not an int.
+        ValueError: seeds is not (B,), an int is out of range, or the backend is unknown.
+        RuntimeError: the requested backend is not available.
 
     Example:
         >>> philox_uniform(torch.tensor([0, 1]), purpose=0, view=0, numel=3).shape

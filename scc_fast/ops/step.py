@@ -1,4 +1,4 @@
-"""The projected sign step, from the gradient of the views to the new δ (METHOD.md, TTC step 3)."""
+"""Projected sign step, from the gradient of the views to the new δ (METHOD.md, TTC step 3)."""
 
 from __future__ import annotations
 
@@ -31,26 +31,26 @@ def pgd_step_(
     patch: int = 0,
     backend: str | None = None,
 ) -> None:
-    """One ascent step in place: δ ← Π(δ + α · sign(g)), and weighted ← weighted + weight · δ.
+    """Ascent step in place: δ ← Π(δ + α · sign(g)), and weighted ← weighted + weight · δ.
 
-    g is the sum over the views of their gradients, unflipped and shifted back. The division by
-    std and the mean over the views are left out: they do not change a sign. sign(0) = 0.
+    g is the sum of the views' gradients, unflipped and shifted back. Division by std and by the
+    number of views is omitted: it does not change the sign. sign(0) = 0.
 
     Args:
         delta: δ, (B, 3, H, W) float32, contiguous; overwritten.
-        gradient: of the objective with respect to make_views' result for this δ, and of its
-            shape; float32, float16 or bfloat16.
+        gradient: of the objective with respect to the result of make_views for this δ; float32,
+            float16 or bfloat16.
         x: (B, 3, H, W) float32, pixels in [0, 1].
-        seeds, views, patch: as make_views had them.
+        seeds, views, patch: as in make_views.
         alpha: α, the step, pixel units.
         epsilon: ε, the L∞ budget, pixel units.
-        weighted: running Σ_t w_t δᵗ like δ, overwritten; None where no sum is wanted.
-        weight: w_{t+1}, the weight of the new δ.
-        backend: "reference", "cpp", "triton"; None takes the device's best.
+        weighted: running Σ_t w_t δᵗ like δ, overwritten; None: no sum.
+        weight: w_{t+1} of the new δ.
+        backend: "reference", "cpp", "triton"; None: the device's best.
 
     Raises:
-        TypeError, ValueError: naming the op, the argument and what came.
-        RuntimeError: the backend asked for is not available; says why.
+        TypeError, ValueError: an invalid argument.
+        RuntimeError: the requested backend is not available.
     """
     check_pixels("pgd_step_", delta=delta, x=x, weighted=weighted)
     plan, noise = check_views("pgd_step_", delta, seeds, views, patch)
@@ -69,7 +69,7 @@ def pgd_step_(
             raise ValueError(f"pgd_step_: {name} is written in place and must not require grad")
     scalars = (float(alpha), float(epsilon), float(weight))
     _step(delta.device, backend, delta, weighted, gradient, x, seeds, plan, noise, *scalars, patch)
-    if not torch.compiler.is_compiling():  # autograd then knows that what it saved is gone
+    if not torch.compiler.is_compiling():  # invalidates what autograd has saved
         for tensor in (delta, weighted):
             if tensor is not None and not tensor.is_inference():
                 torch.autograd.graph.increment_version(tensor)

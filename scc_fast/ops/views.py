@@ -1,4 +1,4 @@
-"""The views of a batch as the encoder takes them, and their adjoint (METHOD.md, "Views" and φ)."""
+"""Views of a batch in the encoder's layout, and their adjoint (METHOD.md, "Views" and φ)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from scc_fast.ops import define
 from scc_fast.reference import views as reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-Channels = Sequence[float]  # one number per colour
+Channels = Sequence[float]  # per colour channel
 
 
 def make_views(
@@ -31,31 +31,31 @@ def make_views(
     patch: int = 0,
     backend: str | None = None,
 ) -> Tensor:
-    """All views of x + δ, normalised, in one pass over x and δ.
+    """Normalised views of x + δ, in one pass over x and δ.
 
     (v_l(x + δ) − mean) / std, where v_l shifts, then flips, then adds σ · noise and clamps to
-    [0, 1]. Differentiable once, in reverse mode, with respect to x and δ; the clamp passes a
-    gradient on where the noisy pixel lies in [0, 1].
+    [0, 1]. Differentiable once, in reverse mode, with respect to x and δ; the clamp's gradient
+    is 1 where the noisy pixel is in [0, 1].
 
     Args:
         x: (B, 3, H, W) float32, pixels in [0, 1].
         delta: δ like x, or None for zero.
         seeds: (B,) int64; a view's noise is philox_normal of (seed, view).
         views: L >= 1 views.
-        mean, std: three numbers each, pixel units; the defaults leave pixels as they are.
-        fill: what a shift uncovers, three numbers, pixel units; None takes mean.
+        mean, std: three numbers each, pixel units; the defaults are the identity.
+        fill: of pixels uncovered by a shift, three numbers, pixel units; None: mean.
         dtype: of the result: float32, float16 or bfloat16. The arithmetic is float32.
-        patch: 0 gives pictures. p > 0 gives the rows that a p × p patch embedding multiplies:
-            (c, i, j) of each patch, patches row by row; what is left over at the right and the
-            bottom is left out, as by a convolution of stride p.
-        backend: "reference", "cpp", "triton"; None takes the device's best.
+        patch: 0: pictures. p > 0: rows for a p × p patch embedding, (c, i, j) per patch, patches
+            row by row; a remainder at the right and bottom is dropped, as by a convolution of
+            stride p.
+        backend: "reference", "cpp", "triton"; None: the device's best.
 
     Returns:
         (L·B, 3, H, W), view by view; or (L·B, (H div p)·(W div p), 3·p·p).
 
     Raises:
-        TypeError, ValueError: naming the op, the argument and what came.
-        RuntimeError: the backend asked for is not available; says why.
+        TypeError, ValueError: an invalid argument.
+        RuntimeError: the requested backend is not available.
     """
     check_pixels("make_views", x=x, delta=delta)
     plan, noise = check_views("make_views", x, seeds, views, patch)
@@ -77,11 +77,11 @@ def make_views_adjoint(
     patch: int = 0,
     backend: str | None = None,
 ) -> Tensor:
-    """The gradient with respect to x (and to δ) from that with respect to make_views' result.
+    """Gradient with respect to x (and δ) from that with respect to the views.
 
     Args:
         gradient: shaped like the result of make_views; float32, float16 or bfloat16.
-        x, delta, seeds, views, std, patch: as make_views had them.
+        x, delta, seeds, views, std, patch: as in make_views.
         backend: as there.
 
     Returns:
@@ -99,7 +99,7 @@ def make_views_adjoint(
 
 
 def check_pixels(op: str, **tensors: Tensor | None) -> None:
-    """The first is float32 (B, 3, H, W); the others are like it, or None."""
+    """Check that the first is float32 (B, 3, H, W), and the others equal in shape, or None."""
     (first, x), *others = tensors.items()
     for name, tensor in tensors.items():
         if (tensor is not None or name == "x") and not isinstance(tensor, Tensor):
@@ -123,7 +123,7 @@ def check_pixels(op: str, **tensors: Tensor | None) -> None:
 def check_views(
     op: str, x: Tensor, seeds: Tensor, views: Sequence[View], patch: int
 ) -> tuple[list[int], list[float]]:
-    """The views as the ops take them: (flip, down, right) of each, and each one's σ."""
+    """Views as arguments of ops: (flip, down, right) and σ of each."""
     if not isinstance(seeds, Tensor) or seeds.dtype != torch.int64:
         got = seeds.dtype if isinstance(seeds, Tensor) else type(seeds).__name__
         raise TypeError(f"{op}: seeds must be an int64 tensor, got {got}")
@@ -150,7 +150,7 @@ def check_views(
 
 
 def check_gradient(op: str, gradient: Tensor, x: Tensor, count: int, patch: int) -> None:
-    """Whether a gradient belongs to `count` views of x."""
+    """Check the gradient of `count` views of x."""
     if not isinstance(gradient, Tensor) or gradient.dtype not in DTYPES:
         got = gradient.dtype if isinstance(gradient, Tensor) else type(gradient).__name__
         raise TypeError(f"{op}: gradient must be a tensor of {DTYPES}, got {got}")
@@ -162,7 +162,7 @@ def check_gradient(op: str, gradient: Tensor, x: Tensor, count: int, patch: int)
 
 
 def views_shape(x: Tensor, count: int, patch: int) -> tuple[int, ...]:
-    """The shape of make_views' result for `count` views of x."""
+    """Shape of `count` views of x."""
     batch, colours, height, width = x.shape
     if patch == 0:
         return (count * batch, colours, height, width)
@@ -170,7 +170,7 @@ def views_shape(x: Tensor, count: int, patch: int) -> tuple[int, ...]:
 
 
 def as_views(plan: Sequence[int], noise: Sequence[float]) -> tuple[View, ...]:
-    """check_views undone."""
+    """Inverse of check_views."""
     return tuple(
         View(bool(plan[3 * i]), (plan[3 * i + 1], plan[3 * i + 2]), sigma)
         for i, sigma in enumerate(noise)

@@ -1,5 +1,4 @@
-"""METHOD.md in plain PyTorch: the specification every faster path is tested against.
+"""Reference: METHOD.md in plain PyTorch, the specification of all faster paths.
 
-Nothing here imports a kernel, the compiled extension or an op: a reference that shares code with
-what it judges proves nothing.
+It imports no kernel, op or compiled extension, to be independent of what it tests.
 """

@@ -1,4 +1,4 @@
-"""The controls: no defense, random noise, and views without a perturbation."""
+"""Controls: no defense, random noise, and views without a perturbation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from scc_fast.reference.ttc import Outcome, Setting, look, mean_logits
 
 
 def none(setting: Setting, x: Tensor, seeds: Tensor) -> Outcome:
-    """The model's own prediction."""
+    """Prediction of the model."""
     return _outcome(setting, x, seeds, (IDENTITY,), torch.zeros_like(x))
 
 

@@ -1,4 +1,4 @@
-"""The heads: what is computed from features, each with its gradient in closed form.
+"""Heads on features, with gradients in closed form.
 
 With u = f/‖f‖ and unit a, ∂cos(f, a)/∂f = (a − (u·a) u)/‖f‖. No head builds an autograd graph.
 Shapes: features (L, B, D), text embeddings (K, D) of unit length.
@@ -18,19 +18,19 @@ STILL = 1e-5  # a shorter drift of unit features is what rounding makes of none
 
 @dataclass(frozen=True, eq=False)
 class Classes:
-    """The text side of a zero-shot classifier.
+    """Text embeddings of a zero-shot classifier, with scale and bias.
 
     Args:
         text: t_k, (K, D) float32, unit length.
         scale: s, the model's logit scale.
-        bias: b, 0 but for SigLIP.
+        bias: b, 0 except for SigLIP.
     """
 
     text: Tensor
     scale: float
     bias: float = 0.0
-    distinct: Tensor = field(init=False)  # (U, D), the different embeddings among the K
-    group: Tensor = field(init=False)  # (K,) int64, the row of `distinct` each class has
+    distinct: Tensor = field(init=False)  # (U, D), different embeddings
+    group: Tensor = field(init=False)  # (K,) int64, row of `distinct` of each class
 
     def __post_init__(self) -> None:
         distinct, group = torch.unique(self.text, dim=0, return_inverse=True)
@@ -38,14 +38,14 @@ class Classes:
         object.__setattr__(self, "group", group)
 
     def negatives(self, label: Tensor) -> Tensor:
-        """(B, K) bool: the classes whose text embedding differs from that of ŷ (B,)."""
+        """Negatives (B, K) bool: classes with another text embedding than ŷ (B,)."""
         return self.group != self.group[label, None]
 
 
 def cosines(features: Tensor, classes: Classes) -> Tensor:
-    """cos(f, t_k): (..., D) → (..., K), equal to the bit where embeddings are equal.
+    """cos(f, t_k): (..., D) → (..., K), bit-equal for equal embeddings.
 
-    A matrix product may round equal columns differently, so each is computed once.
+    Each embedding is used once: a matrix product may round equal columns differently.
     """
     unit = F.normalize(features, dim=-1)
     if len(classes.distinct) == len(classes.text):
@@ -177,11 +177,10 @@ def pseudo_label(
 def margin_head(
     features: Tensor, soft: Tensor, negatives: Tensor, classes: Classes
 ) -> tuple[Tensor, Tensor]:
-    """The semantic margin times s, and its gradient.
+    """Semantic margin times s, and its gradient.
 
-    J = (s/L) Σ_l [cos(f_l, t_soft) − max_{k ∈ negatives} cos(f_l, t_k)]. The factor s leaves the
-    sign alone and keeps half precision from underflowing. Where no negative is left the maximum
-    counts as a constant.
+    J = (s/L) Σ_l [cos(f_l, t_soft) − max_{k ∈ negatives} cos(f_l, t_k)]. The factor s keeps
+    half precision from underflowing. Without negatives the maximum is a constant.
 
     Args:
         features: (L, B, D).

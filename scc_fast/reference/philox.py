@@ -13,7 +13,7 @@ import secrets
 import torch
 from torch import Tensor
 
-# What a number is drawn for. Two purposes never share a number.
+# Purposes: separate streams.
 SEEDS, DELTA, VIEW_NOISE, ATTACK_START, EOT, DATA = range(6)
 
 _MASK = 0xFFFFFFFF
@@ -36,7 +36,7 @@ def philox4x32_10(counter: tuple[Tensor, ...], key: tuple[Tensor, ...]) -> tuple
 
 
 def words(seeds: Tensor, purpose: int, view: int, blocks: int) -> Tensor:
-    """The raw 32-bit words of `blocks` blocks: (B, blocks, 4) int64, for seeds (B,) int64."""
+    """Raw 32-bit words of `blocks` blocks: (B, blocks, 4) int64, for seeds (B,) int64."""
     block = torch.arange(blocks, device=seeds.device).expand(len(seeds), blocks)
     seed = seeds[:, None].expand_as(block)
     counter = (
@@ -57,7 +57,7 @@ def uniform(seeds: Tensor, purpose: int, view: int, numel: int) -> Tensor:
 def normal(seeds: Tensor, purpose: int, view: int, numel: int) -> Tensor:
     """`numel` standard normals per seed by Box-Muller on word pairs: (B, numel) float32.
 
-    Evaluated in float64 and rounded once, so that other backends have a yardstick for their ulps.
+    Computed in float64 and rounded once.
     """
     bits = (words(seeds, purpose, view, -(-numel // 4)) >> 8).double()
     radius = torch.sqrt(-2.0 * torch.log((bits[..., 0::2] + 1.0) * 2.0**-24))
@@ -69,9 +69,9 @@ def normal(seeds: Tensor, purpose: int, view: int, numel: int) -> Tensor:
 def image_seeds(
     seeds: int | Tensor | None, batch: int, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """One int64 seed per image, (B,): drawn from the OS (None), hashed from (int, i), or as given.
+    """Seeds (B,) int64: drawn from the OS (None), hashed from (int, i), or as given.
 
-    The hash is Philox itself, so that neighbouring ints give unrelated streams.
+    The hash is Philox: neighbouring ints give unrelated streams.
     """
     if isinstance(seeds, Tensor):
         return seeds.to(device=device, dtype=torch.int64)
@@ -92,6 +92,6 @@ def uniform_like(x: Tensor, seeds: Tensor, purpose: int, view: int = 0) -> Tenso
 
 
 def derive(seeds: Tensor, purpose: int, view: int) -> Tensor:
-    """Fresh seeds (B,) int64 from seeds (B,), unrelated to the numbers drawn from either."""
+    """New seeds (B,) int64 derived from seeds (B,)."""
     bits = words(seeds, purpose, view, 1)[:, 0]
     return bits[:, 0] | (bits[:, 1] << 32)

@@ -1,7 +1,7 @@
 """SCC, self-calibrated consistency.
 
 Liu et al., "Self-Calibrated Consistency can Fight Back for Adversarial Robustness in
-Vision-Language Models", ICML 2026 (arXiv 2510.22785). The numbers below are METHOD.md's steps.
+Vision-Language Models", ICML 2026 (arXiv 2510.22785). Numbers are METHOD.md's steps.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from scc_fast.reference.ttc import (
 def scc(
     setting: Setting, x: Tensor, seeds: Tensor, views: Sequence[View], config: SCCConfig
 ) -> Outcome:
-    """The whole method: x (B, 3, H, W) in [0, 1], seeds (B,) int64, L views."""
+    """SCC: x (B, 3, H, W) in [0, 1], seeds (B,) int64, L views."""
     if not config.spatial:
         views = (IDENTITY,)
 
@@ -40,7 +40,7 @@ def scc(
     )
     warm = counterattack(setting, x, seeds, views, warm_up, config.gate)
 
-    # 2. and 3. Pseudo-label, then semantic steps, on the images taken as attacked.
+    # 2. and 3. Pseudo-label, then semantic steps, on flagged images.
     rows = warm.flagged
     if config.semantic and rows.any():
         delta = semantic_steps(setting, x[rows], warm.delta[rows], seeds[rows], views, config)
@@ -61,7 +61,7 @@ def semantic_steps(
 ) -> Tensor:
     """S ascent steps on the margin between t_soft and the hardest negative, from δ_w.
 
-    The forward pass that gives the pseudo-label is also that of the first step.
+    The pseudo-label shares the first step's forward pass.
     """
     for s in range(config.semantic_steps):
         features, pull_back = look_at(setting, x, delta, seeds, views)

@@ -1,4 +1,4 @@
-"""The perturbation: its start, its projected sign step, and the weights of its iterates."""
+"""Perturbation: start, projected sign step, and weights of iterates."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ def project(delta: Tensor, x: Tensor, epsilon: float) -> Tensor:
 
 
 def initial_delta(x: Tensor, seeds: Tensor, epsilon: float) -> Tensor:
-    """δ⁰ = Π(uniform(−ε, ε)) from each image's own stream."""
+    """δ⁰ = Π(uniform(−ε, ε)), from each image's stream."""
     noise = 2 * philox.uniform_like(x, seeds, philox.DELTA) - 1  # exact in float32
     return project(noise * epsilon, x, epsilon)
 
 
 def pgd_step(delta: Tensor, gradient: Tensor, x: Tensor, alpha: float, epsilon: float) -> Tensor:
-    """One ascent step, Π(δ + α·sign(g)), with sign(0) = 0."""
+    """Ascent step Π(δ + α·sign(g)), with sign(0) = 0."""
     return project(delta + alpha * gradient.sign(), x, epsilon)
 
 

@@ -1,4 +1,4 @@
-"""TTC, the test-time counterattack: SCC's warm-up, and a method of its own.
+"""TTC, test-time counterattack; also SCC's warm-up.
 
 Xing et al., "CLIP is Strong Enough to Fight Back", CVPR 2025 (arXiv 2503.03613).
 """
@@ -16,13 +16,13 @@ from scc_fast.reference import heads, step
 from scc_fast.reference.heads import Classes
 from scc_fast.reference.views import make_views
 
-# Pixels (B, 3, H, W) in [0, 1] to un-normalised embeddings (B, D): f after φ.
+# f∘φ: pixels (B, 3, H, W) in [0, 1] to un-normalised embeddings (B, D).
 Encode = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
 class Setting:
-    """What a method works with: the frozen encoder, the classes, the fill of a shifted view."""
+    """Setting of a method: frozen encoder, classes, fill of a shifted view."""
 
     encode: Encode
     classes: Classes
@@ -31,16 +31,16 @@ class Setting:
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """What a method returns, per image."""
+    """Outcome of a method, per image."""
 
     logits: Tensor  # (B, K)
     delta: Tensor  # (B, 3, H, W)
-    drift: Tensor  # τ (B,); NaN where the method does not measure it
-    flagged: Tensor  # (B,) bool: taken as attacked, and repaired
+    drift: Tensor  # τ (B,); NaN if not measured
+    flagged: Tensor  # (B,) bool: counts as attacked, repaired
 
 
 def look(setting: Setting, x: Tensor, seeds: Tensor, views: Sequence[View]) -> Tensor:
-    """f of every view of x: (L, B, D)."""
+    """Features of the views of x: (L, B, D)."""
     seen = make_views(x, seeds, views, setting.fill)
     return setting.encode(seen.flatten(0, 1)).unflatten(0, seen.shape[:2])
 
@@ -48,7 +48,7 @@ def look(setting: Setting, x: Tensor, seeds: Tensor, views: Sequence[View]) -> T
 def look_at(
     setting: Setting, x: Tensor, delta: Tensor, seeds: Tensor, views: Sequence[View]
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """f of every view of x + δ, and the map from ∂J/∂f (L, B, D) to ∂J/∂δ (B, 3, H, W)."""
+    """Features of the views of x + δ, and the map from ∂J/∂f (L, B, D) to ∂J/∂δ."""
     with torch.enable_grad():
         leaf = delta.detach().requires_grad_()
         features = look(setting, x.detach() + leaf, seeds, views)
@@ -61,7 +61,7 @@ def look_at(
 
 @dataclass(frozen=True, eq=False)
 class Counterattack:
-    """The warm-up's outcome; `features` are those of the views of x + δ⁰, (L, B, D)."""
+    """Result of the warm-up; `features` of the views of x + δ⁰, (L, B, D)."""
 
     delta: Tensor
     drift: Tensor
@@ -77,9 +77,9 @@ def counterattack(
     config: TTCConfig,
     gate: bool = True,
 ) -> Counterattack:
-    """TTC's steps 1 to 4, with the drift averaged over the views (SCC's step 1).
+    """Steps 1 to 4 of TTC, with the drift averaged over views (step 1 of SCC).
 
-    An image with τ ≥ τ* keeps δ⁰ and takes no part in the steps.
+    An image with τ ≥ τ* keeps δ⁰.
     """
     delta0 = step.initial_delta(x, seeds, config.epsilon)
     with torch.no_grad():
@@ -104,7 +104,7 @@ def counterattack(
 
 
 def merge(all_rows: Tensor, flagged: Tensor, flagged_rows: Tensor) -> Tensor:
-    """`all_rows` with the rows of the flagged images replaced."""
+    """`all_rows` with the flagged rows replaced."""
     return all_rows.index_put((flagged,), flagged_rows)
 
 
@@ -116,10 +116,10 @@ def predict(
     warm: Counterattack,
     strength: float = 1.0,
 ) -> Tensor:
-    """Mean logits over the views (B, K); images left at δ⁰ have had their forward pass."""
+    """Mean logits over the views (B, K); reuses the features of images left at δ⁰."""
     logits = mean_logits(warm.features, setting.classes, strength)
     rows = warm.flagged
-    if torch.is_grad_enabled():  # an attacker who differentiates needs a live pass for all images
+    if torch.is_grad_enabled():  # under autograd all images need a live pass
         rows = torch.ones_like(rows)
     if not rows.any():
         return logits
@@ -135,7 +135,7 @@ def mean_logits(features: Tensor, classes: Classes, strength: float) -> Tensor:
 
 
 def ttc(setting: Setting, x: Tensor, seeds: Tensor, config: TTCConfig) -> Outcome:
-    """The whole method: x (B, 3, H, W) in [0, 1], seeds (B,) int64."""
+    """TTC: x (B, 3, H, W) in [0, 1], seeds (B,) int64."""
     warm = counterattack(setting, x, seeds, (IDENTITY,), config)
     logits = predict(setting, x, seeds, (IDENTITY,), warm)
     return Outcome(logits, warm.delta, warm.drift, warm.flagged)

@@ -1,4 +1,4 @@
-"""The views v_1…v_L of an image and the encoder's preprocessing φ."""
+"""Views v_1…v_L of an image, and the encoder's preprocessing φ."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from scc_fast.reference import philox
 
 
 def make_views(pixels: Tensor, seeds: Tensor, views: Sequence[View], fill: Tensor) -> Tensor:
-    """All views of a batch, in pixel space, before φ.
+    """Views of a batch in pixel space, before φ.
 
     Args:
         pixels: (B, 3, H, W) in [0, 1].
-        seeds: (B,) int64; noise is a function of (seed, view), the same in every step.
+        seeds: (B,) int64; noise is a function of (seed, view), equal in every step.
         views: L views.
-        fill: (3,) what a shift uncovers: the normalisation mean, so that it is zero after φ.
+        fill: (3,) of uncovered pixels: the normalisation mean, which is zero after φ.
 
     Returns:
         (L, B, 3, H, W).
@@ -57,7 +57,7 @@ def make_views_adjoint(
 ) -> Tensor:
     """∂/∂pixels from ∂/∂views (L, B, 3, H, W), summed over the views in order.
 
-    What a shift pushed out of the picture, and what a clamp cut off, has no gradient.
+    Pixels shifted out of the picture, or clamped, have no gradient.
     """
     whole = torch.zeros_like(pixels)
     zero = pixels.new_zeros(3)
@@ -76,19 +76,19 @@ def make_views_adjoint(
 
 
 def to_patches(pixels: Tensor, size: int) -> Tensor:
-    """(B, 3, H, W) → (B, N, 3·size²): the rows a patch embedding multiplies, (c, i, j) each."""
+    """(B, 3, H, W) → (B, N, 3·size²): rows for a patch embedding, (c, i, j) each."""
     return F.unfold(pixels, size, stride=size).transpose(1, 2).contiguous()
 
 
 def from_patches(patches: Tensor, size: int, picture: tuple[int, int]) -> Tensor:
-    """The adjoint of to_patches; what no patch covers is zero."""
+    """Adjoint of to_patches; uncovered pixels are zero."""
     return F.fold(patches.transpose(1, 2), picture, size, stride=size)
 
 
 def preprocess(pixels: Tensor, size: tuple[int, int], mean: Tensor, std: Tensor) -> Tensor:
-    """φ: bicubic resize to the encoder's size where they differ, then (· − mean)/std.
+    """φ: bicubic resize to the encoder's size if different, then (· − mean)/std.
 
-    The resize is antialiased: without it a large photograph would reach the encoder aliased.
+    The resize is antialiased.
     """
     if pixels.shape[-2:] != size:
         pixels = F.interpolate(pixels, size, mode="bicubic", align_corners=False, antialias=True)

@@ -1,4 +1,4 @@
-"""What `scc-fast report` makes of results: tables, figures and pages."""
+"""Report of results, for `scc-fast report`: tables, figures and pages."""
 
 try:
     import jinja2  # noqa: F401

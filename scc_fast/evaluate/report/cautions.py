@@ -1,4 +1,4 @@
-"""What a reader must know before the figures: warnings at the head of a report."""
+"""Cautions: warnings at the head of a report."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FEW = 500
 
 
 def cautions(found: Measured) -> list[str]:
-    """Sentences, the gravest first; none if there is nothing to say."""
+    """Warnings as sentences, by falling severity."""
     groups = [group for _, group in found.figures.groupby("group", sort=False)]
     said = [text for group in groups for text in _alone(group)]
     said += [text for group in groups for text in _leaks(group)]
@@ -42,7 +42,7 @@ def _where(group: DataFrame) -> str:
 
 
 def _gathered(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
-    """{what: who} of (what, who), each once, in order."""
+    """Group (what, who) by what, without repeats, in order."""
     found: dict[str, list[str]] = {}
     for what, who in dict.fromkeys(pairs):
         found.setdefault(what, []).append(who)
@@ -54,7 +54,7 @@ def _by(found: Mapping[str, list[str]]) -> str:
 
 
 def _alone(group: DataFrame) -> Iterator[str]:
-    """Figures under attacks that do not know the defense, without one that does beside them."""
+    """Oblivious attacks without an adaptive one."""
     known = {(one.eps, one.defense) for one in each(worst(group))}
     some = group[group.oblivious & (group.method != "none")]
     some = select(some, [(one.eps, one.defense) not in known for one in each(some)])
@@ -71,7 +71,7 @@ def _alone(group: DataFrame) -> Iterator[str]:
 
 
 def _leaks(group: DataFrame) -> Iterator[str]:
-    """Robust above clean accuracy."""
+    """Robust accuracy above clean accuracy."""
     kept = {one.defense: one.value for one in each(clean(group))}
     some = group[group.oblivious & ~group.control & group.defense.isin(list(kept))]
     found = _gathered(
@@ -88,7 +88,7 @@ def _leaks(group: DataFrame) -> Iterator[str]:
 
 
 def _uneven(group: DataFrame) -> Iterator[str]:
-    """Where defenses met different attacks that know them, or on different numbers of images."""
+    """Different adaptive attacks, or numbers of images, between defenses."""
     for eps, known in worst(group).groupby("eps", sort=False):
         met = _gathered((one.over, one.defense) for one in each(known))
         if len(met) > 1 or any(" / " in text for text in met):
@@ -109,7 +109,7 @@ def _uneven(group: DataFrame) -> Iterator[str]:
 
 
 def _twice(figures: DataFrame) -> Iterator[str]:
-    """Groups that an average leaves out, because it has their data set from another one."""
+    """Groups left out of an average, whose data set another group has."""
     found = []
     for sets in (paper.SETS, paper.MEDICAL):
         for attack, eps in dict.fromkeys((one.attack, one.eps) for one in paper.FIGURES):
@@ -137,7 +137,7 @@ def _small(rows: DataFrame) -> Iterator[str]:
 
 
 def _partial(runs: DataFrame, rows: DataFrame) -> Iterator[str]:
-    """Runs that are not done, are of a part of the data, or have prompts twice."""
+    """Unfinished runs, samples of the data, duplicate prompts."""
     where = _where(runs)
     for run in each(runs.rename(columns={"where": "title"})):
         if run.n == 0:

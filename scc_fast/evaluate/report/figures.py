@@ -1,6 +1,6 @@
-"""Figures of a report: accuracy against cost and budget, and what an adaptive attack takes.
+"""Figures of a report: accuracy against cost and budget, oblivious against adaptive attacks.
 
-One panel a data set and budget, with a legend beside it. Drawn without a display.
+One panel per data set and budget, with a legend beside it. Drawn without a display.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from scc_fast.evaluate.report.pool import beside, clean, each, is_ablation, wors
 from scc_fast.evaluate.results import NO_BUDGET
 
 NAMES = ("pareto.png", "epsilon.png", "adaptive.png")
-# Okabe and Ito's colours, told apart without colour vision; with the markers 56 pairs.
+# Okabe and Ito's colours, distinct without colour vision; with the markers 56 pairs.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#6e6e6e")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _OBLIVIOUS, _ADAPTIVE, _GRAY, _DARK = "#0072b2", "#d55e00", "#8a8a8a", "#444444"
@@ -34,12 +34,12 @@ _BELOW = {"loc": "upper left", "bbox_to_anchor": (0, -0.13), "fontsize": 8, "fra
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure that was drawn.
+    """Drawn figure.
 
     Args:
         path: the PNG.
         title: above it.
-        text: what it shows, in words, for who cannot see it and as its caption.
+        text: caption and alternative text.
     """
 
     path: Path
@@ -49,14 +49,14 @@ class Figure:
 
 @dataclass(frozen=True)
 class Panel:
-    """What one panel shows.
+    """Data of a panel.
 
     Args:
         title: above it.
-        attack: the title of the attack that does not know the defense.
-        points: a line for each defense that met it, with `cost` (encoder passes an image, 0 if not
-            known) and its figures, {} where not measured: `oblivious`, `adaptive` and `clean`.
-        lines: {defense: (budget in 1/255, figure)}; {} where a budget was left out.
+        attack: title of the oblivious attack.
+        points: a line per defense, with `cost` (encoder passes per image, 0 if unknown) and the
+            figures `oblivious`, `adaptive` and `clean`, {} if not measured.
+        lines: {defense: (budget in 1/255, figure)}; {} for a missing budget.
     """
 
     title: str
@@ -66,7 +66,7 @@ class Panel:
 
 
 def draw(figures: DataFrame, out: Path) -> list[Figure]:
-    """Every figure that the results are there for, as PNG in `out`."""
+    """Draw all figures supported by the results, as PNG in `out`."""
     groups = [group for _, group in figures.groupby("group", sort=False)]
     panels = [panel for group in groups for panel in _points(group)]
     kinds = (
@@ -106,7 +106,7 @@ def draw(figures: DataFrame, out: Path) -> list[Figure]:
 
 
 def _points(group: DataFrame) -> Iterator[Panel]:
-    """A panel for each budget: the defenses that met its headline attack."""
+    """A panel per budget, with the defenses under its headline attack."""
     for _, hit in group[group.headline].groupby("attack_order"):
         attack = hit.iloc[0]
         points = hit.assign(
@@ -124,13 +124,13 @@ def _passes(traits: Mapping[str, Any]) -> float:
 
 
 def _priced(panel: Panel) -> Panel:
-    """A panel for the figure of costs; SCC's switches have a table of their own."""
+    """A panel of costs, without SCC's ablations."""
     points = panel.points
     return replace(panel, points=points[(points.cost > 0) & ~is_ablation(points)])
 
 
 def _sweeps(group: DataFrame) -> Iterator[Panel]:
-    """The attack with the most budgets, at least two, the headline before others; and the worst."""
+    """Panels over budgets: the attack with the most, at least two, and the worst."""
     some = group[group.oblivious & ~group.control].sort_values("attack_order", kind="stable")
     budgets = some.drop_duplicates("attack_order").attack.value_counts(sort=False)
     first = set(group.attack[group.headline])
@@ -142,14 +142,14 @@ def _sweeps(group: DataFrame) -> Iterator[Panel]:
     one, known = met.iloc[0], worst(plain)
     yield Panel(f"{one['where']}, {one.title}", one.title, lines=_lines(plain, met))
     if len(known):
-        # The undefended model has nothing to know: the attack is its worst where no other is there.
+        # For the undefended model an oblivious attack is its worst, without another.
         bare = met[met.method == "none"]
         both = pd.concat([known, bare]).drop_duplicates(["defense", "eps"])
         yield Panel(f"{one['where']}, {_WORST}", one.title, lines=_lines(plain, both))
 
 
 def _lines(group: DataFrame, under: DataFrame) -> dict[str, list[tuple[float, dict[str, Any]]]]:
-    """Panel's lines, of each defense that has more than one figure."""
+    """Lines of a panel: defenses with more than one figure."""
     budgets = list(group[group.eps != NO_BUDGET].sort_values("attack_order").eps.unique())
     whose = group.drop_duplicates("defense")
     columns = [beside(whose, clean(group))]
@@ -162,7 +162,7 @@ def _lines(group: DataFrame, under: DataFrame) -> dict[str, list[tuple[float, di
 
 
 def front(pairs: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Of (cost, accuracy) those that nothing cheaper or as cheap beats, by rising cost."""
+    """Pareto front of (cost, accuracy), by rising cost."""
     found: list[tuple[float, float]] = []
     for cost, value in sorted(pairs, key=lambda pair: (pair[0], -pair[1])):
         if not found or value > found[-1][1]:
@@ -203,18 +203,20 @@ def _look(turn: int) -> dict[str, Any]:
 
 
 def _folded(name: str) -> str:
-    """A name on lines that leave the panel its width."""
+    """Wrap a name for the legend."""
     return textwrap.fill(name, 32)
 
 
 def _bounds(one: Mapping[str, Any]) -> tuple[float, float]:
-    """How far an error bar goes down and up."""
+    """Lengths of an error bar, down and up."""
     if not one or (one["std"] is None and one["ci_low"] is None):
         return 0.0, 0.0
     if one["std"] is not None:
         return one["std"], one["std"]
     value = one["value"]
-    return max(0.0, value - one["ci_low"]), max(0.0, one["ci_high"] - value)  # but for rounding
+    return max(0.0, value - one["ci_low"]), max(
+        0.0, one["ci_high"] - value
+    )  # >= 0 despite rounding
 
 
 def _pareto(axis: Any, panel: Panel) -> None:

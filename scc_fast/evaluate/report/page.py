@@ -1,4 +1,4 @@
-"""A report in its files: tables as Markdown, CSV and LaTeX, and one page of all."""
+"""Files of a report: tables as Markdown, CSV and LaTeX, and one page."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ KINDS: dict[str, str] = {
     "attacks": "All attacks",
     "label-leak": "Label leak",
 }
-_LONGEST_NOTE = 16  # letters that a cell of the page has room for
+_LONGEST_NOTE = 16  # letters of a note within a cell
 
 
 def make_report(folder: Path, out: Path | None = None) -> list[Path]:
     """Make tables, figures and pages of every results.json below a folder.
 
-    Runs that are not done are shown as far as they are. What an earlier report left in `out` under
-    the same names is replaced, or removed where there is nothing to say any more. Other files stay.
+    Includes unfinished runs. Files of an earlier report in `out` are replaced or removed; other
+    files stay.
 
     Args:
-        folder: what scc-fast evaluate wrote to.
-        out: where the report goes; None: folder/report.
+        folder: results of scc-fast evaluate.
+        out: folder of the report; None: folder/report.
 
     Returns:
-        The files, report.html and report.md first: tables as .md, .csv and .tex, figures as .png.
+        Files, report.html and report.md first: tables as .md, .csv and .tex, figures as .png.
 
     Raises:
-        ValueError: there is no results.json, or one that cannot be read; it is named.
+        ValueError: no results.json, or an unreadable one.
     """
     folder = Path(folder)
     out = folder / "report" if out is None else Path(out)
@@ -91,7 +91,7 @@ def _write(path: Path, content: str) -> Path:
 
 
 def template(name: str) -> Template:
-    """A template beside this file: page.j2 is HTML, the others Markdown."""
+    """Template in this folder: page.j2 is HTML, the others Markdown."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=name == "page.j2",
@@ -112,9 +112,9 @@ def _base64(path: Path) -> str:
 
 
 def footnoted(table: Table) -> tuple[pd.DataFrame, list[str]]:
-    """A table for the page: cells are (text, number of a footnote or ""), and the footnotes.
+    """Table of the page, with cells (text, footnote number or ""), and its footnotes.
 
-    A long note of a cell goes below the table, each once.
+    Long notes of cells become footnotes.
     """
     notes: list[str] = []
 
@@ -128,18 +128,18 @@ def footnoted(table: Table) -> tuple[pd.DataFrame, list[str]]:
     return table.wide(show), notes
 
 
-# A bracket makes a link only where another follows it: intervals stay readable.
+# Only adjacent brackets make a link: intervals need no escape.
 _MARKDOWN = re.compile(r"([\\`*_|~#$]|\](?=[(\[]))")
 
 
 def escape_markdown(content: str) -> str:
-    """Text that Markdown, and HTML in it, leaves as it is; fit for a table's cell."""
+    """Escape text for a Markdown table cell."""
     content = content.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return _MARKDOWN.sub(r"\\\1", " ".join(content.split()))
 
 
 def markdown(table: Table) -> str:
-    """Heading, table and notes."""
+    """Markdown of a table, with heading and notes."""
     return str(template("table.md.j2").module.show(table, 2))  # type: ignore[attr-defined]
 
 
@@ -149,7 +149,7 @@ _COLUMNS = ("value", "ci_low", "ci_high", "n", "seeds", "std", "sets", "note")
 
 
 def csv_text(tables: Sequence[Table]) -> str:
-    """Tables of one kind, a line a figure: numbers as numbers, and whose each one is."""
+    """CSV of tables of one kind, one line per figure."""
     parts = []
     for table in tables:
         cells = table.cells
@@ -201,7 +201,7 @@ _LATEX = {
 
 
 def escape_latex(content: str) -> str:
-    """Text that LaTeX sets as it is."""
+    """Escape text for LaTeX."""
     return "".join(_LATEX.get(sign, sign) for sign in " ".join(content.split()))
 
 
@@ -225,6 +225,6 @@ def latex(table: Table) -> str:
 
 
 def _latex_cell(content: str) -> str:
-    """A line that begins with "[" would be taken as the length of the break before it."""
+    """Protect a leading "[", which would be an argument of the line break."""
     escaped = escape_latex(content)
     return "{}" + escaped if escaped.startswith("[") else escaped

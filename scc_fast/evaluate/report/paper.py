@@ -1,7 +1,7 @@
-"""Published figures: what the papers print, with the source of every number (paper.json).
+"""Published figures of the papers, with the source of every number (paper.json).
 
-Nothing here was measured by this package. Tables mark these figures with a dagger, keep them in
-lines of their own, and never let them into an average of measured ones.
+Not measured by this package. Tables mark them with a dagger, in separate lines, and never average
+them with measured ones.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-# As clip-benchmark spells them, in the order of TTC's code.
+# clip-benchmark's spelling, in the order of TTC's code.
 SETS = (
     "cifar10", "cifar100", "stl10", "imagenet1k", "caltech101", "caltech256", "pets", "flowers",
     "fgvc_aircraft", "cars", "sun397", "country211", "food101", "eurosat", "dtd", "pcam",
@@ -20,7 +20,7 @@ SETS = (
 MEDICAL = ("busi", "btmri", "chmnist", "covid_19", "dermamnist", "kneexray")
 AVERAGE = "average"
 CLIP_MODEL, BIOMEDCLIP_MODEL = "CLIP ViT-B/32", "BiomedCLIP"
-# Methods as tables show them, in the order of their lines.
+# Names of methods in tables, in order.
 METHODS = {
     "none": "undefended", "clip-ft": "CLIP-FT", "tecoa": "TeCoA", "pmg-aft": "PMG-AFT",
     "fare": "FARE", "rn": "RN", "tte": "TTE", "anti_adv": "Anti-adv", "hd": "HD", "ttc": "TTC",
@@ -32,16 +32,16 @@ ENCODERS = ("clip-ft", "tecoa", "pmg-aft", "fare")
 
 @dataclass(frozen=True)
 class Published:
-    """Printed accuracies, top-1 in percent, digits as printed; "" where a value is not known.
+    """Printed accuracies, top-1 in percent, with the printed digits; "" if unknown.
 
     Args:
-        source: which of SOURCES prints it.
+        source: one of SOURCES.
         model: CLIP_MODEL or BIOMEDCLIP_MODEL.
         attack, eps: "pgd10", "cw" or "aa", and its budget.
         method: one of METHODS.
         dataset: one of SETS or MEDICAL, or AVERAGE over `sets` of them.
         robust, clean: under the attack and without.
-        ms: milliseconds an image.
+        ms: milliseconds per image.
         semantic, spatial: SCC's switches.
     """
 
@@ -65,26 +65,26 @@ FIGURES = tuple(Published(**row) for row in _STORED["rows"])
 
 
 def figures(*sources: str, attack: str = "pgd10", eps: str = "1/255") -> Iterator[Published]:
-    """What some sources print under an attack."""
+    """Published figures of some sources under an attack."""
     for one in FIGURES:
         if one.source in sources and (one.attack, one.eps) == (attack, eps):
             yield one
 
 
 def known_set(name: str) -> str | None:
-    """The name, if it is one of SETS or MEDICAL, or None."""
+    """`name` if it is one of SETS or MEDICAL, else None."""
     return name if name in SETS or name in MEDICAL else None
 
 
 def rank(method: str) -> int:
-    """The place of a method's line; those that are not known are last."""
+    """Order of a method's line; unknown methods are last."""
     return list(METHODS).index(method) if method in METHODS else len(METHODS)
 
 
 def encoder_of(name: str, source: str) -> str:
-    """Which of the tables' encoders a model is: one of ENCODERS, "biomedclip", "clip" or "".
+    """Encoder of the papers' tables: one of ENCODERS, "biomedclip", "clip" or "" (any other).
 
-    "clip" is OpenAI's ViT-B/32, which the papers' tables are about; "" is any other.
+    "clip" is OpenAI's ViT-B/32.
     """
     text = f"{name} {source}".lower()
     patterns = (
@@ -98,5 +98,5 @@ def encoder_of(name: str, source: str) -> str:
         if re.search(pattern, text):
             return key
     is_b32 = re.search(r"vit-?b[-/_]?32|clip-vit-base-patch32", text)
-    tuned = "+" in name  # another image encoder, from a file
+    tuned = "+" in name  # an image encoder from a file
     return "clip" if is_b32 and "openai" in text and not tuned else ""

@@ -1,7 +1,4 @@
-"""Rows put together over their seeds, and what is asked of an attack: a line for each figure.
-
-Only rows of one model, data set and protocol are put together.
-"""
+"""Pool: figures from rows over seeds, within one model, data set and protocol."""
 
 from __future__ import annotations
 
@@ -30,26 +27,25 @@ from scc_fast.evaluate.results import (
 )
 
 DAGGER = "†"
-# A figure: percent where it has an interval or a spread, text where it is published; its 95 %
-# interval, or its sample standard deviation over `seeds` seeds; the images that it rests on
-# ("1000", "100–1000" where seeds differ); how many data sets it is an average of (0: none); what is
-# said behind it; digits behind the point.
+# A figure: percent if measured, text if published; its 95 % interval, or its sample standard
+# deviation over `seeds` seeds; number of images ("1000", "100–1000" over seeds); number of averaged
+# data sets (0: none); note; digits after the point.
 FIGURE = ("value", "ci_low", "ci_high", "std", "n", "seeds", "sets", "note", "digits")
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Everything that was measured.
+    """Pooled results.
 
     Args:
-        runs: a line for each results.json: read()'s columns of a run, with `group`, a number for
-            each model and data set, and `where`, its name.
-        rows: a line for each accuracy of one seed: read()'s columns, with the same two; `used`
-            unless another run of that seed has it with as many images or more.
-        figures: a line for each accuracy over its seeds: FIGURE, with `group`, `where`, what all
-            seeds share, and what pool() adds; by group, defense (undefended first, else in the
-            order of METHODS) and attack (by budget, clean and damaged first; else as place() says).
-        left_out: sentences by group: what another run of the same seed had with more images.
+        runs: a line per results.json: read()'s columns of a run, `group` (number of a model and
+            data set) and `where` (its name).
+        rows: a line per accuracy of one seed: read()'s columns, `group` and `where`; `used` unless
+            another run of the seed has it with as many images or more.
+        figures: a line per accuracy over seeds: FIGURE, `group`, `where`, columns common to the
+            seeds, and those of pool(); by group, defense (undefended first, else by METHODS) and
+            attack (by budget, clean and damaged first, else by place()).
+        left_out: sentences by group: rows replaced by a larger run of the same seed.
     """
 
     runs: DataFrame
@@ -59,10 +55,10 @@ class Measured:
 
 
 def measured(frame: DataFrame) -> Measured:
-    """The table of read(), put together.
+    """Pool the table of read().
 
     Raises:
-        ValueError: two runs of one seed and n contradict each other; both files are named.
+        ValueError: two runs of one seed and n contradict each other.
     """
     frame = frame.assign(group=frame.groupby([*MODEL, *DATA], sort=False).ngroup())
     models, datas = titles(frame, MODEL), titles(frame, DATA)
@@ -75,7 +71,7 @@ def measured(frame: DataFrame) -> Measured:
 
 
 def _once(rows: DataFrame) -> tuple[pd.Series, dict[int, list[str]]]:
-    """Of rows that two runs have of one seed, those with more images; and what is left out."""
+    """Rows with the most images per seed, and notes on the others."""
     key = ["group", "defense", "attack", "eps", "seed"]
     ordered = rows.sort_values("n", ascending=False, kind="stable")
     left: dict[tuple[int, Any, Any], int] = {}
@@ -98,7 +94,7 @@ def _once(rows: DataFrame) -> tuple[pd.Series, dict[int, list[str]]]:
     return ~ordered.duplicated(key).sort_index(), notes
 
 
-# What all seeds of a figure share, and what pool() says of it beside FIGURE.
+# Columns common to the seeds of a figure, and columns of pool() beside FIGURE.
 _SHARED = ("group", "where", *MODEL, *DATA, "defense", "method", "attack", "title", "aware", "eps")
 _MORE = ("traits", "config", "label", "set", "most", "by_seed", "right", "wrong", "flagged", "ms")
 _ATTACK = ("over", "base", "steps", "oblivious", "control", "papers")
@@ -106,17 +102,16 @@ _TYPES = {"group": int, "aware": bool, "oblivious": bool, "control": bool, "most
 
 
 def pool(rows: DataFrame) -> DataFrame:
-    """A line for each figure over its seeds, in the order of tables.
+    """One line per figure over seeds, in the order of tables.
 
-    Beside FIGURE and what its rows share it has `label`, the defense as tables show it; `set`, one
-    name for a data set; `most`, the largest n; `by_seed`, (seed, accuracy, ci_low, ci_high) of
-    each; `right` and `wrong`, figures of the images that the undefended model gets right (wrong)
-    when clean, or {}; `flagged`, percent, and `ms`, means, None if not known; `over`, the attacks
-    that a worst row is over; the attack's `base` name and `steps`; whether it is `oblivious` (does
-    not know the defense; damage is no attack), a `control` (cannot give the label away), the
-    `headline` of its budget (PGD-10 as published, else the first that is oblivious and no control);
-    `papers`, which of the papers' attacks it is: "pgd10", "cw", "aa" or "". `defense_order` and
-    `attack_order` are their places in tables.
+    Columns beside FIGURE and those common to its rows: `label`, the defense in tables; `set`, name
+    of the data set; `most`, the largest n; `by_seed`, (seed, accuracy, ci_low, ci_high) of each;
+    `right` and `wrong`, figures of the images that the undefended model gets right (wrong) when
+    clean, or {}; `flagged`, percent, and `ms`, means, or None; `over`, attacks of a worst row; the
+    attack's `base` name and `steps`; `oblivious` (an attack without knowledge of the defense),
+    `control` (without the label), `headline` of its budget (PGD-10 as published, else the first
+    oblivious attack that is no control); `papers`, the papers' attack: "pgd10", "cw", "aa" or "";
+    `defense_order` and `attack_order`, order in tables.
     """
     parts = rows.sort_values("seed", kind="stable").groupby(
         ["group", "defense", "attack", "eps"], sort=False
@@ -149,7 +144,7 @@ def pool(rows: DataFrame) -> DataFrame:
 
 
 def _pooled(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One line of pool(), of one row a seed."""
+    """Line of pool() from one row per seed."""
     one = rows[0]
     figure = shares([(row["hits"], row["n"]) for row in rows])
     if len(rows) == 1:
@@ -193,25 +188,25 @@ def _mean(values: Sequence[float | None], factor: int) -> float | None:
 
 
 def figure(value: float | str | None = None, **more: Any) -> dict[str, Any]:
-    """FIGURE of a value; {} where it is None."""
+    """FIGURE of a value; {} for None."""
     blank = {"ci_low": None, "ci_high": None, "std": None, "n": "", "seeds": 1, "sets": 0}
     return {} if value is None else {"value": value, **blank, "note": "", "digits": 1, **more}
 
 
 def figure_of(line: Any) -> dict[str, Any]:
-    """The figure of a line of pool()."""
+    """FIGURE of a line of pool()."""
     return {name: getattr(line, name) for name in FIGURE}
 
 
 def beside(lines: DataFrame, others: DataFrame) -> list[dict[str, Any]]:
-    """For each line the figure that its defense has among others; {} where it has none."""
+    """For each line, the figure of its defense among others, or {}."""
     found = {one.defense: figure_of(one) for one in each(others)}
     return [found.get(spec, {}) for spec in lines.defense]
 
 
 def shares(counts: Sequence[tuple[int, int]]) -> dict[str, Any]:
-    """The figure of (hits, n) of each seed: one alone has its Wilson interval, several have mean
-    and spread; {} where there is none, or one without an image."""
+    """Figure of (hits, n) per seed: Wilson interval of one seed, mean and spread of several;
+    {} without seeds, or with an empty one."""
     if not counts or not all(n for _, n in counts):
         return {}
     percent = [100 * hits / n for hits, n in counts]
@@ -225,11 +220,11 @@ def shares(counts: Sequence[tuple[int, int]]) -> dict[str, Any]:
 
 
 def average(sets: Sequence[Sequence[tuple[int, float, float, float]]]) -> dict[str, Any]:
-    """The unweighted mean over data sets, of measured figures alone; {} over none.
+    """Unweighted mean over data sets with measured figures; {} without any.
 
-    One seed each: the interval puts the sets' Wilson intervals together as independent ones,
+    One seed each: the interval combines independent Wilson intervals,
     mean ± √Σ(distance to the limit)²/k (MOVER: Zou and Donner, Statistics in Medicine 2008).
-    The same seeds everywhere: the spread is that of the seeds' means. Else neither is said.
+    Equal seeds: the spread is that of the seeds' means. Otherwise neither is given.
 
     Args:
         sets: pool()'s `by_seed` of each data set.
@@ -251,7 +246,7 @@ def average(sets: Sequence[Sequence[tuple[int, float, float, float]]]) -> dict[s
 
 
 def text(one: Mapping[str, Any], with_n: bool = True) -> str:
-    """A figure as "94.1 [92.5, 95.4] (n=1000)", "94.1 ± 0.4 (3 seeds, n=1000)" or "59.18†"."""
+    """Figure as text: "94.1 [92.5, 95.4] (n=1000)", "94.1 ± 0.4 (3 seeds, n=1000)" or "59.18†"."""
     value, digits = one["value"], one["digits"]
     sets = f"{one['sets']} set{'s' * (one['sets'] != 1)}"
     if isinstance(value, str):
@@ -272,7 +267,7 @@ def text(one: Mapping[str, Any], with_n: bool = True) -> str:
 
 
 def _base_and_steps(one: Mapping[str, Any]) -> tuple[str, int | None]:
-    """The attack's name without its steps, "pgd" of "pgd10", and these; settings go first."""
+    """Name and steps of an attack: "pgd" and 10 of "pgd10"."""
     settings, spec = one["attack_settings"], one["attack"]
     base, steps = settings.get("attack"), settings.get("steps")
     if type(steps) is not int:
@@ -282,7 +277,7 @@ def _base_and_steps(one: Mapping[str, Any]) -> tuple[str, int | None]:
 
 
 def _paper_attack(one: Mapping[str, Any], base: str, steps: int | None) -> str:
-    """Which of the papers' attacks an oblivious one is."""
+    """The papers' name of an oblivious attack, or ""."""
     settings = one["attack_settings"]
     if base in ("pgd", "cw"):
         try:
@@ -296,10 +291,9 @@ def _paper_attack(one: Mapping[str, Any], base: str, steps: int | None) -> str:
 
 
 def worst(figures: DataFrame) -> DataFrame:
-    """Of each group, defense and budget the worst, image by image, of all attacks.
+    """Worst over all attacks, image by image, per group, defense and budget.
 
-    Some of these know the defense. Where no such row is there: the attack that knows it and hurts
-    most, which is the weaker of the two statements, and which `over` then names.
+    Without such a row: the strongest adaptive attack, a weaker statement, named in `over`.
     """
     aware = figures[figures.aware]
     aware = aware.assign(stands_in=aware.attack != WORST)
@@ -310,20 +304,20 @@ def worst(figures: DataFrame) -> DataFrame:
 
 
 def clean(figures: DataFrame) -> DataFrame:
-    """The figures without an attack."""
+    """Figures without an attack."""
     return figures[figures.attack == CLEAN]
 
 
 def once_a_set(hit: DataFrame, kept: DataFrame) -> DataFrame:
-    """Which group an average takes a data set from: that with the most images under the attack,
-    then when clean. A full and a sampled run, or two splits, are the same data set.
+    """Choose one group per data set for an average: the one with the most images under the
+    attack, then when clean. Full and sampled runs, and splits, are the same data set.
 
     Args:
         hit: figures under one attack.
         kept: clean ones.
 
     Returns:
-        `group`, `defense`, MODEL, `protocol` and `set` of both, the first of each set `counted`.
+        `group`, `defense`, MODEL, `protocol` and `set`; `counted` for the chosen group.
     """
     key = ["group", "defense", *MODEL, "protocol", "set"]
     both = pd.concat(
@@ -336,7 +330,7 @@ def once_a_set(hit: DataFrame, kept: DataFrame) -> DataFrame:
 
 
 def is_ablation(figures: DataFrame) -> pd.Series:
-    """SCC with one of its two parts switched off."""
+    """Whether a spec is SCC with one of its two parts off."""
     off = [
         one.method == "scc" and False in (one.config.get("semantic"), one.config.get("spatial"))
         for one in each(figures)
@@ -348,17 +342,17 @@ def is_ablation(figures: DataFrame) -> pd.Series:
 
 
 def each(frame: DataFrame) -> Iterable[Any]:
-    """The lines, with the columns as attributes."""
+    """Lines with columns as attributes."""
     return frame.itertuples(index=False, name="Line")
 
 
 def select(frame: DataFrame, flags: Iterable[object]) -> DataFrame:
-    """The lines whose flag is set."""
+    """Lines with a flag set."""
     return frame[pd.Series([bool(flag) for flag in flags], frame.index, dtype=bool)]
 
 
 def titles(frame: DataFrame, fields: Sequence[str]) -> pd.Series:
-    """For each line a short name of its MODEL or DATA, with what tells it from others of it."""
+    """Short name of each line's MODEL or DATA, with distinguishing columns."""
     things = list(frame[list(fields)].itertuples(index=False, name=None))
     shown = list(fields).index("paper") if "paper" in fields else 0
     found: dict[tuple[str, ...], str] = {}
@@ -381,7 +375,7 @@ def method_label(method: str, spec: str) -> str:
 
 
 def settings_of(spec: str) -> list[str]:
-    """The parts of a spec, ["semantic=false"], written with colons or as JSON."""
+    """Settings of a spec, as ["semantic=false"], from colons or JSON."""
     head, brace, rest = spec.partition("{")
     try:
         config = json.loads(brace + rest) if brace else {}

@@ -1,4 +1,4 @@
-"""The tables of a report: in the layout of the SCC paper, of all attacks, of the label leak."""
+"""Tables of a report: in the SCC paper's layout, of all attacks, of the label leak."""
 
 from __future__ import annotations
 
@@ -56,15 +56,15 @@ _MADE = ("scc_fast", "torch", "device")
 
 @dataclass(frozen=True)
 class Table:
-    """A table.
+    """Table of figures.
 
     Args:
-        kind: what file it goes to: "table-1", "attacks", …
+        kind: name of its file: "table-1", "attacks", …
         title: above it.
-        keys: the columns of `cells` that name a line.
-        columns: (heading, column) of each column; neighbours share their heading.
-        cells: a line for each cell: the keys, `line` (whose it is, in order), `published` (it is a
-            paper's), `heading`, `column` and FIGURE.
+        keys: columns of `cells` that name a line.
+        columns: (heading, column) of each column; neighbours may share a heading.
+        cells: a line per cell: the keys, `line` (its order), `published` (from a paper),
+            `heading`, `column` and FIGURE.
         notes: below it.
     """
 
@@ -76,16 +76,16 @@ class Table:
     notes: tuple[str, ...] = ()
 
     def common(self) -> list[str]:
-        """For each column the number of images of all its measured cells, "" where they differ."""
+        """Number of images common to each column's measured cells, or ""."""
         ours = self.cells[~self.cells.published]
         found = ours.groupby(["heading", "column"]).n.agg(lambda n: n.iloc[0] * (n.nunique() == 1))
         return [found.get(column, "") for column in self.columns]
 
     def wide(self, show: Callable[[Mapping[str, Any], bool], Any] = text) -> DataFrame:
-        """The table as it is shown: labels and figures as text, by (heading, column).
+        """Displayed table: labels and figures as text, by (heading, column).
 
         Args:
-            show: the text of a figure, with its n or without.
+            show: (figure, with n) -> text.
         """
         alone = {column: not n for column, n in zip(self.columns, self.common(), strict=True)}
         shown = [show(one, alone[one["heading"], one["column"]]) for one in _records(self.cells)]
@@ -99,23 +99,23 @@ class Table:
         return pd.concat([labels, figures], axis=1)
 
     def lines(self) -> DataFrame:
-        """The labels of each line, the last one marked where it is published."""
+        """Labels of each line, with published ones marked."""
         found = self.cells.drop_duplicates("line").set_index("line").sort_index()
         mark = found.published.map({True: f" {DAGGER} published", False: ""})
         return found.assign(**{self.keys[-1]: found[self.keys[-1]] + mark})
 
     def names(self) -> list[str]:
-        """The columns' names, with the number of images where a column has only one."""
+        """Column names, with the number of images if common."""
         common = zip(self.columns, self.common(), strict=True)
         return [f"{name} (n={n})" if n else name for (_, name), n in common]
 
     def headers(self) -> list[str]:
-        """All headings of one line, "CIFAR-10 Rob. (n=1000)"."""
+        """Headings on one line: "CIFAR-10 Rob. (n=1000)"."""
         both = zip(self.columns, self.names(), strict=True)
         return [*self.keys, *(f"{heading} {name}".strip() for (heading, _), name in both)]
 
     def spans(self) -> list[tuple[str, int]]:
-        """(heading, how many columns), in order."""
+        """(heading, number of columns), in order."""
         return [(name, len(list(some))) for name, some in groupby(one for one, _ in self.columns)]
 
 
@@ -124,11 +124,11 @@ def _records(cells: DataFrame) -> list[dict[str, Any]]:
 
 
 def _cells(parts: Sequence[DataFrame], order: Sequence[str], **labels: str) -> DataFrame:
-    """The cells of a table, from figures with `heading` and `column`.
+    """Cells of a table, from figures with `heading` and `column`.
 
     Args:
-        order: what a line is, and what lines are ordered by.
-        labels: the table's keys, by the columns that have them.
+        order: columns that identify and order lines.
+        labels: key of the table -> column.
     """
     found = pd.concat([part.assign(published=part.get("published", False)) for part in parts])
     line = found.groupby(list(order), sort=True).ngroup()
@@ -137,7 +137,7 @@ def _cells(parts: Sequence[DataFrame], order: Sequence[str], **labels: str) -> D
 
 
 def _replaced(lines: DataFrame, figures: Sequence[Mapping[str, Any]], **more: Any) -> DataFrame:
-    """Lines with other figures in place of their own; those that get none ({}) are left out."""
+    """Lines with replaced figures; those without one ({}) are dropped."""
     some = select(lines, figures)
     columns = {
         name: pd.Series([one[name] for one in figures if one], some.index, dtype=object)
@@ -147,9 +147,9 @@ def _replaced(lines: DataFrame, figures: Sequence[Mapping[str, Any]], **more: An
 
 
 def _noted(known: DataFrame) -> tuple[DataFrame, dict[str, str]]:
-    """Worst figures that say what they are over, and what all of a heading are over.
+    """Worst figures with notes on their attacks, and the attacks common to a heading, or "".
 
-    That is "" where they differ; only then, or where one attack stands in, a figure says its own.
+    A figure has its own note if they differ, or if one attack stands in.
     """
     common = dict.fromkeys(known.heading, "")
     for heading, some in known[known.attack == WORST].groupby("heading", sort=False):
@@ -164,7 +164,7 @@ def _noted(known: DataFrame) -> tuple[DataFrame, dict[str, str]]:
 
 
 def _over_notes(column: str, common: Mapping[str, str], of: str = "") -> list[str]:
-    """What the columns of one name are over, for below a table; `of` stands before a heading."""
+    """Notes below a table on the attacks of worst columns."""
     labels: dict[str, list[str]] = {}
     for heading, over in common.items():
         if over:
@@ -176,7 +176,7 @@ def _over_notes(column: str, common: Mapping[str, str], of: str = "") -> list[st
 
 
 def make_tables(found: Measured) -> Iterator[Table]:
-    """All that apply: the papers' in their order, then those of all attacks."""
+    """Make all applicable tables: the papers', then those of all attacks."""
     layouts = (
         ("table-1", paper.SETS, ("table-1", "table-4", "doc")),
         ("table-3", paper.MEDICAL, ("table-3",)),
@@ -201,7 +201,7 @@ def make_tables(found: Measured) -> Iterator[Table]:
 
 
 def paper_hits(figures: DataFrame, sets: Sequence[str], attack: str, eps: str) -> DataFrame:
-    """The figures of some data sets under a paper's attack, of each group under one spec of it."""
+    """Figures under a paper's attack, one spec per group."""
     known = (figures.papers == attack) & (figures.eps == eps) & figures.dataset.isin(sets)
     hit = figures[known].sort_values("attack_order", kind="stable")
     return hit[hit.attack == hit.groupby("group").attack.transform("first")].sort_index()
@@ -210,7 +210,7 @@ def paper_hits(figures: DataFrame, sets: Sequence[str], attack: str, eps: str) -
 def _set_tables(
     kind: str, figures: DataFrame, sets: Sequence[str], published: Sequence[paper.Published]
 ) -> Iterator[Table]:
-    """A table for each protocol: methods by data sets, never a mean over two protocols."""
+    """A table per protocol: methods by data sets."""
     attack, eps = published[0].attack, published[0].eps
     number = kind.replace("table-", "Table ")
     for protocol, hit in paper_hits(figures, sets, attack, eps).groupby("protocol", sort=False):
@@ -253,7 +253,7 @@ _ORDER = ("rank", "published", "model_order", "defense_order")
 
 
 def _named(some: DataFrame, sets: Sequence[str] = ()) -> DataFrame:
-    """Figures with the names of their data sets and models, and their places in a table."""
+    """Add names of data sets and models, and their order, to figures."""
     encoders = [_encoder(one) for one in each(some)]
     either = list(zip(encoders, some.method, some.label, strict=True))
     return some.assign(
@@ -267,7 +267,7 @@ def _named(some: DataFrame, sets: Sequence[str] = ()) -> DataFrame:
 
 
 def _encoder(one: Any) -> str:
-    """A fine-tuned encoder of the papers' tables, which alone stands under its own name, or ""."""
+    """Name of a fine-tuned encoder of the papers' tables, or ""."""
     found = paper.encoder_of(one.model, one.source)
     return found if found in paper.ENCODERS and one.method == "none" else ""
 
@@ -275,7 +275,7 @@ def _encoder(one: Any) -> str:
 def _by_set(
     headings: Sequence[str], some: DataFrame, hit: DataFrame, eps: str
 ) -> tuple[list[DataFrame], list[tuple[str, str]], dict[str, str]]:
-    """Robust, adaptive and clean accuracy under each heading: cells, columns, _noted()'s common."""
+    """Cells of robust, adaptive and clean accuracy by heading; columns; common notes."""
     known, common = _noted(worst(some[some.eps == eps]))
     columns = [
         (heading, name)
@@ -288,7 +288,7 @@ def _by_set(
 
 
 def _printed(published: Sequence[paper.Published], keys: Mapping[str, str]) -> DataFrame:
-    """Published figures as cells; `keys` are the data sets of the headings."""
+    """Cells of published figures; `keys`: data sets of the headings."""
     models = (paper.CLIP_MODEL, paper.BIOMEDCLIP_MODEL)
     return DataFrame(
         [
@@ -317,7 +317,7 @@ def _printed(published: Sequence[paper.Published], keys: Mapping[str, str]) -> D
 
 
 def _table_4(group: DataFrame, hit: DataFrame) -> Table:
-    """One data set under one attack: accuracy beside passes and milliseconds."""
+    """Table of accuracy, passes and milliseconds, for one data set and attack."""
     attack = hit.iloc[0]
     plain = group[~is_ablation(group)]
     plain = plain.assign(heading="", rank=plain.method.map(paper.rank))
@@ -374,7 +374,7 @@ def _number(value: object) -> float | None:
 
 
 def _passes(value: float | None) -> dict[str, Any]:
-    """Encoder passes an image: whole where they are whole."""
+    """Encoder passes per image."""
     return figure(value, digits=0 if value is not None and value == int(value) else 1)
 
 
@@ -382,7 +382,7 @@ def _passes(value: float | None) -> dict[str, Any]:
 
 
 def _ablations(figures: DataFrame) -> Iterator[Table]:
-    """SCC's switches, for each protocol and attack, where one of them was off."""
+    """Ablation tables of SCC, per protocol and attack."""
     some = figures[figures.group.isin(figures.group[is_ablation(figures)])]
     for _, same in some.groupby("protocol", sort=False):
         for order in sorted(set(same.attack_order[same.headline])):
@@ -429,7 +429,7 @@ def _ablation(same: DataFrame, hit: DataFrame) -> Table:
 
 
 def _switched(cells: DataFrame) -> DataFrame:
-    """Cells with their switches as words; lines with both on come first."""
+    """Cells with switches in words; both on comes first."""
     words = {True: "on", False: "off"}
     return cells.assign(
         rank=[2 * (not a) + (not b) for a, b in zip(cells.semantic, cells.spatial, strict=True)],
@@ -439,7 +439,7 @@ def _switched(cells: DataFrame) -> DataFrame:
 
 
 def _others(spec: str) -> str:
-    """What a spec sets beside the two switches."""
+    """Settings of a spec beside the two switches."""
     rest = [part for part in settings_of(spec) if part.split("=")[0] not in ("semantic", "spatial")]
     return ", ".join(rest) or "–"
 
@@ -448,7 +448,7 @@ def _others(spec: str) -> str:
 
 
 def _attacks(group: DataFrame) -> Iterator[Table]:
-    """Attacks that do not know the defense, with the worst of each budget, and those that do."""
+    """Tables of oblivious attacks with the worst per budget, and of adaptive ones."""
     where = group["where"].iloc[0]
     for aware in (False, True):
         some = group[group.aware == aware]
@@ -484,7 +484,7 @@ def _attacks(group: DataFrame) -> Iterator[Table]:
 
 
 def _leak(group: DataFrame) -> Iterator[Table]:
-    """Images that the undefended model gets right and wrong apart, and the control attacks."""
+    """Tables of the label leak: images right and wrong when undefended, and controls."""
     some = group[group.oblivious & ~group.control].sort_values("attack_order", kind="stable")
     named = attack_titles(each(some))
     some = select(some, [one.right or one.wrong for one in each(some)])
@@ -497,7 +497,7 @@ def _leak(group: DataFrame) -> Iterator[Table]:
         controls.setdefault((one.defense, one.base, one.eps, one.steps), figure_of(one))
 
     def control(name: str) -> list[dict[str, Any]]:
-        """The control attack of a PGD: as many steps, the same budget."""
+        """Control of a PGD, with its steps and budget."""
         return [
             controls.get((one.defense, name, one.eps, one.steps), {}) if one.base == "pgd" else {}
             for one in each(some)
@@ -534,7 +534,7 @@ def _leak(group: DataFrame) -> Iterator[Table]:
 
 
 def provenance(found: Measured, folder: Path) -> Table:
-    """Which file each figure is from, by its path in `folder`, and where it was made."""
+    """Table of source files, by path in `folder`, and environments."""
     runs, counts = found.runs, found.rows.groupby("file").size()
     labels = {
         "file": [os.path.relpath(path, folder) for path in runs.file],
