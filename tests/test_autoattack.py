@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import scc_fast
 from attack_toys import by_hand, drawn, moved, target_of
+from scc_fast import Defender, tiny
 from scc_fast.attacks import PaperAA, Square, autoattack, parse_attack
 from scc_fast.defenses import Defense
 from toys import FIVE, model_of
@@ -252,3 +253,23 @@ def test_as_pyautoattack_called_by_hand(monkeypatch: pytest.MonkeyPatch) -> None
     assert torch.equal((found != x).flatten(1).any(dim=1), touched)
     assert moved(found, expected) < 0.05
     assert model_of("open_clip") is target.model
+
+
+def test_straight_at_a_defense() -> None:
+    """Of a defense with an exact gradient: what comes back fools it, or is the picture itself."""
+    x, labels = drawn(4)
+    target = Defender(model_of("tiny"), tiny.prompts(), method="extrapolate", config={})
+    attack = parse_attack("autoattack-through:steps=8:queries=5", 12 / 255)
+    assert attack.aware
+    assert attack.title == "AutoAttack on the defense, 5 queries, 8 steps"
+    found = attack.run(target, x, labels, scc_fast.image_seeds(7, 4))
+    assert (found - x).abs().max() <= 12 / 255 + 1e-6
+    right = target(found, 0).labels == labels
+    assert torch.equal(right, ~(found != x).flatten(1).any(dim=1) & (target(x, 0).labels == labels))
+    assert not right.all()
+    for method, suits in (("views", True), ("none", True), ("scc", False), ("rn", False)):
+        other = Defender(model_of("tiny"), tiny.prompts(), method=method, config={})
+        assert attack.suits(other) == suits
+    rn = Defender(model_of("tiny"), tiny.prompts(), method="rn", config={})
+    with pytest.raises(ValueError, match="needs a defense without draws or optimisation; rn is"):
+        attack.run(rn, x, labels, scc_fast.image_seeds(7, 4))

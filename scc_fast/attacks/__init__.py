@@ -9,7 +9,7 @@ from typing import Any
 
 from scc_fast.attacks.adaptive import BPDA, GateEvasion, PseudoLabel, Surrogate, ViewAware
 from scc_fast.attacks.apgd import APGDCE, APGDDLR, APGDT
-from scc_fast.attacks.autoattack import AutoAttack, PaperAA, Square
+from scc_fast.attacks.autoattack import AutoAttack, PaperAA, Square, ThroughAutoAttack
 from scc_fast.attacks.base import Attack
 from scc_fast.attacks.damage import Damaged
 from scc_fast.attacks.leakage import PGDOwn, PGDRandom
@@ -31,6 +31,7 @@ ATTACKS: dict[str, type[Attack]] = {
         APGDT,
         PaperAA,
         AutoAttack,
+        ThroughAutoAttack,
         Square,
         Transfer,
         PGDOwn,
@@ -64,6 +65,7 @@ __all__ = [
     "PseudoLabel",
     "Square",
     "Surrogate",
+    "ThroughAutoAttack",
     "Transfer",
     "Unrolled",
     "ViewAware",

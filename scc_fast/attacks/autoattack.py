@@ -31,7 +31,7 @@ from scc_fast.api import Defender
 from scc_fast.attacks.apgd import APGDCE
 from scc_fast.attacks.base import Attack, prepared
 from scc_fast.attacks.margin import Distinct
-from scc_fast.attacks.module import BareLogits
+from scc_fast.attacks.module import BareLogits, DefendedLogits
 from scc_fast.config import shown
 from scc_fast.reference import philox
 
@@ -74,6 +74,8 @@ def undisturbed() -> Iterator[None]:
 class Packaged(Attack):
     """Base: pyautoattack's 'standard' with another list of attacks."""
 
+    module: ClassVar[type[BareLogits]] = BareLogits  # what is attacked
+
     @abstractmethod
     def parts(self, classes: int) -> list[str]:
         """pyautoattack's names of the attacks to run, for K classes."""
@@ -82,14 +84,14 @@ class Packaged(Attack):
         """Change settings of 'standard'."""
 
     def run(self, target: Defender, x: Tensor, labels: Tensor, seeds: Tensor) -> Tensor:
-        module = package()
+        installed = package()
         x, labels, seeds = prepared(target, x, labels, seeds)
         if len(x) == 0:
             return x.clone()
         with plain(x.device), undisturbed():
             classes = Distinct.of(target, labels)
-            standard = module.AutoAttack(
-                BareLogits(target, classes.columns),
+            standard = installed.AutoAttack(
+                self.module(target, classes.columns),
                 device=x.device,
                 eps=self.epsilon,
                 seed=int(philox.derive(seeds, SEED, 0).sum()) & ((1 << 63) - 1),
@@ -186,6 +188,30 @@ class AutoAttack(PaperAA):
     def tune(self, standard: Any) -> None:
         super().tune(standard)
         standard.square.n_queries = self.queries
+
+
+@dataclass(frozen=True)
+class ThroughAutoAttack(AutoAttack):
+    """AutoAttack 'standard' on a defense that draws nothing and has an exact gradient.
+
+    A defense that optimises at inference has no such gradient: BPDA is for that.
+    """
+
+    name: ClassVar[str] = "autoattack-through"
+    label: ClassVar[str] = "AutoAttack on the defense"
+    aware: ClassVar[bool] = True
+    module: ClassVar[type[BareLogits]] = DefendedLogits
+
+    def suits(self, target: Defender) -> bool:
+        return target.defense.repairs == "none" and not target.is_randomized
+
+    def run(self, target: Defender, x: Tensor, labels: Tensor, seeds: Tensor) -> Tensor:
+        if not self.suits(target):
+            raise ValueError(
+                f"attack {self.name!r} needs a defense without draws or optimisation; "
+                f"{target.method} is none: use bpda"
+            )
+        return super().run(target, x, labels, seeds)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
-"""The undefended model as a module, for other attack libraries."""
+"""The undefended model, or a defense with an exact gradient, as a module for other libraries."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from scc_fast.api import Defender
@@ -28,5 +29,20 @@ class BareLogits(nn.Module):
         return self
 
     def forward(self, pixels: Tensor) -> Tensor:
-        logits = bare_logits(self._target, pixels)
+        logits = self.logits(self._target, pixels)
         return logits if self._columns is None else logits[:, self._columns]
+
+    @staticmethod
+    def logits(target: Defender, pixels: Tensor) -> Tensor:
+        """(B, K)."""
+        return bare_logits(target, pixels)
+
+
+class DefendedLogits(BareLogits):
+    """Pixels (B, 3, H, W) in [0, 1] to the logits of a defense that draws nothing."""
+
+    @staticmethod
+    def logits(target: Defender, pixels: Tensor) -> Tensor:
+        seeds = torch.zeros(len(pixels), dtype=torch.int64, device=pixels.device)
+        run = target.live if torch.is_grad_enabled() else target.run
+        return run(pixels, seeds).logits
