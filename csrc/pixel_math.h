@@ -271,6 +271,56 @@ SCC_HOST_DEVICE float projected_step(float delta, float gradient, float pixel, f
   return clamp(pixel + inside, 0.0f, 1.0f) - pixel;
 }
 
+// ---- Warps --------------------------------------------------------------------------------------
+// A place in a view, times a 3 x 3 matrix, is one in the picture; there lie N x N pixels around it,
+// two or four along each axis.
+
+// Held to what can still be seen from there, three pixels outside; no number is out there as well.
+SCC_HOST_DEVICE float held(float position, float first, float last) {
+  const float low = first - 3.0f, high = last + 3.0f;
+  const float raised = position > low ? position : low;
+  return raised < high ? raised : high;
+}
+
+// The largest whole number not above a position that is held; vectorises on every x86.
+SCC_HOST_DEVICE int whole_below(float position) {
+  const int cut = static_cast<int>(position);
+  return cut - (static_cast<float>(cut) > position);
+}
+
+// PyTorch's cubic with a = -0.75, less and more than one pixel away.
+SCC_HOST_DEVICE float cubic_near(float t) { return (1.25f * t - 2.25f) * t * t + 1.0f; }
+SCC_HOST_DEVICE float cubic_far(float t) { return ((-0.75f * t + 3.75f) * t - 6.0f) * t + 3.0f; }
+
+// The weight of the k-th of N pixels at a distance t in [0, 1) past the one below.
+template <int N>
+SCC_HOST_DEVICE float tap_weight(int k, float t) {
+  if (N == 2) return k == 0 ? 1.0f - t : t;
+  return k == 0   ? cubic_far(t + 1.0f)
+         : k == 1 ? cubic_near(t)
+         : k == 2 ? cubic_near(1.0f - t)
+                  : cubic_far(2.0f - t);
+}
+
+constexpr int kMostSamples = 8;  // MOST_SAMPLES of scc_fast/reference/warp.py
+
+// What a view may see of its picture: columns and rows, the last ones included.
+struct Limits {
+  int left, top, right, bottom;
+};
+
+SCC_HOST_DEVICE int clamp_whole(int64_t value, int64_t low, int64_t high) {
+  return static_cast<int>(value < low ? low : value > high ? high : value);
+}
+
+// `box` is top, left, height, width, and may be null; it is held to the picture.
+SCC_HOST_DEVICE Limits limits_of(const int64_t* box, int height, int width) {
+  if (box == nullptr) return {0, 0, width - 1, height - 1};
+  const int top = clamp_whole(box[0], 0, height - 1), left = clamp_whole(box[1], 0, width - 1);
+  return {left, top, clamp_whole(box[1] + box[3] - 1, left, width - 1),
+          clamp_whole(box[0] + box[2] - 1, top, height - 1)};
+}
+
 SCC_HOST_DEVICE float accumulate(float sum, float weight, float value) {
   return sum + weight * value;
 }

@@ -56,7 +56,7 @@ def _place(e, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, PATCH: tl.constexpr):
 
 
 @triton.jit
-def _colour(c, v0, v1, v2):
+def by_colour(c, v0, v1, v2):
     return tl.where(c == 0, v0, tl.where(c == 1, v1, v2))
 
 
@@ -96,7 +96,7 @@ def _gather(
     inside = (row >= 0) & (row < HEIGHT) & (column >= 0) & (column < WIDTH)
     offset = (colour * HEIGHT + row) * WIDTH + column
     pixel = load_pixels(x_ptr, delta_ptr, offset, inside & (e < NUMEL))
-    return tl.reshape(tl.where(inside, pixel, _colour(colour, fill0, fill1, fill2)), [BLOCK])
+    return tl.reshape(tl.where(inside, pixel, by_colour(colour, fill0, fill1, fill2)), [BLOCK])
 
 
 @triton.jit(do_not_specialize=["batch"])
@@ -131,8 +131,8 @@ def _views_kernel(
     live = e < NUMEL
     colour, row, column = _place(e, HEIGHT, WIDTH, PATCH)
     at = e if PATCH == 0 else (colour * HEIGHT + row) * WIDTH + column
-    mean = _colour(colour, mean0, mean1, mean2)
-    std = _colour(colour, std0, std1, std2)
+    mean = by_colour(colour, mean0, mean1, mean2)
+    std = by_colour(colour, std0, std1, std2)
     seed = tl.load(seeds_ptr + image)
     x_ptr += image * (3 * HEIGHT * WIDTH)
     if delta_ptr is not None:
@@ -250,7 +250,7 @@ def _adjoint_kernel(
         gradient_ptr, seed, pixel, e, first, image, batch,
         PLAN, NOISE, VIEWS, HEIGHT, WIDTH, PATCH, BLOCK,
     )  # fmt: skip
-    std = _colour(e // (HEIGHT * WIDTH), std0, std1, std2)
+    std = by_colour(e // (HEIGHT * WIDTH), std0, std1, std2)
     tl.store(out_ptr + image * NUMEL + e, tl.div_rn(total, std), mask=live)
 
 

@@ -187,6 +187,74 @@ NOISY_PICTURES = (
 )
 
 
+# ---- Warps ---------------------------------------------------------------------------------------
+
+
+class Warp(NamedTuple):
+    """Inputs of warp_views: what is not here follows from it."""
+
+    batch: int
+    height: int
+    width: int
+    size: tuple[int, int]
+    mode: str = "bilinear"
+    patch: int = 0
+    box: bool = False
+    fill: tuple[float, ...] | None = None
+    antialias: bool = False
+    large: bool = False
+
+    def inputs(self, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor | None]:
+        """x, matrix and box: of every kind of map, each image with its own."""
+        x = pixels(self.batch, 3, self.height, self.width)
+        matrix = maps(self.batch, (self.height, self.width), self.size)
+        box = torch.tensor([1, 0, self.height - 2, self.width // 2 + 1]).repeat(len(matrix), 1)
+        box = box[:, None].repeat(1, self.batch, 1) + torch.arange(self.batch)[:, None] % 2
+        x, matrix, box = (tensor.to(device) for tensor in (x, matrix, box))
+        return x, matrix, box if self.box else None
+
+    def options(self) -> dict[str, Any]:
+        return {
+            "size": self.size, "mode": self.mode, "patch": self.patch, "fill": self.fill,
+            "antialias": self.antialias,
+        }  # fmt: skip
+
+
+def maps(batch: int, picture: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """(8, B, 3, 3): all of the picture, mirrored, turned, enlarged, far away, two perspectives,
+    one with its horizon in sight, and one that is no map."""
+    (height, width), (tall, wide) = picture, size
+    fit = torch.diag(torch.tensor([width / wide, height / tall, 1.0]))
+    mirror = torch.tensor([[-1.0, 0.0, width], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    turn = torch.tensor([[0.9, -0.4, 0.3 * width], [0.5, 0.8, -0.1 * height], [0.0, 0.0, 1.0]])
+    enlarge = torch.tensor([[0.3, 0.0, 0.2 * width], [0.0, 0.2, 0.5 * height], [0.0, 0.0, 1.0]])
+    away = torch.tensor([[1e9, 0.0, -1e12], [0.0, 4.0, 0.0], [0.0, 0.0, 1.0]])
+    tilt = torch.tensor([[1.1, 0.2, -1.0], [0.1, 1.3, -2.0], [0.3 / width, 0.2 / height, 1.0]])
+    horizon = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [-2.0 / width, 0.0, 1.0]])
+    every = torch.stack(
+        [fit, mirror @ fit, turn @ fit, enlarge @ fit, away @ fit, tilt @ fit, horizon @ fit, 0 * fit]
+    )
+    own = torch.eye(3).repeat(batch, 1, 1)
+    own[:, 0, 2] = torch.arange(batch) * 0.37 % 1.5
+    return (own @ every[:, None]).contiguous()
+
+
+WARPS = (
+    Warp(1, 1, 1, (1, 1)),
+    Warp(1, 1, 1, (3, 2), "bicubic", fill=FILL),
+    Warp(17, 5, 3, (4, 7), box=True),
+    Warp(1, 7, 9, (7, 9), "bicubic", fill=(0.0, 0.0, 0.0)),
+    Warp(2, 9, 7, (5, 6), "bicubic", box=True, fill=FILL, antialias=True),
+    Warp(3, 12, 20, (5, 6), fill=FILL, patch=2, antialias=True),
+    Warp(2, 6, 5, (11, 13), "bicubic", patch=3, box=True),
+    Warp(0, 5, 7, (5, 7)),
+    Warp(0, 5, 7, (4, 4), "bicubic", patch=2, box=True),
+    Warp(17, 64, 33, (32, 32), fill=MEAN, patch=16, large=True),
+    Warp(2, 224, 224, (224, 224), "bicubic", fill=(0.0, 0.0, 0.0), patch=32, large=True),
+    Warp(1, 224, 223, (224, 224), box=True, large=True),
+)
+
+
 def pixels(*shape: int, seed: int = 0) -> Tensor:
     """Random pixels in [0, 1], some of them 0 and some 1 exactly."""
     x = torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
@@ -215,7 +283,8 @@ def crossed(op: str, cases: Sequence[Any], backends: tuple[str, ...] = ops.BACKE
 
 
 def _name(case: Any) -> str:
-    return "x".join(str(number) for number in case if type(number) in (int, float))
+    parts = [part for value in case for part in (value if type(value) is tuple else (value,))]
+    return "x".join(str(part) for part in parts if type(part) in (int, float, str))
 
 
 def undecided(picture: Picture) -> Tensor:

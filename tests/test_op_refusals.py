@@ -255,6 +255,35 @@ ATTENTION += [
     )
 ]
 
+# ---- Warps ---------------------------------------------------------------------------------------
+
+MAPS, BOX = torch.eye(3).repeat(4, 2, 1, 1), torch.tensor([0, 0, 5, 7]).repeat(4, 2, 1)
+WARP = (
+    ({"x": None}, ValueError, r"x must be \(B, 3, H, W\), got shape None"),
+    ({"x": X.half()}, TypeError, "x must be float32, got torch.float16"),
+    ({"x": X[:, :, :0]}, ValueError, r"x must have pixels, got shape \(2, 3, 0, 7\)"),
+    ({"matrix": None}, TypeError, "matrix must be a torch.float32 tensor, got NoneType"),
+    ({"matrix": MAPS.double()}, TypeError, "matrix must be a torch.float32 tensor, got torch"),
+    ({"matrix": MAPS[0]}, ValueError, r"matrix must be \(V, 2, 3, 3\), got shape \(2, 3, 3\)"),
+    ({"matrix": MAPS[:, :1]}, ValueError, r"matrix must be \(V, 2, 3, 3\), got shape"),
+    ({"matrix": MAPS[:0]}, ValueError, r"matrix must be \(V, 2, 3, 3\), got shape"),
+    ({"matrix": MAPS.to("meta")}, ValueError, "matrix must be on cpu, got meta"),
+    ({"box": BOX.int()}, TypeError, "box must be a torch.int64 tensor, got torch.int32"),
+    ({"box": BOX[..., :3]}, ValueError, r"box must be \(V, 2, 4\), got shape \(4, 2, 3\)"),
+    ({"box": BOX[:3]}, ValueError, "box must be of 4 views, got 3"),
+    ({"box": BOX.to("meta")}, ValueError, "box must be on cpu, got meta"),
+    ({"size": 5}, ValueError, "size must be two whole numbers above 0, got 5"),
+    ({"size": (5, 0)}, ValueError, r"size must be two whole numbers above 0, got \(5, 0\)"),
+    ({"size": (5.0, 4)}, ValueError, "size must be two whole numbers above 0"),
+    ({"mode": "cubic"}, ValueError, "mode must be one of .*, got 'cubic'"),
+    ({"fill": (0.5,)}, ValueError, r"fill must be three numbers, got \(0.5,\)"),
+    ({"mean": 0.5}, (TypeError, ValueError), "mean must be three numbers"),
+    ({"std": (1.0, 0.0, 1.0)}, ValueError, "std must be above 0"),
+    ({"dtype": torch.float64}, TypeError, "dtype must be one of .*, got torch.float64"),
+    ({"patch": 6}, ValueError, r"patch must be in \[0, 5\], got 6"),
+    ({"patch": True}, TypeError, "patch must be an int, got True"),
+)  # fmt: skip
+
 SEEDS, VIEWS = torch.arange(2), [View()]
 VALID = {
     **HEADS_VALID,
@@ -264,6 +293,7 @@ VALID = {
     "make_views_adjoint": {"gradient": X, "x": X, "delta": X, "seeds": SEEDS, "views": VIEWS},
     "pgd_step_": {"delta": X.clone(), "gradient": X, "x": X, "seeds": SEEDS, "views": VIEWS,
                   "alpha": 0.1, "epsilon": 0.2},
+    "warp_views": {"x": X, "matrix": MAPS},
 }  # fmt: skip
 ERRORS = [
     (op, *row)
@@ -273,6 +303,7 @@ ERRORS = [
 ERRORS += [("make_views", *row) for row in VIEWS_BOTH + VIEWS_ALONE]
 ERRORS += [("make_views_adjoint", *row) for row in VIEWS_BOTH + ADJOINT_ALONE]
 ERRORS += [("pgd_step_", *row) for row in STEP]
+ERRORS += [("warp_views", *row) for row in WARP]
 ERRORS += ENCODER + ATTENTION
 
 

@@ -59,6 +59,13 @@ def arguments(op: str, batch: int = 2, patch: int = 0) -> dict[str, Any]:
             "gradient": gradient,
         }
         return {**first, "x": x, "seeds": seed, "plan": plan, "noise": noise, **step}
+    if op == "warp_views":
+        warp = op_cases.Warp(batch, 5, 7, (5, 6), box=True)
+        x, matrix, box = warp.inputs()
+        colours = {"fill": list(op_cases.FILL), "mean": [0.5] * 3, "std": list(op_cases.STD)}
+        samples = 1 + torch.arange(8 * batch).view(8, batch) % 3
+        first = {"x": x, "matrix": matrix, "box": box, "samples": samples, "size": [5, 6]}
+        return {**first, "cubic": True, **colours, "dtype": torch.float32, "patch": patch}
     if op == "drift_head":
         return {"features": rows, "anchor": op_cases.random(batch, 13, seed=3)}
     if op == "pseudo_label":
@@ -118,6 +125,9 @@ def samples(op: str) -> list[dict[str, Any]]:
             several.append({**first, name: first[name].bfloat16()})
     if op == "make_views":
         several.append({**first, "dtype": torch.float16})
+    if op == "warp_views":
+        plain = {"box": None, "samples": None, "fill": []}
+        several += [{**first, **plain}, {**first, "cubic": False, "dtype": torch.float16}]
     if op in op_cases.ATTENTION:
         half = {name: first[name].half() for name in first if name != "lse"}
         strided = {name: first[name].mT.contiguous().mT for name in half}
@@ -165,6 +175,16 @@ def mistakes(op: str) -> dict[str, dict[str, Any]]:
     for name in ("fill", "mean", "std"):
         if name in good:
             wrong[f"{name} of two numbers"] = {name: [0.5, 0.5]}
+    if op == "warp_views":
+        wrong["size of one number"] = {"size": [5]}
+        wrong["size of no pixels"] = {"size": [0, 6]}
+        wrong["x without pixels"] = {"x": good["x"][:, :, :0]}
+        wrong["patch below zero"] = {"patch": -1}
+        wrong["patch past the view"] = {"patch": 6}
+        for name in ("matrix", "x"):  # a picture may be any size, and views any number
+            wrong.pop(f"{name} one column shorter" if name == "x" else f"{name} one row longer")
+        wrong["box and samples of other views"] = {"matrix": good["matrix"][:7]}
+        wrong["no views"] = {name: good[name][:0] for name in ("matrix", "box", "samples")}
     if "dtype" in good:
         wrong["dtype float64"] = {"dtype": torch.float64}
         wrong["dtype int32"] = {"dtype": torch.int32}

@@ -1,6 +1,10 @@
-// A batch seen as rows of pixels, and where the rows of its views lie: what make_views, its adjoint
-// and pgd_step_ share on the CPU.
+// A batch seen as rows of pixels, and where the rows of its views lie: what make_views, its
+// adjoint, pgd_step_ and warp_views share on the CPU.
 #pragma once
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 #include <algorithm>
 #include <optional>
@@ -37,6 +41,29 @@ Frame read_frame(const char* op, const Tensor& x, const std::optional<Tensor>& d
 
 // The gradient of the views, contiguous.
 Tensor read_gradient(const char* op, const Tensor& gradient, const Frame& frame);
+
+// The first write to fresh memory faults page by page, which can cost more than the views
+// themselves: large results ask for large pages.
+inline void prefer_large_pages(void* data, int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t page = uintptr_t{1} << 21;
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
+  const uintptr_t last = (reinterpret_cast<uintptr_t>(data) + bytes) / page * page;
+  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#else
+  (void)data, (void)bytes;
+#endif
+}
+
+struct Colours {
+  float channel[3];
+};
+
+inline Colours read_colours(const char* op, const char* rule, const std::vector<double>& values) {
+  check(values.size() == 3, op, rule);
+  return {{static_cast<float>(values[0]), static_cast<float>(values[1]),
+           static_cast<float>(values[2])}};
+}
 
 // Raw pointers of a Frame: what the rows work with.
 struct Pixels {

@@ -1,9 +1,5 @@
 // make_views and its adjoint on the CPU: each row of x and delta is read once, each row of a view
 // is written once.
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include "cpu/rows.h"
 
 namespace scc_fast {
@@ -58,29 +54,6 @@ Tensor read_gradient(const char* op, const Tensor& gradient, const Frame& frame)
 }
 
 namespace {
-
-// The first write to fresh memory faults page by page, which can cost more than the views
-// themselves: large results ask for large pages.
-void prefer_large_pages(void* data, int64_t bytes) {
-#ifdef MADV_HUGEPAGE
-  constexpr uintptr_t page = uintptr_t{1} << 21;
-  const uintptr_t first = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
-  const uintptr_t last = (reinterpret_cast<uintptr_t>(data) + bytes) / page * page;
-  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#else
-  (void)data, (void)bytes;
-#endif
-}
-
-struct Colours {
-  float channel[3];
-};
-
-Colours read_colours(const char* op, const char* rule, const std::vector<double>& values) {
-  check(values.size() == 3, op, rule);
-  return {{static_cast<float>(values[0]), static_cast<float>(values[1]),
-           static_cast<float>(values[2])}};
-}
 
 // A row of the picture as a view shows it: shifted, then flipped; `fill` where nothing is shown.
 template <class T>

@@ -186,6 +186,7 @@ from scc_fast.ops.heads import (  # noqa: E402
 from scc_fast.ops.philox import philox_normal, philox_uniform  # noqa: E402
 from scc_fast.ops.step import pgd_step_  # noqa: E402
 from scc_fast.ops.views import make_views, make_views_adjoint  # noqa: E402
+from scc_fast.ops.warp import warp_views  # noqa: E402
 
 __all__ = [
     "BACKENDS",
@@ -210,4 +211,5 @@ __all__ = [
     "philox_uniform",
     "pseudo_label",
     "view_weights",
+    "warp_views",
 ]

@@ -61,8 +61,8 @@ def make_views(
     plan, noise = check_views("make_views", x, seeds, views, patch)
     if dtype not in DTYPES:
         raise TypeError(f"make_views: dtype must be one of {DTYPES}, got {dtype}")
-    mean, std = _channels("make_views", "mean", mean), _channels("make_views", "std", std)
-    fill = mean if fill is None else _channels("make_views", "fill", fill)
+    mean, std = channels("make_views", "mean", mean), channels("make_views", "std", std)
+    fill = mean if fill is None else channels("make_views", "fill", fill)
     return _views(x.device, backend, x, delta, seeds, plan, noise, fill, mean, std, dtype, patch)
 
 
@@ -94,7 +94,7 @@ def make_views_adjoint(
     check_pixels(op, x=x, delta=delta)
     plan, noise = check_views(op, x, seeds, views, patch)
     check_gradient(op, gradient, x, len(views), patch)
-    std = _channels(op, "std", std)
+    std = channels(op, "std", std)
     return _adjoint(x.device, backend, gradient, x, delta, seeds, plan, noise, std, patch)
 
 
@@ -141,12 +141,17 @@ def check_views(
                 f"{op}: views must be shifted by whole pixels, got {shown(view.shift)}: "
                 "scc_fast.config.resolve_views makes them of shares"
             )
-    if not isinstance(patch, int) or isinstance(patch, bool):
-        raise TypeError(f"{op}: patch must be an int, got {shown(patch)}")
-    if not 0 <= patch <= min(x.shape[-2:]):
-        raise ValueError(f"{op}: patch must be in [0, {min(x.shape[-2:])}], got {patch}")
+    check_patch(op, patch, (x.shape[-2], x.shape[-1]))
     plan = [number for view in views for number in (int(view.flip), *view.shift)]
     return plan, [float(view.noise) for view in views]
+
+
+def check_patch(op: str, patch: int, size: Sequence[int]) -> None:
+    """Check the patch of views (height, width)."""
+    if not isinstance(patch, int) or isinstance(patch, bool):
+        raise TypeError(f"{op}: patch must be an int, got {shown(patch)}")
+    if not 0 <= patch <= min(size):
+        raise ValueError(f"{op}: patch must be in [0, {min(size)}], got {patch}")
 
 
 def check_gradient(op: str, gradient: Tensor, x: Tensor, count: int, patch: int) -> None:
@@ -177,7 +182,8 @@ def as_views(plan: Sequence[int], noise: Sequence[float]) -> tuple[View, ...]:
     )
 
 
-def _channels(op: str, name: str, values: Channels) -> list[float]:
+def channels(op: str, name: str, values: Channels) -> list[float]:
+    """Three finite numbers, and of std above 0."""
     given = list(values) if isinstance(values, Sequence) else []
     # Dynamo traces a comparison of symbolic floats, not math.isfinite.
     good = all(isinstance(value, int | float) and abs(value) < math.inf for value in given)
