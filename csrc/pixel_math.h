@@ -288,9 +288,9 @@ SCC_HOST_DEVICE int whole_below(float position) {
   return cut - (static_cast<float>(cut) > position);
 }
 
-// PyTorch's cubic with a = -0.75, less and more than one pixel away.
-SCC_HOST_DEVICE float cubic_near(float t) { return (1.25f * t - 2.25f) * t * t + 1.0f; }
-SCC_HOST_DEVICE float cubic_far(float t) { return ((-0.75f * t + 3.75f) * t - 6.0f) * t + 3.0f; }
+// The cubic with a = -1, which Pillow turns pictures with, less and more than one pixel away.
+SCC_HOST_DEVICE float cubic_near(float t) { return (t - 2.0f) * t * t + 1.0f; }
+SCC_HOST_DEVICE float cubic_far(float t) { return ((5.0f - t) * t - 8.0f) * t + 4.0f; }
 
 // The weight of the k-th of N pixels at a distance t in [0, 1) past the one below.
 template <int N>

@@ -31,10 +31,10 @@ def _weight(t, K: tl.constexpr, CUBIC: tl.constexpr):
         return 1.0 - t if K == 0 else t
     elif K == 0 or K == 3:
         s = t + 1.0 if K == 0 else 2.0 - t
-        return ((-0.75 * s + 3.75) * s - 6.0) * s + 3.0
+        return ((5.0 - s) * s - 8.0) * s + 4.0
     else:
         s = t if K == 1 else 1.0 - t
-        return (1.25 * s - 2.25) * s * s + 1.0
+        return (s - 2.0) * s * s + 1.0
 
 
 @triton.jit
@@ -196,7 +196,9 @@ def warp_views(
         return out
     numel = out[0].numel()
     if max(numel, 3 * height * width) >= 2**31 - _BLOCK:
-        raise ValueError(f"warp_views: x must have fewer than 2^31 elements an image, got {x.shape}")
+        raise ValueError(
+            f"warp_views: x must have fewer than 2^31 elements an image, got {x.shape}"
+        )
     around = fill or (0.0, 0.0, 0.0)
     with torch.cuda.device(x.get_device()):  # -1, a CPU tensor's, changes nothing
         _warp_kernel[(pairs * triton.cdiv(numel, _BLOCK),)](

@@ -3,6 +3,7 @@
 
 #include "cuda/heads.cuh"
 #include "cuda/views.cuh"
+#include "cuda/warp.cuh"
 
 using namespace scc_fast;
 
@@ -98,6 +99,26 @@ void gather_views(const Batch* b, bool half, const void* gradient, const float* 
                   const Colours* colours, const StepSize* size, float* out) {
   half ? gather_lanes<__nv_bfloat16>(*b, gradient, x, delta, colours, *size, out)
        : gather_lanes<float>(*b, gradient, x, delta, colours, *size, out);
+}
+
+// Colours are fill, mean and std; shape is of the picture, the view and the patch.
+void warp_views(const int64_t* shape, int64_t pairs, int64_t batch, bool half, bool cubic,
+                bool filled, const float* x, const float* matrix, const int64_t* box,
+                const int64_t* samples, const float* colours, void* out) {
+  Warp warp = warp_of(shape[0], shape[1], shape[2], shape[3], shape[4]);
+  warp.filled = filled;
+  std::copy_n(colours, 3, warp.fill);
+  std::copy_n(colours + 3, 3, warp.mean);
+  std::copy_n(colours + 6, 3, warp.std);
+  launch({2, 2}, kWarpThreads, false, [&] {
+    if (half) {
+      const auto kernel = cubic ? warp_kernel<__nv_bfloat16, 4> : warp_kernel<__nv_bfloat16, 2>;
+      kernel(x, matrix, box, samples, static_cast<__nv_bfloat16*>(out), pairs, batch, warp);
+    } else {
+      const auto kernel = cubic ? warp_kernel<float, 4> : warp_kernel<float, 2>;
+      kernel(x, matrix, box, samples, static_cast<float*>(out), pairs, batch, warp);
+    }
+  });
 }
 
 void drift(const Shape* shape, const float* features, const float* anchor, float* tau,

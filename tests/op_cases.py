@@ -221,7 +221,7 @@ class Warp(NamedTuple):
 
 
 def maps(batch: int, picture: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """(8, B, 3, 3): all of the picture, mirrored, turned, enlarged, far away, two perspectives,
+    """(8, B, 3, 3), of many images every third: all of the picture, mirrored, turned, enlarged, far away, two perspectives,
     one with its horizon in sight, and one that is no map."""
     (height, width), (tall, wide) = picture, size
     fit = torch.diag(torch.tensor([width / wide, height / tall, 1.0]))
@@ -232,8 +232,18 @@ def maps(batch: int, picture: tuple[int, int], size: tuple[int, int]) -> Tensor:
     tilt = torch.tensor([[1.1, 0.2, -1.0], [0.1, 1.3, -2.0], [0.3 / width, 0.2 / height, 1.0]])
     horizon = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [-2.0 / width, 0.0, 1.0]])
     every = torch.stack(
-        [fit, mirror @ fit, turn @ fit, enlarge @ fit, away @ fit, tilt @ fit, horizon @ fit, 0 * fit]
+        [
+            fit,
+            mirror @ fit,
+            turn @ fit,
+            enlarge @ fit,
+            away @ fit,
+            tilt @ fit,
+            horizon @ fit,
+            0 * fit,
+        ]
     )
+    every = every[::3] if batch > 3 else every
     own = torch.eye(3).repeat(batch, 1, 1)
     own[:, 0, 2] = torch.arange(batch) * 0.37 % 1.5
     return (own @ every[:, None]).contiguous()
@@ -244,8 +254,8 @@ WARPS = (
     Warp(1, 1, 1, (3, 2), "bicubic", fill=FILL),
     Warp(17, 5, 3, (4, 7), box=True),
     Warp(1, 7, 9, (7, 9), "bicubic", fill=(0.0, 0.0, 0.0)),
-    Warp(2, 9, 7, (5, 6), "bicubic", box=True, fill=FILL, antialias=True),
-    Warp(3, 12, 20, (5, 6), fill=FILL, patch=2, antialias=True),
+    Warp(1, 9, 7, (5, 6), "bicubic", box=True, fill=FILL, antialias=True),
+    Warp(1, 12, 20, (5, 6), fill=FILL, patch=2, antialias=True),
     Warp(2, 6, 5, (11, 13), "bicubic", patch=3, box=True),
     Warp(0, 5, 7, (5, 7)),
     Warp(0, 5, 7, (4, 4), "bicubic", patch=2, box=True),

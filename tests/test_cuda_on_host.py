@@ -22,6 +22,7 @@ from torch import Tensor
 import op_cases
 from op_cases import FILL, MEAN, NOISY, PLAIN, STD, same_bits
 from scc_fast import ops
+from scc_fast.reference.warp import shrinking
 
 pytestmark = pytest.mark.compile
 ROOT = Path(__file__).parents[1]
@@ -149,6 +150,24 @@ def test_adjoint_and_step(kernels, picture: tuple[int, int, int], dtype: torch.d
                 close(got, moved, noisy, torch.float32)
                 if summed is not None:
                     close(summed, total, noisy, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", WHOLE)
+@pytest.mark.parametrize("warp", [case for case in op_cases.WARPS if not case.large], ids=str)
+def test_warp_views(kernels, warp: op_cases.Warp, dtype: torch.dtype) -> None:
+    x, matrix, box = warp.inputs()
+    size = (warp.height, warp.width)
+    samples = shrinking(matrix, size, warp.size) if warp.antialias else None
+    want = ops.warp_views(
+        x, matrix, box=box, **warp.options(), mean=MEAN, std=STD, dtype=dtype, backend="reference"
+    )
+    got, colours = torch.full_like(want, -77), torch.tensor([warp.fill or [0.0] * 3, MEAN, STD])
+    shape = torch.tensor([*size, *warp.size, warp.patch])
+    flags = (dtype != torch.float32, warp.mode == "bicubic", warp.fill is not None)
+    arrays = (x, matrix, box, samples, colours, got)
+    counts = (c_int64(len(matrix) * len(x)), c_int64(len(x)))
+    kernels.warp_views(at(shape), *counts, *map(c_bool, flags), *map(at, arrays))
+    assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize(

@@ -259,7 +259,7 @@ ATTENTION += [
 
 MAPS, BOX = torch.eye(3).repeat(4, 2, 1, 1), torch.tensor([0, 0, 5, 7]).repeat(4, 2, 1)
 WARP = (
-    ({"x": None}, ValueError, r"x must be \(B, 3, H, W\), got shape None"),
+    ({"x": None}, TypeError, "x must be a tensor, got NoneType"),
     ({"x": X.half()}, TypeError, "x must be float32, got torch.float16"),
     ({"x": X[:, :, :0]}, ValueError, r"x must have pixels, got shape \(2, 3, 0, 7\)"),
     ({"matrix": None}, TypeError, "matrix must be a torch.float32 tensor, got NoneType"),

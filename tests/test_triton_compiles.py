@@ -24,7 +24,7 @@ import pytest
 pytestmark = pytest.mark.compile
 KERNELS = Path(__file__).parents[1] / "kernels"
 CAPABILITIES = (90, 80)
-EXACT = ("_views_kernel", "_adjoint_kernel", "_pgd_step_kernel")
+EXACT = ("_warp_kernel", "_views_kernel", "_adjoint_kernel", "_pgd_step_kernel")
 ENCODER = ("_add_norm_kernel", "_add_norm_back_kernel", "_gelu_kernel", "_gelu_back_kernel")
 GEOMETRIC = ([0, 0, 0, 1, 0, 0, 0, 7, 7, 1, -7, -7], [0.0] * 4)
 NOISY = ([0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 3, -70], [0.0, 0.0, 0.02, 0.02])
@@ -175,6 +175,7 @@ def _calls(capability: int) -> dict[str, Callable[[], Any]]:
             "encoder, widest": (8192, half),
             "encoder, in tiles": (9000, torch.float32),
         }
+    calls |= {"warps": _call_warp}
     calls |= {name: lambda case=case: _call_encoder(*case) for name, case in streams.items()}
     calls |= {name: lambda case=case: _call_views(*case) for name, case in patches.items()}
     return calls | {name: lambda size=size: _call_heads(*size) for name, size in sizes.items()}
@@ -202,6 +203,19 @@ def _call_views(height: int, width: int, views: Any, dtype: Any, patch: int, ful
     seen = twins.make_views(x, other, seeds, *views, mean, mean, std, dtype, patch)
     twins.make_views_adjoint(seen, x, other, seeds, *views, std, patch)
     step.pgd_step_(delta, other, seen, x, seeds, *views, 0.004, 0.016, 0.5, patch)
+
+
+def _call_warp() -> None:
+    import torch
+
+    from scc_fast.kernels.warp import warp_views
+
+    x, matrix = torch.zeros(2, 3, 224, 224), torch.zeros(4, 2, 3, 3)
+    box, samples = torch.zeros(4, 2, 4, dtype=torch.int64), torch.ones(4, 2, dtype=torch.int64)
+    colours = ([0.48, 0.46, 0.41], [0.27, 0.26, 0.28])
+    for given, fill in (((None, None), [0.0] * 3), ((box, None), []), ((box, samples), [0.5] * 3)):
+        for cubic, dtype, patch in ((False, torch.float32, 0), (True, torch.bfloat16, 32)):
+            warp_views(x, matrix, *given, [224, 224], cubic, fill, *colours, dtype, patch)
 
 
 def _call_heads(views: int, classes: int, width: int, dtype: Any) -> None:

@@ -7,6 +7,7 @@ namespace scc_fast {
 namespace {
 
 constexpr int kColours = 4;  // red, green, blue, and what makes a vector of them
+constexpr int kOutside = 6;  // as far as a pixel of a point can lie outside, as held() holds it
 
 struct InterleaveJob {
   const float* x;  // [B, 3, height, width]
@@ -41,25 +42,34 @@ struct Points {
   explicit Points(int64_t count)
       : column(count), row(count), weights(2 * N * count), width(static_cast<int>(count)) {}
 
-  // `place` is down and the offset of the first point to the right.
-  SCC_INLINE void find(const float* m, const Limits& limits, float down, float offset) {
+  // Of the first `points` of them, `offset` right of the row's beginning and `down` in the view.
+  SCC_INLINE void find(const float* m, const Limits& limits, float down, float offset, int points) {
+    const float m0 = m[0], m3 = m[3], m6 = m[6];
     const float x = m[1] * down + m[2], y = m[4] * down + m[5], z = m[7] * down + m[8];
     const auto left = static_cast<float>(limits.left), top = static_cast<float>(limits.top);
     const auto last = static_cast<float>(limits.right), bottom = static_cast<float>(limits.bottom);
+    const int count = width;
     int32_t* SCC_RESTRICT columns = column.data();
     int32_t* SCC_RESTRICT rows = row.data();
     float* SCC_RESTRICT shares = weights.data();
-    for (int k = 0; k < width; ++k) {
-      const float right = static_cast<float>(k) + offset, depth = m[6] * right + z;
-      const float across = held((m[0] * right + x) / depth - 0.5f, left, last);
-      const float along = held((m[3] * right + y) / depth - 0.5f, top, bottom);
+    float* SCC_RESTRICT heights = shares + N * count;
+    for (int k = 0; k < points; ++k) {
+      const float right = static_cast<float>(k) + offset, depth = m6 * right + z;
+      const float across = held((m0 * right + x) / depth - 0.5f, left, last);
+      const float along = held((m3 * right + y) / depth - 0.5f, top, bottom);
       const int first = whole_below(across), upper = whole_below(along);
       columns[k] = first - (N / 2 - 1);
       rows[k] = upper - (N / 2 - 1);
       const float s = across - static_cast<float>(first), t = along - static_cast<float>(upper);
-      for (int j = 0; j < N; ++j) {
-        shares[j * width + k] = tap_weight<N>(j, s);
-        shares[(N + j) * width + k] = tap_weight<N>(j, t);
+      shares[k] = tap_weight<N>(0, s);
+      heights[k] = tap_weight<N>(0, t);
+      shares[count + k] = tap_weight<N>(1, s);
+      heights[count + k] = tap_weight<N>(1, t);
+      if (N == 4) {
+        shares[2 * count + k] = tap_weight<N>(2, s);
+        heights[2 * count + k] = tap_weight<N>(2, t);
+        shares[3 * count + k] = tap_weight<N>(3, s);
+        heights[3 * count + k] = tap_weight<N>(3, t);
       }
     }
   }
@@ -87,8 +97,11 @@ struct WarpJob {
   template <class Number, int N>
   SCC_INLINE void rows_of(int64_t begin, int64_t end) const;
   template <int N>
-  SCC_INLINE void add_row(const float* image, const Limits& limits, const Points<N>& points,
+  SCC_INLINE void add_row(const float* image, const Limits limits, const Points<N>& points,
                           float* line) const;
+  template <int N>
+  SCC_INLINE void add_level_row(const float* image, const Limits limits, const Points<N>& points,
+                                float* mixed, float* line) const;
   template <class Number>
   SCC_INLINE void write_row(int64_t pair, int64_t row, float share, const float* line,
                             typename Number::Stored* buffer) const;
@@ -96,39 +109,48 @@ struct WarpJob {
 
 // to += the N x N pixels from `from` on, rows `stride` apart, weighted: down first.
 template <int N>
-SCC_INLINE void add_blend(const float* SCC_RESTRICT from, int64_t stride, const float* across,
-                          const float* down, int64_t step, float* SCC_RESTRICT to) {
+SCC_INLINE void add_blend(const float* SCC_RESTRICT from, int64_t stride, const float (&across)[N],
+                          const float (&down)[N], float* SCC_RESTRICT to) {
   constexpr int kRow = N * kColours;
   float sum[kRow];
   for (int i = 0; i < kRow; ++i) sum[i] = down[0] * from[i];
   for (int r = 1; r < N; ++r) {
-    for (int i = 0; i < kRow; ++i) sum[i] += down[r * step] * from[r * stride + i];
+    for (int i = 0; i < kRow; ++i) sum[i] += down[r] * from[r * stride + i];
   }
   float total[kColours];
   for (int c = 0; c < kColours; ++c) total[c] = across[0] * sum[c];
   for (int j = 1; j < N; ++j) {
-    for (int c = 0; c < kColours; ++c) total[c] += across[j * step] * sum[j * kColours + c];
+    for (int c = 0; c < kColours; ++c) total[c] += across[j] * sum[j * kColours + c];
   }
   for (int c = 0; c < kColours; ++c) to[c] += total[c];
 }
 
 // line [width, 4] += the picture at the points of a row.
 template <int N>
-SCC_INLINE void WarpJob::add_row(const float* image, const Limits& limits, const Points<N>& points,
-                                 float* line) const {
-  const int64_t stride = width * kColours, step = points.width;
-  for (int k = 0; k < points.width; ++k) {
-    const int column = points.column[k], row = points.row[k];
-    const float* across = points.weights.data() + k;
-    const float* down = across + N * step;
+SCC_INLINE void WarpJob::add_row(const float* SCC_RESTRICT image, const Limits limits,
+                                 const Points<N>& points, float* SCC_RESTRICT line) const {
+  const int64_t stride = width * kColours;
+  const int count = points.width;
+  const bool cut = filled;
+  const int32_t* SCC_RESTRICT columns = points.column.data();
+  const int32_t* SCC_RESTRICT rows = points.row.data();
+  const float* SCC_RESTRICT weights = points.weights.data();
+  // Of the first pixel: so many more do all of them lie inside.
+  const int wide = limits.right - limits.left + 2 - N, tall = limits.bottom - limits.top + 2 - N;
+  for (int k = 0; k < count; ++k) {
+    const int column = columns[k], row = rows[k];
+    const int beside = column - limits.left, above = row - limits.top;
+    float across[N], down[N];
+    for (int j = 0; j < N; ++j) {
+      across[j] = weights[j * count + k];
+      down[j] = weights[(N + j) * count + k];
+    }
     float* to = line + k * kColours;
-    if (column >= limits.left && column + N - 1 <= limits.right && row >= limits.top &&
-        row + N - 1 <= limits.bottom) {
-      add_blend<N>(image + row * stride + column * kColours, stride, across, down, step, to);
+    if ((beside >= 0) & (beside < wide) & (above >= 0) & (above < tall)) {
+      add_blend<N>(image + row * stride + column * kColours, stride, across, down, to);
       continue;
     }
-    if (filled && (column > limits.right || column + N <= limits.left || row > limits.bottom ||
-                   row + N <= limits.top)) {
+    if (cut && (beside <= -N || above <= -N || column > limits.right || row > limits.bottom)) {
       continue;
     }
     float around[N * N * kColours] = {};
@@ -136,11 +158,47 @@ SCC_INLINE void WarpJob::add_row(const float* image, const Limits& limits, const
       for (int j = 0; j < N; ++j) {
         const int y = clamp_whole(row + r, limits.top, limits.bottom);
         const int x = clamp_whole(column + j, limits.left, limits.right);
-        if (filled && (y != row + r || x != column + j)) continue;
+        if (cut && (y != row + r || x != column + j)) continue;
         std::copy_n(image + y * stride + x * kColours, kColours, around + (r * N + j) * kColours);
       }
     }
-    add_blend<N>(around, N * kColours, across, down, step, to);
+    add_blend<N>(around, N * kColours, across, down, to);
+  }
+}
+
+// The same where a row of the view lies along a row of the picture, as in crops: the rows of the
+// picture are blended once, into `mixed`, for all of it. To the bit the same.
+template <int N>
+SCC_INLINE void WarpJob::add_level_row(const float* SCC_RESTRICT image, const Limits limits,
+                                       const Points<N>& points, float* SCC_RESTRICT mixed,
+                                       float* SCC_RESTRICT line) const {
+  const int count = points.width, seen = limits.right - limits.left + 1;
+  const int32_t* SCC_RESTRICT columns = points.column.data();
+  const float* SCC_RESTRICT across = points.weights.data();
+  float* SCC_RESTRICT middle = mixed + kOutside * kColours;
+  for (int r = 0; r < N; ++r) {
+    const int row = points.row[0] + r, y = clamp_whole(row, limits.top, limits.bottom);
+    const float weight = filled && y != row ? 0.0f : across[(N + r) * count];
+    const float* SCC_RESTRICT from = image + (y * width + limits.left) * kColours;
+    if (r == 0) {
+      for (int i = 0; i < seen * kColours; ++i) middle[i] = weight * from[i];
+    } else {
+      for (int i = 0; i < seen * kColours; ++i) middle[i] += weight * from[i];
+    }
+  }
+  for (int i = 0; i < kOutside * kColours; ++i) {
+    mixed[i] = filled ? 0.0f : middle[i % kColours];
+    middle[seen * kColours + i] = filled ? 0.0f : middle[(seen - 1) * kColours + i % kColours];
+  }
+  const float* SCC_RESTRICT zero = middle - limits.left * kColours;
+  for (int k = 0; k < count; ++k) {
+    const float* from = zero + columns[k] * kColours;
+    float total[kColours];
+    for (int c = 0; c < kColours; ++c) total[c] = across[k] * from[c];
+    for (int j = 1; j < N; ++j) {
+      for (int c = 0; c < kColours; ++c) total[c] += across[j * count + k] * from[j * kColours + c];
+    }
+    for (int c = 0; c < kColours; ++c) line[k * kColours + c] += total[c];
   }
 }
 
@@ -156,9 +214,15 @@ SCC_INLINE void WarpJob::write_row(int64_t pair, int64_t row, float share, const
     typename Number::Stored* SCC_RESTRICT to = place.step ? buffer : there;
     const float base = fill.channel[c], middle = mean.channel[c], deviation = std.channel[c];
     const float low = cubic ? 0.0f : -HUGE_VALF, high = cubic ? 1.0f : HUGE_VALF;
-    for (int64_t k = 0; k < count; ++k) {
-      const float pixel = clamp(line[k * kColours + c] * share + base, low, high);
-      to[k] = Number::store(normalise(pixel, middle, deviation));
+    if (middle == 0.0f && deviation == 1.0f) {  // nothing to divide
+      for (int64_t k = 0; k < count; ++k) {
+        to[k] = Number::store(clamp(line[k * kColours + c] * share + base, low, high));
+      }
+    } else {
+      for (int64_t k = 0; k < count; ++k) {
+        const float pixel = clamp(line[k * kColours + c] * share + base, low, high);
+        to[k] = Number::store(normalise(pixel, middle, deviation));
+      }
     }
     for (int64_t i = 0; place.step && i < view.across(); ++i) {
       std::copy_n(to + i * place.width, place.width, there + i * place.step);
@@ -170,7 +234,8 @@ template <class Number, int N>
 SCC_INLINE void WarpJob::rows_of(int64_t begin, int64_t end) const {
   const int64_t tall = view.covered_height(), wide = view.covered_width();
   Points<N> points(wide);
-  std::vector<float> line(wide * kColours);
+  std::vector<float> line(wide * kColours), mixed((width + 2 * kOutside) * kColours);
+  int64_t known = -1;  // whose columns are in `points`
   std::vector<typename Number::Stored> buffer(wide);
   for (int64_t i = begin; i < end; ++i) {
     const int64_t pair = i / tall, row = i % tall;
@@ -179,12 +244,21 @@ SCC_INLINE void WarpJob::rows_of(int64_t begin, int64_t end) const {
                                     static_cast<int>(width));
     const int n = samples ? clamp_whole(samples[pair], 1, kMostSamples) : 1;
     std::fill(line.begin(), line.end(), 0.0f);
+    const float* m = matrix + 9 * pair;
+    const bool level = m[1] == 0.0f && m[3] == 0.0f && m[6] == 0.0f && m[7] == 0.0f;
     for (int s = 0; s < n * n; ++s) {
       const auto side = static_cast<float>(n);
       const float down = static_cast<float>(row) + (static_cast<float>(s / n) + 0.5f) / side;
-      points.find(matrix + 9 * pair, limits, down, (static_cast<float>(s % n) + 0.5f) / side);
-      add_row<N>(image, limits, points, line.data());
+      const float offset = (static_cast<float>(s % n) + 0.5f) / side;
+      if (level) {
+        points.find(m, limits, down, offset, pair == known && n == 1 ? 1 : points.width);
+        add_level_row<N>(image, limits, points, mixed.data(), line.data());
+      } else {
+        points.find(m, limits, down, offset, points.width);
+        add_row<N>(image, limits, points, line.data());
+      }
     }
+    known = pair;
     write_row<Number>(pair, row, 1.0f / static_cast<float>(n * n), line.data(), buffer.data());
   }
 }

@@ -26,8 +26,8 @@ def warp_views(
     """Each view of each picture, in pixels; differentiable with respect to x.
 
     Coordinates are (x, y, 1) from a picture's upper left corner, right and down; the centre of a
-    pixel lies at a half. Cubic weights are PyTorch's, with a = −0.75; what they put outside [0, 1]
-    is clamped, with its gradient passed straight through.
+    pixel lies at a half. Cubic weights are those with which Pillow turns pictures, a = −1 (torch's
+    have a = −0.75); what they put outside [0, 1] is clamped, its gradient passed straight through.
 
     Args:
         x: (B, 3, H, W) in [0, 1].
@@ -44,7 +44,9 @@ def warp_views(
     shade = None if fill is None else x.new_tensor(fill).view(3, 1, 1)
     pixels = (x if shade is None else x - shade).flatten(2)
     seen = []
-    for v, maps in enumerate(matrix):
+    counts: list[Tensor | None]
+    counts = [None] * len(matrix) if samples is None else list(samples)
+    for v, (maps, count) in enumerate(zip(matrix, counts, strict=True)):
         limits = _limits(x, None if box is None else box[v])
 
         def mean(rows: Tensor | slice, n: int, maps: Tensor = maps, limits: Any = limits) -> Tensor:
@@ -52,8 +54,8 @@ def warp_views(
             return _mean(pixels[rows], x.shape[-1], maps[rows], size, mode, within, n)
 
         view = mean(slice(None), 1)
-        for n in range(2, MOST_SAMPLES + 1) if samples is not None else ():
-            rows = (samples[v] == n).nonzero()[:, 0]
+        for n in () if count is None else range(2, MOST_SAMPLES + 1):
+            rows = (count == n).nonzero()[:, 0]
             view = view.index_copy(0, rows, mean(rows, n)) if len(rows) else view
         seen.append(view)
     value = torch.stack(seen)
@@ -153,11 +155,11 @@ def _taps(position: Tensor, first: Tensor, last: Tensor, cubic: bool, filled: bo
 
 
 def _near(t: Tensor) -> Tensor:
-    return (1.25 * t - 2.25) * t * t + 1
+    return (t - 2) * t * t + 1
 
 
 def _far(t: Tensor) -> Tensor:
-    return ((-0.75 * t + 3.75) * t - 6) * t + 3
+    return ((5 - t) * t - 8) * t + 4
 
 
 def _blend(pixels: Tensor, width: int, along: Taps, across: Taps) -> Tensor:
