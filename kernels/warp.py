@@ -25,6 +25,13 @@ def _held(position, first, last):
 
 
 @triton.jit
+def _whole_below(position):
+    """floor() of a position that is held; Triton's own flushes to zero."""
+    cut = position.to(tl.int32)
+    return cut - (cut.to(tl.float32) > position).to(tl.int32)
+
+
+@triton.jit
 def _weight(t, K: tl.constexpr, CUBIC: tl.constexpr):
     """Of the K-th pixel at a distance t past the one below."""
     if not CUBIC:
@@ -55,21 +62,21 @@ def _sampled(
     """The picture, less the fill, at places (BLOCK,): down first."""
     across = _held(across, left, right)
     along = _held(along, top, bottom)
-    column = tl.floor(across)
-    row = tl.floor(along)
-    s = across - column
-    t = along - row
+    column = _whole_below(across)
+    row = _whole_below(along)
+    s = across - column.to(tl.float32)
+    t = along - row.to(tl.float32)
     TAPS: tl.constexpr = 4 if CUBIC else 2
     total = tl.zeros_like(across)
     for j in tl.static_range(TAPS):
-        x = column.to(tl.int32) + (j - TAPS // 2 + 1)
+        x = column + (j - TAPS // 2 + 1)
         share = _weight(s, j, CUBIC)
         if FILLED:
             share = tl.where((x >= left) & (x <= right), share, 0.0)
         x = tl.minimum(tl.maximum(x, left), right)
         part = tl.zeros_like(across)
         for r in tl.static_range(TAPS):
-            y = row.to(tl.int32) + (r - TAPS // 2 + 1)
+            y = row + (r - TAPS // 2 + 1)
             weight = _weight(t, r, CUBIC)
             if FILLED:
                 weight = tl.where((y >= top) & (y <= bottom), weight, 0.0)

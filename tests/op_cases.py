@@ -221,8 +221,11 @@ class Warp(NamedTuple):
 
 
 def maps(batch: int, picture: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """(8, B, 3, 3), of many images every third: all of the picture, mirrored, turned, enlarged, far away, two perspectives,
-    one with its horizon in sight, and one that is no map."""
+    """(8, B, 3, 3), of many images every third of them.
+
+    All of the picture, mirrored, turned, enlarged, far away, two perspectives, one with its horizon
+    in sight, and one that is no map.
+    """
     (height, width), (tall, wide) = picture, size
     fit = torch.diag(torch.tensor([width / wide, height / tall, 1.0]))
     mirror = torch.tensor([[-1.0, 0.0, width], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])

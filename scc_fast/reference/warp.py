@@ -44,9 +44,7 @@ def warp_views(
     shade = None if fill is None else x.new_tensor(fill).view(3, 1, 1)
     pixels = (x if shade is None else x - shade).flatten(2)
     seen = []
-    counts: list[Tensor | None]
-    counts = [None] * len(matrix) if samples is None else list(samples)
-    for v, (maps, count) in enumerate(zip(matrix, counts, strict=True)):
+    for v, maps in enumerate(matrix):
         limits = _limits(x, None if box is None else box[v])
 
         def mean(rows: Tensor | slice, n: int, maps: Tensor = maps, limits: Any = limits) -> Tensor:
@@ -54,9 +52,10 @@ def warp_views(
             return _mean(pixels[rows], x.shape[-1], maps[rows], size, mode, within, n)
 
         view = mean(slice(None), 1)
-        for n in () if count is None else range(2, MOST_SAMPLES + 1):
-            rows = (count == n).nonzero()[:, 0]
-            view = view.index_copy(0, rows, mean(rows, n)) if len(rows) else view
+        if samples is not None:
+            for n in range(2, MOST_SAMPLES + 1):
+                rows = torch.eq(samples[v], n).nonzero()[:, 0]
+                view = view.index_copy(0, rows, mean(rows, n)) if len(rows) else view
         seen.append(view)
     value = torch.stack(seen)
     value = value if shade is None else value + shade
