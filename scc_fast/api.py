@@ -113,7 +113,7 @@ class Defender:
         one_of("backend", backend, ("auto", *ops.BACKENDS))
         one_of("engine", engine, ENGINES)
         if engine == "graph" and not kind.captures:
-            raise RuntimeError(f"engine='graph' is not to be had of {_not_planned(method)}")
+            raise RuntimeError(f"engine='graph' is not available for {_not_planned(method)}")
         if max_batch is not None:
             max_batch = whole("max_batch", max_batch, 1, 2**31, " of pictures")
         self._asked = precision, backend, engine, max_batch
@@ -226,7 +226,7 @@ class Defender:
     def views(self, size: int) -> tuple[View, ...]:
         """Views that the method averages, for images with a shorter side of `size` pixels."""
         if not isinstance(self.defense, OnViews):
-            raise RuntimeError(f"views() is not to be had of {_not_planned(self.method)}")
+            raise RuntimeError(f"views() is not available for {_not_planned(self.method)}")
         return self.defense.views(self.session, size)
 
     @explained
@@ -324,7 +324,7 @@ class Defender:
         """Passes of the method for pictures (height, width); None: the encoder's size."""
         plan = self.defense.plan(self.session, self._size(size))
         if plan is None:
-            raise RuntimeError(f"plan() is not to be had of {_not_planned(self.method)}")
+            raise RuntimeError(f"plan() is not available for {_not_planned(self.method)}")
         return plan
 
     def cost(self) -> Cost:
@@ -377,7 +377,7 @@ class Defender:
             RuntimeError: backend="reference", or a method without a plan.
         """
         if not isinstance(self.defense, OnViews):
-            raise RuntimeError(f"waterfall() is not to be had of {_not_planned(self.method)}")
+            raise RuntimeError(f"waterfall() is not available for {_not_planned(self.method)}")
         if self.backend == "reference":
             raise RuntimeError('waterfall times the engine; backend="reference" does not run it')
         with plain(self.model.device):
@@ -471,4 +471,4 @@ def _warn_of_views(method: str, config: Any) -> None:
 
 def _not_planned(method: str) -> str:
     planned = ", ".join(name for name, kind in DEFENSES.items() if kind.captures)
-    return f"method={method!r}, which is no plan of passes; it is of {planned}"
+    return f"method={method!r}, which has no plan of passes; available for {planned}"

@@ -84,9 +84,9 @@ class DefendedCLIP(nn.Module):
             asked = fn(held.new_empty(0))
             if (asked.dtype, asked.device) != (held.dtype, held.device):
                 raise TypeError(
-                    f"DefendedCLIP stays on {held.device} in {held.dtype}, where its Defender's "
-                    f"model is, {asked.dtype} on {asked.device} was asked for: load the model so "
-                    "(load_model(device=, precision=)) and make another Defender"
+                    f"DefendedCLIP stays on {held.device} in {held.dtype}, got {asked.dtype} on "
+                    f"{asked.device}: load the model there (load_model(device=, precision=)) and "
+                    "make another Defender"
                 )
         return self
 
@@ -96,8 +96,8 @@ class DefendedCLIP(nn.Module):
             given = state_dict.get(prefix + name, held)
             if given.shape != held.shape or not torch.equal(given.to(held), held):
                 raise ValueError(
-                    f"state_dict: {name} is not that of the Defender, on which a DefendedCLIP "
-                    "stands: load it into the model, then make another Defender and DefendedCLIP"
+                    f"state_dict: {name} is not the Defender's; load it into the model, then make "
+                    "another Defender and DefendedCLIP"
                 )
         super()._load_from_state_dict(state_dict, prefix, *rest)
 

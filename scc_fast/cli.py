@@ -33,15 +33,15 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 Seed = Annotated[int, typer.Option(help="Same seed, same result.")]
 Method = Annotated[str, options.one_of("The defense.", DEFENSES)]
 Planned = Annotated[str, options.one_of("The defense.", PLANNED)]  # methods with a plan of passes
-Precision = Annotated[str, options.one_of("Of the encoder's products.", ("auto", *PRECISIONS))]
-Device = Annotated[str | None, options.one_of("Default: CUDA where it is.", ("cpu", "cuda"))]
+Precision = Annotated[str, options.one_of("Precision of the encoder.", ("auto", *PRECISIONS))]
+Device = Annotated[str | None, options.one_of("Default: CUDA if available.", ("cpu", "cuda"))]
 
 
 @app.command()
 def demo(
     n: Annotated[int, typer.Option(help="Test pictures.", min=1)] = 48,
     adaptive_n: Annotated[
-        int, typer.Option(help="Of these, under the adaptive attack.", min=1)
+        int, typer.Option(help="Pictures under the adaptive attack.", min=1)
     ] = 12,
     figure: Annotated[Path, typer.Option(help="Figure to write.")] = Path("scc_fast_demo.png"),
     seed: Seed = 0,
@@ -65,8 +65,7 @@ def demo(
     for drawn in tables(rows, f"bundled model, test split, seed {seed}", times):
         out.print(drawn)
     out.print(
-        "An oblivious attacker (PGD) does not know the defense. View-aware and BPDA ones do: "
-        "read those columns before you rely on it."
+        "PGD does not know the defense; view-aware and BPDA attacks do: rely on their columns."
     )
     out.print(f"figure: {figure}", markup=False)
     if json is not None:
@@ -134,17 +133,17 @@ def evaluate(
     eps: Annotated[str, typer.Option(help="Budgets, such as 1/255,4/255.")] = "1/255",
     n_samples: Annotated[int | None, typer.Option(help="Default: all.", min=1)] = None,
     adaptive_n: Annotated[
-        int | None, typer.Option(help="Of these, under attacks that know the defense.", min=1)
+        int | None, typer.Option(help="Pictures under adaptive attacks.", min=1)
     ] = None,
     folder: Annotated[
-        Path, typer.Option("--out", help="Folder; the same command goes on in it.")
+        Path, typer.Option("--out", help="Output folder; the same command resumes in it.")
     ] = Path("scc_fast_results"),
     protocol: Annotated[str, typer.Option(help="ttc or open_clip.")] = "ttc",
-    dataset_root: Annotated[Path | None, typer.Option(help="Where the data sets are.")] = None,
+    dataset_root: Annotated[Path | None, typer.Option(help="Folder of the data sets.")] = None,
     split: Annotated[str | None, typer.Option(help="Default: the paper's.")] = None,
-    download: Annotated[bool, typer.Option(help="Let torchvision fetch what is missing.")] = False,
-    seeds: Annotated[str, typer.Option(help="Of the noise; several give mean and spread.")] = "0",
-    batch: Annotated[int, typer.Option(help="Images at a time.", min=1)] = 50,
+    download: Annotated[bool, typer.Option(help="Let torchvision download missing files.")] = False,
+    seeds: Annotated[str, typer.Option(help="Of the noise, such as 0,1,2.")] = "0",
+    batch: Annotated[int, typer.Option(help="Images per batch.", min=1)] = 50,
     precision: Precision = "auto",
     engine: Annotated[
         str, typer.Option(help="local, or ray: many GPUs and machines.", metavar="ENGINE")
@@ -155,12 +154,12 @@ def evaluate(
     ray_address: Annotated[str | None, typer.Option(help="With ray: of a cluster.")] = None,
     device: Device = None,
     allow_weak_attack: Annotated[
-        bool, typer.Option(help="Go on where the undefended model withstands an attack.")
+        bool, typer.Option(help="Continue if an attack does not break the undefended model.")
     ] = False,
     json: Json = None,
     debug: Debug = False,
 ) -> None:
-    """Robust accuracy of defenses under attacks, into a folder that `report` makes tables of."""
+    """Measure robust accuracy of defenses under attacks, into a folder for `report`."""
     from scc_fast._files import write_json
     from scc_fast.evaluate import command
     from scc_fast.evaluate.results import tables, timed_rows
@@ -225,7 +224,7 @@ def evaluate(
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(help="What evaluate wrote.")],
+    folder: Annotated[Path, typer.Argument(help="Output folder of evaluate.")],
     output: Annotated[
         Path | None, typer.Option(help="Folder for the report; default: FOLDER/report.")
     ] = None,
@@ -247,23 +246,24 @@ def bench(
         str | None, typer.Option(help="Sizes; default 1,8 on a CPU, 1,8,64 on CUDA.")
     ] = None,
     classes: Annotated[
-        int | None, typer.Option(help="So many random ones; default 1000, or tiny's own.", min=2)
+        int | None,
+        typer.Option(help="Random classes; default 1000, or tiny's own.", min=2),
     ] = None,
     precision: Precision = "auto",
-    engine: Annotated[str, options.one_of("Who runs the encoder.", ENGINES)] = "auto",
+    engine: Annotated[str, options.one_of("Engine of the encoder.", ENGINES)] = "auto",
     device: Device = None,
     seconds: Annotated[
-        float, typer.Option(help="Of rounds, a batch size.", min=0.01, max=3600)
+        float, typer.Option(help="Seconds of rounds per batch size.", min=0.01, max=3600)
     ] = 3.0,
-    reference: Annotated[bool, typer.Option(help="Measure the eager reference, too.")] = True,
+    reference: Annotated[bool, typer.Option(help="Also measure the eager reference.")] = True,
     figure: Annotated[
         Path, typer.Option(help="Writes STEM-latency.png, STEM-waterfall.png.", metavar="STEM")
     ] = Path("scc_fast_bench"),
-    fresh: Annotated[bool, typer.Option(help="Measure again what FILE holds.")] = False,
+    fresh: Annotated[bool, typer.Option(help="Ignore the rows in FILE.")] = False,
     json: Json = None,
     debug: Debug = False,
 ) -> None:
-    """Time a defense of your model beside the reference and its floor; goes on with --json FILE."""
+    """Time a defense of your model beside the reference and its floor; resumes from --json FILE."""
     from scc_fast.bench import figures, tables
     from scc_fast.bench.rows import warnings
     from scc_fast.bench.run import Bench, Options
@@ -271,7 +271,9 @@ def bench(
     if method == "none":
         raise typer.BadParameter('--method none is the row "undefended" of every other method')
     if figure.suffix.lower() in (".png", ".pdf", ".svg") or not figure.name:
-        raise typer.BadParameter(f"--figure is how both names begin, as in out/bench; got {figure}")
+        raise typer.BadParameter(
+            f"--figure must be a stem for two files, such as out/bench; got {figure}"
+        )
     if json is not None and json.is_dir():
         raise typer.BadParameter(f"--json must be a file, {json} is a folder")
     options.device_is_there(device)
@@ -307,7 +309,7 @@ def bench(
 @app.command()
 def doctor(
     model: Annotated[
-        str | None, typer.Option(help="Also show its preprocessing and what runs its encoder.")
+        str | None, typer.Option(help="Also show its preprocessing and engine.")
     ] = None,
     pretrained: Annotated[str | None, typer.Option(help="open_clip tag or weights file.")] = None,
     plan: Annotated[
@@ -324,9 +326,9 @@ def doctor(
     from scc_fast._files import write_json
 
     if plan is None and (batch != 1 or precision != "auto"):
-        raise typer.BadParameter("--batch and --precision are of a plan: add --plan scc")
+        raise typer.BadParameter("--batch and --precision need --plan, such as --plan scc")
     if model is None and pretrained is not None:
-        raise typer.BadParameter("--pretrained is of a model: add --model")
+        raise typer.BadParameter("--pretrained needs --model")
     found = examination.report()
     if model is not None or plan is not None:
         from scc_fast.models import load_model

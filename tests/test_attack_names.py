@@ -91,7 +91,7 @@ ERRORS = {
     "apgd-t:targets=0": "targets must be a whole number >= 1, got 0",
     "aa:complete=1": "complete must be true or false, got 1",
     "transfer": "source must name the other model.*no part may be empty; got ''",
-    "transfer:source=ViT-B-16": "'ViT-B-16' is no folder and names no weights.*ViT-B-16@openai",
+    "transfer:source=ViT-B-16": "'ViT-B-16' is not a folder and names no weights.*ViT-B-16@openai",
     "transfer:source=ViT-B-16@": "source must name the other model.*got 'ViT-B-16@'",
     "transfer:source=@openai": "source must name the other model.*got '@openai'",
 }

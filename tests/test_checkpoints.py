@@ -205,26 +205,28 @@ def test_files_that_do_not_fit(tmp_path: Path, tiny: Any, tower: OrderedDict[str
     wide = torch.ones(tower["proj"].shape[0], 7)
     refused(script(proj=wide), rf"proj of shape \({len(wide)}, 7\), not \({len(wide)}, \d+\)")
     refused(script(proj=tower["proj"] * torch.nan), "proj has values that are not finite")
-    refused(script(proj=3), "holds proj, no tensors")
+    refused(script(proj=3), "holds proj, not only tensors")
     prompt = {"module.prompt": torch.ones(1, 5, 768)}
     refused(training_script(tower, add_prompter=prompt), "weights under 'add_prompter' too, a vis")
     refused(training_script(tower, state_dict={"pad_up": torch.ones(1)}), "under 'state_dict' too")
     refused(tiny.module.state_dict(), r"is a whole model: pass it as pretrained=")
     refused({"state_dict": tiny.module.state_dict(), "epoch": 3}, "is a whole model")
-    refused({"epoch": 3, "best_acc1": 2.0}, "holds best_acc1, epoch, no tensors; an image tower")
-    refused({}, "holds dict of no tensors")
-    refused([1, 2], "holds list of no tensors")
+    refused(
+        {"epoch": 3, "best_acc1": 2.0}, "holds best_acc1, epoch, not only tensors; an image tower"
+    )
+    refused({}, "holds dict without tensors")
+    refused([1, 2], "holds list without tensors")
     other = open_clip.CLIP(**CLIP).visual.state_dict()
     refused(other, r"it lacks .* and \d+ more|of shape")
     path.write_bytes(b"not a checkpoint at all")
-    with pytest.raises(ValueError, match=r"x.pth.tar' is no checkpoint that torch can read"):
+    with pytest.raises(ValueError, match=r"x.pth.tar' is not a checkpoint that torch can read"):
         read_image_encoder(path)
     (tmp_path / "x.safetensors").write_bytes(b"nor this")
     with pytest.raises(ValueError, match=r"x.safetensors' cannot be read"):
         read_image_encoder(tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match=r"is a folder; an image tower"):
         load_model("tiny", image_encoder=tmp_path)
-    with pytest.raises(ValueError, match=r"'/no/file.pth.tar' is no file"):
+    with pytest.raises(ValueError, match=r"'/no/file.pth.tar' is not a file"):
         load_model("tiny", image_encoder="/no/file.pth.tar")
 
 

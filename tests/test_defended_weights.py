@@ -43,7 +43,7 @@ def smaller(robust: nn.Module) -> dict[str, Tensor]:
 def test_a_state_dict_of_other_weights_is_refused(wrap: Any, assign: bool) -> None:
     robust, x = robust_of(), pictures("open_clip", 2)
     expected, module = answer(robust, x), wrap(robust)
-    with pytest.raises(ValueError, match=r"state_dict: encoder\.\w+ is not that of the Defender"):
+    with pytest.raises(ValueError, match=r"state_dict: encoder\.\w+ is not the Defender's"):
         module.load_state_dict(smaller(module), assign=assign)
     torch.testing.assert_close(answer(robust, x), expected)
     module.load_state_dict(copy.deepcopy(module.state_dict()), assign=assign)

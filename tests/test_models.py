@@ -513,7 +513,7 @@ def test_cached_files_are_used_without_the_network(
         (("vit-b32",), {}, ValueError, r"did you mean .*ViT-B-32"),
         (("no such thing at all",), {}, ValueError, "neither an open_clip model nor a folder"),
         (("ViT-B-32", "opanai"), {}, ValueError, r"known tags: openai, laion400m_e31"),
-        (("ViT-B-32", "/no/file.pt"), {}, ValueError, "'/no/file.pt' is no file and no tag of"),
+        (("ViT-B-32", "/no/file.pt"), {}, ValueError, "'/no/file.pt' is not a file and no tag of"),
         (("ViT-B-32", "/"), {}, ValueError, "is a folder; write model='local-dir:"),
         (("local-dir:/no/such",), {}, ValueError, "no folder '/no/such'"),
         (("local-dir:/",), {}, ValueError, r"neither open_clip_config\.json .* nor config\.json"),

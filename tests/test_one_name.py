@@ -119,7 +119,7 @@ def test_what_has_no_plan_says_so(method: str) -> None:
         lambda: defender.memory_estimate(1),
         lambda: defender.waterfall(x),
     ):
-        with pytest.raises(RuntimeError, match=f"not to be had of method='{method}'.*ttc, scc"):
+        with pytest.raises(RuntimeError, match=f"not available for method='{method}'.*ttc, scc"):
             call()
     assert defender.cost() == named("none").cost()
     assert defender.view_logits(x, SEEDS[:1]).shape[1:] == (1, len(defender.text_features))

@@ -33,4 +33,4 @@ def test_times_join_their_rows() -> None:
 
 def test_what_does_not_fit_is_named() -> None:
     row = {"hits": True, "ms": 3.0, "rounds": 2.0, "accuracy": 1, "aware": False}
-    assert misfits(row) == ["ms is no field", "hits is of type bool", "rounds is of type float"]
+    assert misfits(row) == ["ms is not a field", "hits is of type bool", "rounds is of type float"]

@@ -465,7 +465,7 @@ def test_where_numbers_were_made_is_not_where_they_are_read(
 def test_an_attack_that_suits_none_is_said(tmp_path: Path) -> None:
     said: list[str] = []
     run_in(tmp_path, n_samples=2).go(Asked(("none", "rn"), ("gate",), (FOUR,)), say=said.append)
-    assert said == ["attack gate suits none of none, rn: left out"]
+    assert said == ["attack gate applies to none of none, rn: left out"]
 
 
 def test_budgets_on_the_grid_are_one() -> None:

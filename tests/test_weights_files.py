@@ -88,13 +88,13 @@ def cases(folder: Path, state: dict[str, Tensor]) -> dict[str, tuple[bytes, str]
         "array.npy": (b"\x93NUMPY...", "is a NumPy array"),
         "weights.tar.gz": (b"\x1f\x8b\x08", "is a gzip archive"),
         "keras.h5": (b"\x89HDF\r\n", "is an HDF5 file"),
-        "text.pt": (b"some words", "is no checkpoint that torch can read"),
+        "text.pt": (b"some words", "is not a checkpoint that torch can read"),
         "module.pt": (bytes_of(nn.Linear(1, 1), folder), "holds a torch.nn.modules.linear.Linear"),
         "optimizer.pt": (
             bytes_of({"optimizer": {"state": {0: {"m": torch.ones(1)}}}, "epoch": 1}, folder),
-            "holds epoch, optimizer, no tensors",
+            "holds epoch, optimizer, not only tensors",
         ),
-        "list.pt": (bytes_of([1, 2], folder), "holds list of no tensors"),
+        "list.pt": (bytes_of([1, 2], folder), "holds list without tensors"),
         "two.pt": (
             bytes_of({"student": state, "teacher": state}, folder),
             "holds several state dicts, student, teacher",
@@ -198,7 +198,9 @@ def test_weights_of_something_else(tmp_path: Path, tiny: Any, small: Callable[..
     for path in (long, "~no-such-user/x.pt"):
         for options in ({"pretrained": path}, {"image_encoder": path}):
             given: Any = options
-            with pytest.raises(ValueError, match=rf"^{next(iter(options))}: .* is no path: "):
+            with pytest.raises(
+                ValueError, match=rf"^{next(iter(options))}: .* is not a valid path: "
+            ):
                 load_model("ViT-B-32", device="cpu", **given)
 
 
@@ -220,8 +222,11 @@ def test_names_are_kept_where_wrappers_do_not_matter() -> None:
     [
         ("laion/CLIP-ViT-B-32", "'laion/CLIP-ViT-B-32' .* is 'hf-hub:laion/CLIP-ViT-B-32'"),
         ("https://huggingface.co/google/siglip/", "the hub is 'hf-hub:google/siglip'"),
-        ("/no/such/ViT-B-32.pt", "'/no/such/ViT-B-32.pt' is no file .*pretrained=.*image_encoder="),
-        ("tecoa.pth.tar", "'tecoa.pth.tar' is no file .*pretrained="),
+        (
+            "/no/such/ViT-B-32.pt",
+            "'/no/such/ViT-B-32.pt' is not an existing file.*pretrained=.*image_encoder=",
+        ),
+        ("tecoa.pth.tar", "'tecoa.pth.tar' is not an existing file.*pretrained="),
         ("/no/such/folder", "no folder '/no/such/folder'"),
         ("Tiny", "'Tiny' is neither .*did you mean 'tiny'"),
         ("ViT-B-32 ", "did you mean 'ViT-B-32'"),
@@ -229,8 +234,8 @@ def test_names_are_kept_where_wrappers_do_not_matter() -> None:
         ("hf_hub:org/repo", "did you mean 'hf-hub:org/repo'"),
         ("hf-hub:org repo", "'hf-hub:owner/name' is needed, got 'hf-hub:org repo'"),
         ("", "a path is needed, got ''"),
-        ("x" * 5000, "is no path: OSError"),
-        ("~no-such-user/model", "is no path: RuntimeError"),
+        ("x" * 5000, "is not a valid path: OSError"),
+        ("~no-such-user/model", "is not a valid path: RuntimeError"),
     ],
 )
 def test_names_of_no_model(name: str, message: str) -> None:

@@ -46,7 +46,7 @@ class Transfer(PGD):
         if pretrained is None and not brings and not Path(name).expanduser().is_dir():
             # load_model() would use random weights.
             raise ValueError(
-                f"transfer: source {shown(self.source)} is no folder and names no weights; an "
+                f"transfer: source {shown(self.source)} is not a folder and names no weights; an "
                 f'open_clip name needs them: "{name}@openai", or whichever tag or file it is'
             )
 

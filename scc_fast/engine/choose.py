@@ -92,7 +92,7 @@ def choose_encoder(
         return encoder, "graph" if graphs else "runner", precision
     if precision != held != "fp32":  # autocast casts only from float32
         raise RuntimeError(
-            f"precision={precision!r} cannot be had of {model.name}, whose modules are in "
+            f"precision={precision!r} is not available for {model.name}, whose modules are in "
             f'{held}: load it with precision="fp32", or use precision="{held}"'
         )
     return encoder, "compile" if engine == "compile" else "eager", precision

@@ -43,10 +43,7 @@ def call(
     """Defend a batch; arguments and result as for Defender.__call__."""
     check_caller(images)
     if transformed():
-        raise TypeError(
-            "a Defender is called on pictures, outside torch.func's transforms: what they can "
-            "transform is DefendedCLIP"
-        )
+        raise TypeError("a Defender cannot be transformed by torch.func: use DefendedCLIP")
     started = time.perf_counter()
     model = session.model
     with plain(model.device):

@@ -51,7 +51,7 @@ def out_of_memory(
     advice = (
         f"max_batch={max(1, fits) * width} ({max(1, fits)} images at once) should fit"
         if batch > 1
-        else "one image at once is the least: use smaller pictures, a smaller model, bf16 or "
+        else "even one image does not fit: use smaller pictures, a smaller model, bf16 or "
         "fewer views"
     )
     return torch.OutOfMemoryError(

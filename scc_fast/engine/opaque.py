@@ -17,14 +17,13 @@ from torch.autograd import forward_ad
 Function = Callable[[Tensor, Tensor], Tensor]
 
 NO_GRAPH = (
-    "a defense cannot be traced, scripted or exported, for it optimises for each image when it is "
-    "called: keep the object and call it"
+    "a defense cannot be traced, scripted or exported: it optimises for each image; call the object"
 )
 _FORWARD = (
     "a defense has no forward-mode derivatives (torch.func.jvp, jacfwd, hessian, dual numbers): "
     "use torch.func.grad, vjp or jacrev"
 )
-_TWICE = "a defense has first derivatives alone under torch.func: use torch.func.grad, vjp, jacrev"
+_TWICE = "a defense has only first derivatives under torch.func: use torch.func.grad, vjp, jacrev"
 
 
 def check_caller(images: object) -> None:

@@ -121,7 +121,7 @@ def check_attack(row: Row, least: float = 0.1) -> None:
         raise AttackFailed(
             f"the attack does not work: under {row.title} at {row.eps} the undefended model keeps "
             f"{hits} of the {n} pictures it gets right ({hits / n:.1%}); accuracies under it would "
-            "mean nothing (--allow-weak-attack goes on all the same)"
+            "mean nothing (--allow-weak-attack continues anyway)"
         )
 
 

@@ -212,7 +212,7 @@ class Run:
         for spec in asked.attacks:
             aware = spec not in (CLEAN, ADAPTIVE) and attacks.parse_attack(spec, 4 / 255).aware
             if aware and all(task.attack != spec for task in tasks):
-                say(f"attack {spec} suits none of {', '.join(asked.defenses)}: left out")
+                say(f"attack {spec} applies to none of {', '.join(asked.defenses)}: left out")
         first = [t for t in tasks if t.owner is None and t.defenses == ("none",)]
         rest = [t for t in tasks if not (t.owner is None and t.defenses == ("none",))]
         done = sum(len(t.defenses) for t in tasks) - sum(len(t.defenses) for t in self._left(tasks))

@@ -102,7 +102,7 @@ FIELDS: dict[str, Field] = {
 
 def misfits(row: Mapping[str, Any]) -> list[str]:
     """Violations of FIELDS in a row, as text."""
-    unknown = [f"{name} is no field" for name in row if name not in FIELDS]
+    unknown = [f"{name} is not a field" for name in row if name not in FIELDS]
     known = ((name, value, FIELDS[name].kinds) for name, value in row.items() if name in FIELDS)
     return unknown + [
         f"{name} is of type {type(value).__name__}"

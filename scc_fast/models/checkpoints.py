@@ -157,7 +157,7 @@ def read_image_encoder(path: Path) -> dict[str, Tensor]:
     """
     what = f"image_encoder: {located(path)}"
     if not path.is_file():
-        raise ValueError(f"{what} is {'a folder' if path.is_dir() else 'no file'}; {_READS}")
+        raise ValueError(f"{what} is {'a folder' if path.is_dir() else 'not a file'}; {_READS}")
     found = content(path, what)
     if isinstance(found, Mapping) and _TOWER in found:
         for key in _PROMPTS:

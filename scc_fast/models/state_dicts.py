@@ -48,7 +48,9 @@ def as_path(path: str | Path, argument: str) -> Path:
         found = Path(path).expanduser()
         found.exists()
     except (OSError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{argument}: {located(path)} is no path: {short(error)[:100]}") from None
+        raise ValueError(
+            f"{argument}: {located(path)} is not a valid path: {short(error)[:100]}"
+        ) from None
     return found
 
 
@@ -82,7 +84,7 @@ def kind_of(path: Path, what: str) -> str:
         return "torch"
     if path.suffix == ".safetensors":
         raise ValueError(f"{what} cannot be read: {size} bytes without safetensors' header")
-    raise ValueError(f"{what} is no checkpoint that torch can read")
+    raise ValueError(f"{what} is not a checkpoint that torch can read")
 
 
 def _kind_of_zip(path: Path, what: str) -> str:
@@ -143,7 +145,7 @@ def content(path: Path, what: str) -> Any:
                 "of these are read: other objects can run code; save the state dict alone"
             ) from error
         raise ValueError(
-            f"{what} is no checkpoint that torch can read: truncated, damaged or a plain pickle"
+            f"{what} is not a checkpoint that torch can read: truncated, damaged or a plain pickle"
         ) from error
 
 
@@ -169,11 +171,11 @@ def state_dict(
             raise ValueError(f"{what} holds several state dicts, {some(inner)}; save one alone")
         found = found[known[0] if known else inner[0]]
     if not isinstance(found, Mapping) or not found:
-        raise ValueError(f"{what} holds {type(found).__name__} of no tensors{hint}")
+        raise ValueError(f"{what} holds {type(found).__name__} without tensors{hint}")
     state = {str(key): value for key, value in found.items()}
     odd = [key for key, value in state.items() if not isinstance(value, Tensor)]
     if odd:
-        raise ValueError(f"{what} holds {some(sorted(odd))}, no tensors{hint}")
+        raise ValueError(f"{what} holds {some(sorted(odd))}, not only tensors{hint}")
     check_finite(state, what)
     return state
 

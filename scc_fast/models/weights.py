@@ -145,7 +145,7 @@ def _no_model(name: str, known: list[str]) -> str:
     """Error text for an unknown name, with a suggestion."""
     path = as_path(name, "model")
     if path.is_file() or path.name.endswith(_WEIGHTS):
-        there = "is a file" if path.is_file() else "is no file that exists"
+        there = "is a file" if path.is_file() else "is not an existing file"
         return (
             f"{located(name)} {there}, and the name of an architecture is needed: weights are "
             "passed as pretrained=, those of an image tower alone as image_encoder="
@@ -154,7 +154,7 @@ def _no_model(name: str, known: list[str]) -> str:
         return f"no folder {located(name)}"
     bare = re.sub(r"^https?://(www\.)?(huggingface\.co|hf\.co)/", "", name).strip(" /")
     if re.fullmatch(r"[\w.-]+/(?!\d+$)[\w.-]+", bare):
-        return f"{shown(name)} is no folder here; a repository of the hub is 'hf-hub:{bare}'"
+        return f"{shown(name)} is not a folder here; a repository of the hub is 'hf-hub:{bare}'"
     hint = nearest(name, ["tiny", "hf-hub:org/repo", "local-dir:folder", *known], 5)
     return (
         f"{shown(name)} is neither an open_clip model nor a folder{hint or ';'} Others: 'tiny', "
@@ -203,7 +203,7 @@ def _text_of(tokenizer: str) -> dict[str, Any]:
     config = open_clip.get_model_config(tokenizer.replace("/", "-"))
     if config is None:
         raise ValueError(
-            f"tokenizer: {shown(tokenizer)} is no architecture of open_clip; pass the name of one "
+            f"tokenizer: {shown(tokenizer)} is not an open_clip architecture; pass the name of one "
             "or a callable, such as open_clip.tokenizer.HFTokenizer(name)"
             f"{nearest(tokenizer, open_clip.list_models())}"
         )
@@ -254,7 +254,7 @@ def _from_architecture(
         path = as_path(pretrained, "pretrained")
         source = str(path)
         if not path.is_file():
-            kind = "is a folder; write model='local-dir:...'" if path.is_dir() else "is no file"
+            kind = "is a folder; write model='local-dir:...'" if path.is_dir() else "is not a file"
             raise ValueError(
                 f"pretrained: {located(source)} {kind} and no tag of {name}; "
                 f"known tags: {', '.join(_tags(name)) or 'none'}{nearest(source, _tags(name))}"
