@@ -15,7 +15,8 @@ from torch.nn.functional import cosine_similarity
 
 from scc_fast.bench import measure
 from scc_fast.engine.choose import PRECISIONS, is_native
-from scc_fast.engine.plan import Pass, Plan, cost_of
+from scc_fast.engine.cost import cost_of
+from scc_fast.engine.plan import Pass, Plan
 from scc_fast.engine.vit_from import tower_of
 from scc_fast.reference.views import to_patches
 from session import Session, device_of

@@ -1,11 +1,9 @@
 // The Python module scc_fast._C: importing it loads this library, whose STABLE_TORCH_LIBRARY_IMPL
 // blocks then register themselves. BUILT says for what it was compiled.
 //
-// Where pybind11 stands: not here. The ops use torch's stable ABI and Python's limited API, so that
-// one wheel serves every torch and Python from those it was built with on. pybind11 does not
-// support the limited API: a module of its in this library would need a wheel for each Python, and
-// would bring nothing, for the ops are called through torch's dispatcher. It binds the C++ runtime,
-// a module of its own.
+// No pybind11: the ops use torch's stable ABI and Python's limited API, so that one wheel serves
+// every torch and Python from the oldest on. pybind11 does not support the limited API, and the ops
+// are called through torch's dispatcher. It binds the C++ runtime, in a separate module.
 #include <Python.h>
 
 #ifndef SCC_FAST_BUILT

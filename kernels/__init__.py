@@ -1,3 +1,4 @@
-"""Triton kernels, installed as scc_fast.kernels. Imports nothing and defines nothing on purpose:
-another package is also called `kernels`, and with this folder on sys.path it is this file that
-`import kernels` finds."""
+"""Triton kernels, installed as scc_fast.kernels.
+
+Empty on purpose: another package is called `kernels`, and `import kernels` would find this file if
+the root is on sys.path."""

@@ -1,4 +1,4 @@
-"""What the kernels of several heads do with a tile of rows."""
+"""Functions on tiles of rows, shared by the heads."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def norms(ptr, stride, v, views, width, LP: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def first_maximiser(best, index):
-    """The smallest index where best is largest, over the last axis."""
+    """Smallest index of the largest value, over the last axis."""
     axis: tl.constexpr = len(best.shape) - 1
     top = tl.max(best, axis=axis)
     is_top = best == (top[:, None] if axis == 1 else top)
@@ -39,7 +39,7 @@ def first_maximiser(best, index):
 
 @triton.jit
 def exp_sum(top, total, value, weight):
-    """An online softmax, lane by lane: the largest value, and Σ weight · exp(value − top)."""
+    """Online softmax per lane: largest value, and Σ weight · exp(value − top)."""
     new = tl.maximum(top, value)
     base = tl.where(new == float("-inf"), 0.0, new)  # −inf less −inf is NaN
     return new, total * tl.exp(top - base) + weight * tl.exp(value - base)

@@ -1,7 +1,7 @@
-"""What stands between the products of a vision transformer, in Triton: twins of ops.encoder.
+"""Norm and GELU of a vision transformer in Triton: twins of scc_fast.ops.encoder.
 
-A norm is one program per row; up to _WIDEST numbers the row stays in registers. An activation is
-one program per piece of a row, or of the whole tensor where there is no bias.
+A norm is one program per row; up to _WIDEST numbers the row stays in registers. A GELU is
+one program per piece of a row, or of the whole tensor without a bias.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def _add_norm_back_kernel(
 
 @triton.jit
 def _share(z, KIND: tl.constexpr):
-    """What gelu multiplies z with, and its derivative; as in csrc/pixel_math.h."""
+    """GELU's factor of z, and its derivative; as in csrc/pixel_math.h."""
     if KIND == "erf":
         a = tl.abs(z)
         e = tl.exp2(-0.7213475108146667 * (a * a))
@@ -155,7 +155,7 @@ def _share(z, KIND: tl.constexpr):
 
 @triton.jit
 def _place(width, tiles, BLOCK: tl.constexpr):
-    """Of a program: where its row begins, and its elements of the row, in int64."""
+    """Start of a program's row, and its elements of the row, in int64."""
     row = (tl.program_id(0) // tiles).to(tl.int64)
     first = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK
     return row * width, first + tl.arange(0, BLOCK)
@@ -264,7 +264,7 @@ def add_norm_back(
 
 
 def _pieces(x: Tensor, bias: Tensor | None) -> tuple[int, int, int]:
-    """Programs, the width of a row, and the pieces of a row; without a bias all is one row."""
+    """Number of programs, width of a row, pieces per row; one row without a bias."""
     width = x.numel() if bias is None else x.shape[-1]
     tiles = triton.cdiv(width, _PIECE)
     return x.numel() // width * tiles, width, tiles

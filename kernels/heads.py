@@ -1,7 +1,7 @@
-"""The heads in Triton: the twins of scc_fast.ops.heads.
+"""Heads in Triton: twins of scc_fast.ops.heads.
 
-Matrix products are left to cuBLAS, on features that are not yet unit; all the rest of a head is
-one program per image, which holds a tile of all its L views at once.
+Matrix products are cuBLAS's, on features that are not normalised; the rest of a head is one program
+per image, on tiles of all its L views.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def _drift_kernel(
 
 @triton.jit
 def _load_count(count_ptr, k, classes):
-    """How many classes each row of the table has; 0 outside."""
+    """Classes per row of the table; 0 outside."""
     if count_ptr is None:
         return (k < classes).to(tl.float32)
     else:
@@ -65,7 +65,7 @@ def _load_count(count_ptr, k, classes):
 
 @triton.jit
 def _present(count_ptr, k, classes):
-    """Which rows of the table are classes: one that none has is absent, whatever its text."""
+    """Mask of the table's present rows."""
     if count_ptr is None:
         return k < classes
     else:
@@ -76,7 +76,7 @@ def _present(count_ptr, k, classes):
 def _hardest(
     dots_ptr, stride, v, label, count_ptr, views, classes, LP: tl.constexpr, BLOCK_K: tl.constexpr
 ):
-    """Of each view: the largest product but the label's, −inf if there is none, and its row."""
+    """Largest product per view except the label's, −inf if none, and its row."""
     best = tl.full([LP, BLOCK_K], float("-inf"), dtype=tl.float32)
     place = tl.zeros([LP, BLOCK_K], dtype=tl.int32)
     for start in range(0, classes, BLOCK_K):
@@ -90,7 +90,7 @@ def _hardest(
 
 @triton.jit
 def _difference(soft_ptr, text_ptr, hardest, has_text, d, width):
-    """(LP, N) of t_soft less the hardest text of each view, 0 for a view without."""
+    """(LP, N) t_soft minus the hardest text per view, 0 without one."""
     mask = has_text[:, None] & (d < width)[None, :]
     text = tl.load(text_ptr + hardest[:, None] * width + d[None, :], mask=mask, other=0.0)
     return load_row(soft_ptr, d, width)[None, :] - text
@@ -156,7 +156,7 @@ def _margin_kernel(
 def _softmax_over_rows(
     dots_ptr, stride, factor, count_ptr, v, views, classes, LP: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Of each view, (LP, 1): the largest logit, and Σ count · exp(logit − largest)."""
+    """Largest logit per view (LP, 1), and Σ count · exp(logit − largest)."""
     top = tl.full([LP, BLOCK], float("-inf"), dtype=tl.float32)
     total = tl.zeros([LP, BLOCK], dtype=tl.float32)
     for start in range(0, classes, BLOCK):

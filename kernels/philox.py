@@ -1,4 +1,4 @@
-"""Random numbers in Triton: the twins of scc_fast.ops.philox."""
+"""Random numbers in Triton: twins of scc_fast.ops.philox."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _BLOCK = 512  # Philox blocks of four numbers per program
 
 @triton.jit
 def random_words(seed, block, view, purpose):
-    """The four uint32 words of blocks (int64) of the stream of an int64 seed."""
+    """Four uint32 words of each block (int64), for an int64 seed."""
     # Widened before they are cut: a view or purpose may come as constant, int32 or int64.
     zero = block * 0
     # tl.philox takes the key as (seed low, seed high) and runs Salmon's ten rounds: our contract.
@@ -27,13 +27,13 @@ def random_words(seed, block, view, purpose):
 
 @triton.jit
 def uniform01(word):
-    """In [0, 1), a multiple of 2^-24, hence exact."""
+    """Uniform in [0, 1), an exact multiple of 2^-24."""
     return (word >> 8).to(tl.float32) * 5.9604644775390625e-08
 
 
 @triton.jit
 def box_muller(radius_word, angle_word):
-    """Two standard normals within 4 ulp; csrc/pixel_math.h, box_muller, says why it is done so."""
+    """Two standard normals within 4 ulp; explained in csrc/pixel_math.h, box_muller."""
     u = ((radius_word >> 8) + 1).to(tl.float32) * 5.9604644775390625e-08
     radius = tl.sqrt_rn(-2.0 * tl.log(u))
     angle = (angle_word >> 8).to(tl.int32)

@@ -1,4 +1,4 @@
-"""The projected sign step in Triton: the twin of scc_fast.ops.step."""
+"""Projected sign step in Triton: twin of scc_fast.ops.step."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The views of a batch and their adjoint in Triton: the twins of scc_fast.ops.views.
+"""Views of a batch and their adjoint in Triton: twins of scc_fast.ops.views.
 
-The plan, σ and the sizes of the picture are compiled in: index arithmetic is then cheap, and a
-view without noise, shift or flip costs nothing for them. x and δ are read from memory by the first
+Views, σ and picture sizes are compile-time constants: index arithmetic is cheap, and a view
+without noise, shift or flip pays nothing for them. x and δ are read from memory by the first
 view of a block; the other views of the same block find them in the caches.
 """
 
@@ -26,7 +26,7 @@ _PIXEL_BLOCK = 512  # where float32 is written: four per thread
 
 @triton.jit
 def _normal_at(seed, view: tl.constexpr, element):
-    """The normals of any elements. Each thread works out a whole Philox block for one of them."""
+    """Normals of arbitrary elements, one Philox block per thread."""
     w0, w1, w2, w3 = random_words(seed, (element >> 2).to(tl.int64), view, _PURPOSE)
     second = (element & 2) != 0
     cosine, sine = box_muller(tl.where(second, w2, w0), tl.where(second, w3, w1))
@@ -35,7 +35,7 @@ def _normal_at(seed, view: tl.constexpr, element):
 
 @triton.jit
 def _normal_run(seed, view: tl.constexpr, block):
-    """The normals of whole Philox blocks (N,), in the order of their elements (4 N,)."""
+    """Normals (4 N,) of whole Philox blocks (N,), in order."""
     w0, w1, w2, w3 = random_words(seed, block.to(tl.int64), view, _PURPOSE)
     x0, x1 = box_muller(w0, w1)
     x2, x3 = box_muller(w2, w3)
@@ -86,7 +86,7 @@ def _gather(
     NUMEL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The pixels of x + δ that a view shows in its elements from `first` on, (BLOCK,)."""
+    """Pixels (BLOCK,) of x + δ at a view's elements from `first`."""
     # A column, so that a warp loads 32 neighbours: a row Triton would load as it is stored, several
     # neighbours per thread, which without alignment takes as many times the cache lines.
     e = (first + tl.arange(0, BLOCK))[:, None]
@@ -257,7 +257,7 @@ def _adjoint_kernel(
 def geometry(
     op: str, x: Tensor, plan: Sequence[int], noise: Sequence[float], patch: int
 ) -> dict[str, object]:
-    """What the kernels of this file and of the step have compiled in."""
+    """Compile-time constants of the kernels of this file and of the step."""
     height, width = x.shape[-2:]
     if 3 * height * width >= 2**31 - _BLOCK:
         raise ValueError(f"{op}: x must have fewer than 2^31 elements an image, got {x.shape}")
@@ -274,7 +274,7 @@ def geometry(
 
 
 def pixel_tiles(x: Tensor) -> tuple[int, int]:
-    """Programs per image and elements per program, for the kernels that own pixels."""
+    """Programs per image and elements per program, for kernels over pixels."""
     return triton.cdiv(x[0].numel(), _PIXEL_BLOCK), _PIXEL_BLOCK
 
 

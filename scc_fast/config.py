@@ -95,7 +95,7 @@ class View:
     Args:
         flip: mirror left to right.
         shift: (down, right) in whole pixels or, as fractions in (-1, 1), in shares of the shorter
-            side; what is uncovered takes the normalisation mean.
+            side; uncovered pixels take the normalisation mean.
         noise: standard deviation of Gaussian pixel noise, pixels in [0, 1].
     """
 
@@ -120,7 +120,7 @@ class View:
         object.__setattr__(self, "noise", within("noise", self.noise, 0.0, 1.0))
 
     def at(self, size: int) -> View:
-        """The view of pictures whose shorter side is `size` pixels: shares as at least a pixel."""
+        """View for a shorter side of `size` pixels: shares become whole pixels, at least one."""
         if not any(isinstance(part, float) for part in self.shift):
             return self
         down, right = (
@@ -164,7 +164,7 @@ def format_epsilon(value: float) -> str:
 def resolve_views(
     views: ViewPreset | tuple[View, ...], size: int, *, flip: bool = True, sigma: float = 0.01
 ) -> tuple[View, ...]:
-    """The views, whole pixels for shares, of images whose shorter side is `size` pixels."""
+    """Views in whole pixels, for images with a shorter side of `size` pixels."""
     if not isinstance(views, str):
         return tuple(view.at(size) for view in views)
     if views == "paper":

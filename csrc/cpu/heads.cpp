@@ -103,7 +103,7 @@ Cosines cosines(const Features& features, const Tensor& text, int64_t first, int
 
 // ---- Absent rows --------------------------------------------------------------------------------
 
-// Which rows of the table are classes. Those counted 0 times are not, and are left out of all.
+// Present rows of the table: those with a count above 0.
 struct Counts {
   std::vector<float> times;     // [U], or empty where each is counted once
   std::vector<int64_t> absent;  // rows counted 0 times
@@ -127,7 +127,7 @@ Counts read_count(const char* op, const std::optional<Tensor>& count, int64_t cl
     check(from[k] >= 0, op, "count must hold numbers >= 0");
     if (from[k] == 0) found.absent.push_back(k);
   }
-  // Of no class at all any result will do: that of a table whose rows are all there.
+  // Without any class the result is arbitrary: that of a full table.
   if (static_cast<int64_t>(found.absent.size()) == classes) return {};
   found.times.assign(from, from + classes);
   while (from[found.first] == 0) ++found.first;

@@ -7,6 +7,7 @@ import json
 import re
 from typing import Any
 
+from scc_fast.api import Defender
 from scc_fast.attacks.adaptive import BPDA, GateEvasion, PseudoLabel, Surrogate, ViewAware
 from scc_fast.attacks.apgd import APGDCE, APGDDLR, APGDT
 from scc_fast.attacks.autoattack import AutoAttack, PaperAA, Square, ThroughAutoAttack
@@ -16,7 +17,6 @@ from scc_fast.attacks.leakage import PGDOwn, PGDRandom
 from scc_fast.attacks.margin import CW
 from scc_fast.attacks.module import BareLogits
 from scc_fast.attacks.pgd import PGD
-from scc_fast.attacks.suite import adaptive_suite
 from scc_fast.attacks.transfer import Transfer
 from scc_fast.attacks.unrolled import Unrolled
 from scc_fast.config import nearest, shown
@@ -132,3 +132,23 @@ def _value(text: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError:
         return text
+
+
+def adaptive_suite(target: Defender, epsilon: float) -> list[Attack]:
+    """Adaptive attacks on a defense, cheapest first; report the worst per image.
+
+    The strongest depends on the defense and the image.
+
+    Args:
+        target: the defense.
+        epsilon: budget, pixel units in [0, 1).
+    """
+    every = (
+        ViewAware(epsilon, steps=30),
+        PseudoLabel(epsilon),
+        BPDA(epsilon),
+        GateEvasion(epsilon),
+        Surrogate(epsilon),
+        Unrolled(epsilon),
+    )
+    return [attack for attack in every if attack.suits(target)]

@@ -350,7 +350,7 @@ class Surrogate(BPDA):
 
 @dataclass(frozen=True)
 class _Through(BPDA):
-    """BPDA whose gradient is another defense's."""
+    """BPDA with the gradient of another defense."""
 
     stand_in: Defense | None = None
 

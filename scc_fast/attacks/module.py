@@ -1,4 +1,4 @@
-"""The undefended model, or a defense with an exact gradient, as a module for other libraries."""
+"""Undefended model, or defense with an exact gradient, as a module for other libraries."""
 
 from __future__ import annotations
 

@@ -15,7 +15,8 @@ import scc_fast
 from scc_fast.bench import timing
 from scc_fast.bench.rows import Row
 from scc_fast.engine.choose import PRECISIONS
-from scc_fast.engine.plan import Cost, Plan
+from scc_fast.engine.cost import Cost
+from scc_fast.engine.plan import Plan
 
 
 class Machine:

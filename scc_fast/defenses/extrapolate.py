@@ -15,7 +15,7 @@ from scc_fast.engine.session import Session
 from scc_fast.reference.extrapolate import extrapolate
 from scc_fast.reference.ttc import Outcome
 
-LEAST_BETA = 0.45  # AGC's β where the views say nothing
+LEAST_BETA = 0.45  # AGC's smallest β
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class ExtrapolateConfig(MethodConfig):
         rule: "agreement": c where the views' drifts agree, else 1 (after DBD, arXiv 2606.06186);
             "constant": c for all; "geodesic": AGC's arc (arXiv 2605.15584).
         threshold: θ on the agreement, the mean cosine of the drifts with their mean.
-        slope: of a sigmoid in the place of that switch; infinity: the switch.
+        slope: of a sigmoid in place of the switch; infinity: the switch.
         flip: whether views may mirror; None asks the model.
     """
 
@@ -58,10 +58,10 @@ class ExtrapolateConfig(MethodConfig):
 class Extrapolate(OnViews):
     """View extrapolation.
 
-    One forward pass of L pictures: nothing is drawn, optimised or added, so that seeds have no
-    effect, `images` is the input as it came and `delta` is zero. `drift` is the mean cosine of a
-    picture's features with its views', `flagged` where the rule went beyond the mean. The
-    gradient is exact: an attacker needs no BPDA.
+    One forward pass of L pictures, without noise, optimisation or perturbation: seeds have no
+    effect, `images` is the input, `delta` is zero. `drift` is the mean cosine of a picture's
+    features with its views'; `flagged`: the rule went beyond the mean. The gradient is exact:
+    attacks need no BPDA.
     """
 
     name, Config, source = "extrapolate", ExtrapolateConfig, "METHOD.md, View extrapolation"

@@ -1,4 +1,4 @@
-"""The choice of engine and precision for a model, and the reason where one cannot serve it."""
+"""Choice of engine, precision and backends for a model, or the reason against one."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _LOCK = threading.RLock()
 
 
 def choose_backends(device: torch.device, backend: str | None) -> str:
-    """The backends of the ops, joined by "+".
+    """Backends of the ops, joined by "+".
 
     Raises:
         ValueError, RuntimeError: the backend is unknown or lacks an op.
@@ -99,7 +99,7 @@ def choose_encoder(
 
 
 def weights_precision(model: VisionLanguage) -> str:
-    """The precision of a model's weights.
+    """Precision of a model's weights.
 
     Raises:
         ValueError: it is none of PRECISIONS.
@@ -117,7 +117,7 @@ def is_native(dtype: torch.dtype, kind: str) -> bool:
 
 
 def encoder_of(model: VisionLanguage, engine: str, dtype: torch.dtype) -> Encoder:
-    """The encoder of an engine in `dtype`.
+    """Encoder of an engine in `dtype`.
 
     Args:
         model: a snapshot. It keeps its runner: all Defenders share packed weights and graphs.
@@ -144,7 +144,7 @@ def cannot_serve(model: VisionLanguage, engine: str, reason: str) -> str:
 
 
 def _runner(model: VisionLanguage, dtype: torch.dtype) -> Runner | str:
-    """The runner of a snapshot, or the reason why it has none."""
+    """Runner of a snapshot, or the reason why it has none."""
     try:
         adapter_of(model)
     except UnknownPartError as unknown:

@@ -138,7 +138,7 @@ class Defense(ABC):
 
     @property
     def surrogates(self) -> tuple[Defense, ...]:
-        """Smoother or simpler defenses whose gradient an attacker may follow instead of its own."""
+        """Smoother or simpler defenses whose gradient an attack may use instead."""
         return ()
 
     def reference(self, session: Session, batch: Batch) -> Outcome | None:

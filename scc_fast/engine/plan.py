@@ -8,9 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from scc_fast.engine.cost import Cost, cost_of
-
-__all__ = ["Cost", "Pass", "Plan", "ascent_plan", "cost_of", "single_pass"]
+from scc_fast.engine.cost import Cost
 
 
 @dataclass(frozen=True)

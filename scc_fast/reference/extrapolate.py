@@ -24,7 +24,7 @@ def extrapolate(
     slope: float,
     geodesic: bool,
 ) -> Outcome:
-    """The whole method: x (B, 3, H, W) in [0, 1], L >= 2 views; the rule as for view_weights."""
+    """View extrapolation: x (B, 3, H, W) in [0, 1], L >= 2 views; rule as in view_weights."""
     features = look(setting, x, seeds, views)
     rule = (low, high, threshold, slope, geodesic)
     weights, cosine, agreement = heads.view_weights(features, *rule)

@@ -74,8 +74,8 @@ def mean_logits(
     """Mean of the logits over the views: (L, B, D) → (B, K).
 
     Args:
-        weights: w_l, (L, B), of each view of each image; None: 1/L. Σ_l w_l = 1 is not needed.
-        unit: z = Σ_l w_l u_l is scaled to unit length; of a z of zeros u_1 is taken.
+        weights: w_l, (L, B), of each view of each image; None: 1/L. need not sum to 1.
+        unit: normalise z = Σ_l w_l u_l; u_1 for z = 0.
     """
     if weights is None and not unit:
         return logits(features, classes).mean(dim=0)
@@ -90,7 +90,7 @@ def mean_logits(
 
 
 def mean_weights(views: int, strength: float) -> tuple[float, ...] | None:
-    """The weights of u_1 + c·(mean of all u_l − u_1), the same for all images; None for c = 1."""
+    """Weights of u_1 + c·(mean of all u_l − u_1), common to all images; None for c = 1."""
     if strength == 1:
         return None
     return (1 - strength * (views - 1) / views, *([strength / views] * (views - 1)))
@@ -104,11 +104,11 @@ def view_weights(
     slope: float = math.inf,
     geodesic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The weights of METHOD.md's view extrapolation, and what they are chosen by.
+    """Weights of METHOD.md's view extrapolation, with the measures that choose them.
 
     z = Σ_l w_l u_l with w_1 = 1 − c and w_l = c/(L − 1), u_1 being the picture's own. c is `high`
-    where the drifts u_l − u_1 agree (r above `threshold`), else `low`; a finite `slope` puts a
-    sigmoid of it in the place of the switch. `geodesic` is AGC's arc (arXiv 2605.15584): β from
+    where the drifts u_l − u_1 agree (r above `threshold`), else `low`; a finite `slope` replaces
+    the switch by a sigmoid. `geodesic` is AGC's arc (arXiv 2605.15584): β from
     `low` to `high` by its score, z at the angle βθ from u_1 towards the others' mean.
 
     Args:

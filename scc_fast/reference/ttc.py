@@ -128,7 +128,7 @@ def predict(
 
 
 def mean_logits(features: Tensor, classes: Classes, strength: float) -> Tensor:
-    """Of features (L, B, D) the mean logits (B, K), or what lies beyond it: heads.mean_weights."""
+    """Mean logits (B, K) of features (L, B, D), extrapolated by heads.mean_weights."""
     weights = heads.mean_weights(len(features), strength)
     each = None if weights is None else features.new_tensor(weights)[:, None]
     return heads.mean_logits(features, classes, each)
