@@ -29,7 +29,7 @@ from scc_fast.evaluate.results import AttackFailed, Row
 from scc_fast.evaluate.runner import Asked, Run
 from scc_fast.evaluate.schema import misfits
 from scc_fast.evaluate.store import Busy, locked
-from scc_fast.evaluate.worker import Judged, Made, Place, Task, Worker, restored
+from scc_fast.evaluate.worker import Judged, Made, Origin, Task, Worker, restored
 from toys import model_of
 
 ASKED = Asked(("none", "rn"), ("pgd3", "bpda:steps=1:warmup=1"), (FOUR,), adaptive_n=3)
@@ -119,7 +119,7 @@ class Unplugged(Run):
 
     after = 0
 
-    def execute(self, tasks: Any, kept: Any) -> Iterator[tuple[Task, Place | Made | Judged]]:
+    def execute(self, tasks: Any, kept: Any) -> Iterator[tuple[Task, Origin | Made | Judged]]:
         for found in super().execute(tasks, kept):
             if type(self).after == 0:
                 raise Stop
@@ -452,7 +452,7 @@ def test_where_numbers_were_made_is_not_where_they_are_read(
     asked = Asked(("none",), ("clean",))
     run_in(tmp_path, n_samples=2).go(asked)
     before = results(tmp_path)
-    elsewhere = Place({"device": "another"})
+    elsewhere = Origin({"device": "another"})
     monkeypatch.setattr(Worker, "place", lambda self: elsewhere)
     run_in(tmp_path, n_samples=2).go(asked)
     assert results(tmp_path) == before

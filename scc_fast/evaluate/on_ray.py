@@ -20,7 +20,7 @@ from torch import Tensor
 
 from scc_fast.evaluate.data import Dataset, default_root
 from scc_fast.evaluate.store import differences
-from scc_fast.evaluate.worker import Judged, Made, Place, Setting, Task, Worker
+from scc_fast.evaluate.worker import Judged, Made, Origin, Setting, Task, Worker
 from scc_fast.models import VisionLanguage
 
 _AT_ONCE = 16  # batches handed to an actor together; their images are in memory
@@ -94,7 +94,7 @@ class RayExecutor:
 
     def __call__(
         self, tasks: Sequence[Task], kept: Callable[[Task], Tensor | None]
-    ) -> Iterator[tuple[Task, Place | Made | Judged]]:
+    ) -> Iterator[tuple[Task, Origin | Made | Judged]]:
         ray = _ray()
         if not ray.is_initialized():
             ray.init(address=self.address or "local", log_to_driver=False, logging_level="error")
@@ -106,7 +106,7 @@ class RayExecutor:
 
     def _some(
         self, ray: Any, tasks: Sequence[Task], kept: Callable[[Task], Tensor | None], workers: int
-    ) -> Iterator[tuple[Task, Place | Made | Judged]]:
+    ) -> Iterator[tuple[Task, Origin | Made | Judged]]:
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         items = [
@@ -180,7 +180,7 @@ class RayWorker:
             events: list[Any] | str
             try:
                 worker = self._made()
-                events = [worker.place(), *worker.work(task, delta)]
+                events = [worker.origin(), *worker.work(task, delta)]
             except Exception as error:  # short text instead of Ray's traceback
                 events = " ".join(f"{type(error).__name__}: {error}".split())
             found.append(pickle.dumps((place, events)))

@@ -147,7 +147,7 @@ def base_of(spec: str) -> str:
     return re.sub(r"\d*(:.*)?$", "", spec)
 
 
-def place(attack: str, eps: str, aware: bool) -> int:
+def column_order(attack: str, eps: str, aware: bool) -> int:
     """Order of an attack's column within its budget.
 
     Clean, damaged, PGD, its two controls, other oblivious ones, adaptive ones, the worst.
@@ -165,7 +165,7 @@ def footnotes(specs: Iterable[str]) -> list[str]:
     return [note for base, note in _NOTES.items() if base in bases]
 
 
-def _head(spec: str, title: str) -> str:
+def _column_head(spec: str, title: str) -> str:
     """Column head of an attack; controls in words, with the spec unless it has 10 steps."""
     base = base_of(spec)
     if base not in _WORDS:
@@ -175,7 +175,7 @@ def _head(spec: str, title: str) -> str:
 
 def attack_titles(some: Iterable[Any]) -> dict[tuple[str, str], str]:
     """{(attack, eps): column head}, in order; equal heads of one budget get the spec."""
-    named = {(one.attack, one.eps): _head(one.attack, one.title) for one in some}
+    named = {(one.attack, one.eps): _column_head(one.attack, one.title) for one in some}
     seen = [(title, eps) for (_, eps), title in named.items()]
     return {
         key: title if seen.count((title, key[1])) == 1 else f"{title} ({key[0]})"
@@ -203,7 +203,9 @@ def tables(
         title: above each table.
         times: of the rows; the first table shows those of clean pictures.
     """
-    heads = attack_titles(sorted(rows, key=lambda row: place(row.attack, row.eps, row.aware)))
+    heads = attack_titles(
+        sorted(rows, key=lambda row: column_order(row.attack, row.eps, row.aware))
+    )
     aware = {(row.attack, row.eps) for row in rows if row.aware}
     parts = [list(heads)]
     if len(heads) > _WIDEST:

@@ -38,7 +38,7 @@ from scc_fast.evaluate.store import (
     owner_folder,
     slug,
 )
-from scc_fast.evaluate.worker import Judged, Made, Place, Setting, Task, Worker
+from scc_fast.evaluate.worker import Judged, Made, Origin, Setting, Task, Worker
 from scc_fast.models.checkpoints import without_folders
 
 # Names for all applicable adaptive attacks, and for the columns of the main table.
@@ -51,7 +51,7 @@ class Executor(Protocol):
 
     def __call__(
         self, tasks: Sequence[Task], kept: Callable[[Task], Tensor | None]
-    ) -> Iterable[tuple[Task, Place | Made | Judged]]:
+    ) -> Iterable[tuple[Task, Origin | Made | Judged]]:
         """Results of tasks, in any order; `kept` gives stored images."""
         ...
 
@@ -246,13 +246,13 @@ class Run:
             for spec in task.defenses:
                 key = task.attack, task.epsilon, spec
                 remaining[key] = remaining.get(key, 0) + 1
-        places: list[Place] = []
+        origins: list[Origin] = []
         for task, found in execute(tasks, lambda task: self._folder(task).load_images(task)):
             folder = self._folder(task)
-            if isinstance(found, Place):
-                if found not in places:
+            if isinstance(found, Origin):
+                if found not in origins:
                     self.store.add_environment(found.environment)
-                    places.append(found)
+                    origins.append(found)
                 continue
             if isinstance(found, Made):
                 folder.save_images(task, found)
@@ -266,10 +266,10 @@ class Run:
 
     def execute(
         self, tasks: Sequence[Task], kept: Callable[[Task], Tensor | None]
-    ) -> Iterator[tuple[Task, Place | Made | Judged]]:
+    ) -> Iterator[tuple[Task, Origin | Made | Judged]]:
         """Execute tasks in this process, in order."""
         for task in tasks:
-            yield task, self.worker.place()
+            yield task, self.worker.origin()
             for found in self.worker.work(task, kept(task)):
                 yield task, found
 

@@ -126,8 +126,8 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Place:
-    """Environment of the results that follow; see environment()."""
+class Origin:
+    """Origin of the results that follow; see environment()."""
 
     environment: dict[str, Any]
 
@@ -196,9 +196,9 @@ class Worker:
             "config": _readable(dataclasses.asdict(defense.config)),
         }
 
-    def place(self) -> Place:
+    def origin(self) -> Origin:
         """Environment of this worker."""
-        return Place(environment(self.model.device))
+        return Origin(environment(self.model.device))
 
     def batches(self, limit: int | None = None) -> Iterator[tuple[int, int]]:
         """(index, images) of each batch of the first `limit` images."""

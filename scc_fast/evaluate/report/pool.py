@@ -22,7 +22,7 @@ from scc_fast.evaluate.results import (
     NO_BUDGET,
     WORST,
     base_of,
-    place,
+    column_order,
     wilson,
 )
 
@@ -44,7 +44,7 @@ class Measured:
             another run of the seed has it with as many images or more.
         figures: a line per accuracy over seeds: FIGURE, `group`, `where`, columns common to the
             seeds, and those of pool(); by group, defense (undefended first, else by METHODS) and
-            attack (by budget, clean and damaged first, else by place()).
+            attack (by budget, clean and damaged first, else by column_order()).
         left_out: sentences by group: rows replaced by a larger run of the same seed.
     """
 
@@ -124,7 +124,7 @@ def pool(rows: DataFrame) -> DataFrame:
     )
     attacks = sorted(
         dict.fromkeys((one.attack, one.eps, one.aware) for one in each(found)),
-        key=lambda one: (parse_epsilon(one[1]), place(*one)),
+        key=lambda one: (parse_epsilon(one[1]), column_order(*one)),
     )
     defense_order = {spec: order for order, (*_, spec) in enumerate(defenses)}
     attack_order = {one[:2]: order for order, one in enumerate(attacks)}
