@@ -88,7 +88,7 @@ def engines(session: Session, model: Any, batch: int) -> list[scc_fast.Defender]
 
 
 def bench_defense(benchmark: Any, session: Session, name: str, batch: int) -> None:
-    """End to end, beside the reference and one undefended forward pass."""
+    """End to end, against the reference and one undefended forward pass."""
     model = session.model(name)
     images = measure.pictures(batch, model)
     both = session.kind == "cpu" and name != "tiny"
@@ -119,14 +119,14 @@ def bench_defense(benchmark: Any, session: Session, name: str, batch: int) -> No
 
 
 def agree(sides: list[measure.Side]) -> None:
-    """Every defense has done the reference's work."""
+    """Check that every defense agrees with the reference."""
     for side in sides[1:]:
         if side.name == "scc":
             measure.check(sides[0].result, side.result, side.precision)
 
 
 def bench_engines(benchmark: Any, session: Session, batch: int) -> None:
-    """What torch.compile makes of the modules; it takes a minute, so on CUDA alone, and last."""
+    """torch.compile of the modules; takes a minute: CUDA only, and last."""
     if session.kind == "cpu" or session.quick:
         pytest.skip("compilations are measured on CUDA alone, and not in a quick run")
     if session.late:
@@ -145,7 +145,7 @@ def bench_engines(benchmark: Any, session: Session, batch: int) -> None:
 
 
 def bench_gate(benchmark: Any, session: Session, batch: int) -> None:
-    """The gate, beside no gate: pictures that it takes as clean, as half clean, as attacked."""
+    """Gate against no gate, for clean, half clean and attacked pictures."""
     model = swept(session)
     images = measure.pictures(batch, model)
     plain = defender(model)
@@ -172,7 +172,7 @@ def bench_gate(benchmark: Any, session: Session, batch: int) -> None:
 
 
 def bench_batches(benchmark: Any, session: Session) -> None:
-    """From one picture on, beside one picture."""
+    """Batch sizes, relative to one picture."""
     model = swept(session)
     batches = (1, 2, 4, 8, 16, 32) if session.kind == "cpu" else (1, 4, 16, 64, 256)
     ours = defender(model)
@@ -184,7 +184,7 @@ def bench_batches(benchmark: Any, session: Session) -> None:
 
 
 def bench_classes(benchmark: Any, session: Session) -> None:
-    """From two classes to twenty thousand, beside two."""
+    """Numbers of classes up to twenty thousand, relative to two."""
     model = swept(session)
     counts = (2, 10, 100, 1000, 5000, 20_000) if session.kind == "cpu" else (2, 1000, 20_000)
     images = measure.pictures(1, model)
@@ -196,7 +196,7 @@ def bench_classes(benchmark: Any, session: Session) -> None:
 
 
 def bench_settings(benchmark: Any, session: Session) -> None:
-    """Other numbers of views and steps, beside METHOD.md's."""
+    """Numbers of views and steps, relative to METHOD.md's."""
     model = swept(session)
     shifts = [View(shift=(y, x)) for y, x in ((1, 1), (-1, -1), (1, -1), (-1, 1), (2, 2), (-2, -2))]
     many = (View(), View(flip=True), *shifts)

@@ -101,6 +101,6 @@ def bench_encoder(benchmark: Any, session: Session, name: str, pictures: int, ba
 
 
 def agree(want: Tensor, got: Tensor, precision: str) -> None:
-    """The same direction; parity is the tests' matter."""
+    """Check the direction of gradients; tests check parity."""
     alike = cosine_similarity(want.flatten(1).float(), got.flatten(1).float()).min()
     assert alike > (0.999 if precision == "fp32" else 0.9), float(alike)

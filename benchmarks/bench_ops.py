@@ -27,7 +27,7 @@ FEWEST, MOST = 7, 200
 
 
 def cases(kind: str) -> list[Case]:
-    """All rows but those of graphs."""
+    """Cases of all rows except graphs."""
     cuda = kind == "cuda"
     large = 256 if cuda else 64
     bandwidth = {"share_of_copy": 0.75} if cuda else {"ratio": 4.0, "share_of_copy": 0.5}
@@ -65,7 +65,7 @@ def cases(kind: str) -> list[Case]:
 
 
 def graph_cases() -> list[Case]:
-    """What a captured defense pays for each op at batch 1; CUDA only."""
+    """Cases of ops in a captured defense at batch 1; CUDA only."""
     views = [
         Case("make_views", 1, "bf16"),
         Case("make_views", 1, "bf16", patch=32),
@@ -75,14 +75,14 @@ def graph_cases() -> list[Case]:
 
 
 def quickened(case: Case) -> Case:
-    """The same case, small, with nothing to reach."""
+    """Small case without targets."""
     classes = case.classes and min(case.classes, 100)
     small = dataclasses.replace(case, batch=min(case.batch, 4), size=64, classes=classes, reach={})
     return dataclasses.replace(small, width=128) if case.tokens else small
 
 
 def backends(case: Case, kind: str) -> list[str]:
-    """All that can serve; Triton's interpreter is not timed."""
+    """Available backends, without Triton's interpreter."""
     found = [name for name, why in ops.backends_of(case.op, kind).items() if why is None]
     return [name for name in found if not (name == "triton" and kind == "cpu")]
 
@@ -104,7 +104,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def bench_op(benchmark: Any, session: Session, case: Case, backend: str) -> None:
-    """The op called from Python."""
+    """Op called from Python."""
     job = (encoder_work.work if case.tokens else work)(case, session.kind)
     job.check(backend)
     copy = timing.Copy(job.bytes_moved, session.kind)
@@ -118,7 +118,7 @@ def bench_op(benchmark: Any, session: Session, case: Case, backend: str) -> None
 
 
 def bench_graph(benchmark: Any, session: Session, case: Case, backend: str) -> None:
-    """The op replayed from a CUDA graph many times in a row: its time without launches."""
+    """Op replayed in a CUDA graph: time without launches."""
     job = (encoder_work.work if case.tokens else work)(case, session.kind)
     job.check(backend)
     copy = timing.Copy(job.bytes_moved, session.kind)

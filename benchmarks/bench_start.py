@@ -1,4 +1,4 @@
-"""What a defender costs before it is fast, and the memory that it takes."""
+"""Time of the first call, and memory of a Defender."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def bench_first_call(benchmark: Any, session: Session, name: str) -> None:
-    """The first call of a process, with warmup() before it and without, beside later calls."""
+    """First call of a process, with and without warmup(), against later calls."""
     script = str(Path(__file__).parent / "first_call.py")
     threads = str(torch.get_num_threads())
     found: dict[str, list[dict[str, Any]]] = {"yes": [], "no": []}
@@ -82,7 +82,7 @@ def bench_first_call(benchmark: Any, session: Session, name: str) -> None:
 
 
 def bench_memory(benchmark: Any, session: Session, name: str, batch: int) -> None:
-    """The peak of a defender from nothing but its model to its result, beside the reference's."""
+    """Peak memory from model to result, against the reference."""
     kept = session.model(name)
     images = measure.pictures(batch, kept)
     made: dict[str, Any] = {}

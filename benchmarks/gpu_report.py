@@ -1,6 +1,6 @@
 """The three files of run_gpu.sh: python gpu_report.py OUT SCRATCH yes|no true|false.
 
-Standard library alone, since it must tell of a machine where nothing else works.
+Standard library alone: it must work on a broken machine.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 
 def put(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+    """Write a file atomically."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=".partial-")
     try:
         with os.fdopen(handle, "w") as partial:
@@ -29,7 +29,7 @@ def put(path: Path, text: str) -> None:
 
 
 def said(*command: str) -> str:
-    """The output of a command, or why there is none."""
+    """Output of a command, or the reason why there is none."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -38,7 +38,7 @@ def said(*command: str) -> str:
 
 
 def machine(scratch: Path, device: bool) -> dict[str, Any]:
-    """What the steps ran on; asked once."""
+    """Description of the machine, cached."""
     stored = scratch / "machine.json"
     if stored.exists():
         return dict(json.loads(stored.read_text()))

@@ -1,4 +1,4 @@
-"""What is timed: for each op its inputs, our call, the eager reference's, bytes and FLOPs.
+"""Work of ops: inputs, our call, the eager reference's, bytes and FLOPs.
 
 Bytes count every tensor the op must read or write, once. The baselines are scc_fast.reference, the
 same work on the same inputs, with everything that a defense prepares once prepared here too.
@@ -33,7 +33,7 @@ MOST_SETS = {"cpu": 8, "cuda": 64}
 
 @dataclass(frozen=True)
 class Case:
-    """One row to be: an op at a size, and what it must reach ({row key: value})."""
+    """Case of a row: an op at a size, and its targets ({row key: value})."""
 
     op: str
     batch: int
@@ -49,12 +49,12 @@ class Case:
 
     @property
     def name(self) -> str:
-        """The op first; preference.py relies on it."""
+        """Name, beginning with the op, as preference.py expects."""
         return f"{self.op} patch {self.patch}" if self.patch else self.op
 
     @property
     def shape(self) -> str:
-        """For people."""
+        """Readable shape."""
         if self.tokens:
             return f"{self.count * self.batch}×{self.tokens}×{self.width}"
         if self.classes:
@@ -65,7 +65,7 @@ class Case:
 
     @property
     def id(self) -> str:
-        """For pytest."""
+        """ID for pytest."""
         parts = [self.op, f"b{self.batch}", self.precision]
         parts += [f"p{self.patch}"] if self.patch else []
         parts += [f"k{self.classes}"] if self.classes else []
@@ -153,7 +153,7 @@ class _Pixels:
             ]
 
     def seen(self, pixels: Tensor) -> Tensor:
-        """The eager pipeline up to the encoder."""
+        """Eager pipeline up to the encoder."""
         seen = reference.make_views(pixels, self.seeds, self.views, self.mean).flatten(0, 1)
         seen = reference.preprocess(seen, (self.case.size,) * 2, self.mean, self.std)
         if self.case.patch:

@@ -1,4 +1,4 @@
-"""What _PREFERENCE of scc_fast/ops/__init__.py should be, from stored rows.
+"""Derivation of _PREFERENCE of scc_fast/ops/__init__.py from stored rows.
 
     python benchmarks/preference.py                    # the newest results of every device
     python benchmarks/preference.py results.json …     # these
@@ -28,7 +28,7 @@ _CONFIGURATION = ("name", "shape", "precision", "baseline", "engine")
 
 
 def newest() -> dict[str, Path]:
-    """The newest <date>.json or ops-<date>.json of each folder that has ops and is no quick run."""
+    """Newest <date>.json or ops-<date>.json of each folder with rows of ops, without quick runs."""
     found = {}
     dated = [*RESULTS.glob("*/[0-9]*.json"), *RESULTS.glob("*/ops-*.json")]
     for path in sorted(dated, key=lambda path: path.name.removeprefix("ops-")):
@@ -75,7 +75,7 @@ def agrees(ranking: Ranking, speed: Mapping[str, float]) -> bool:
 
 
 def ranking_of(preference: Preference, kind: str, op: str) -> Ranking:
-    """The ranking that a preference of either form has for an op."""
+    """Ranking of an op in a preference of either form."""
     value = preference.get(kind, ("reference",))
     if isinstance(value, Mapping):
         return tuple(value.get(op, value["default"]))
@@ -83,7 +83,7 @@ def ranking_of(preference: Preference, kind: str, op: str) -> Ranking:
 
 
 def disagreements(preference: Preference, kind: str, found: Scores) -> list[str]:
-    """One line per op whose ranking the rows contradict."""
+    """Lines on ops whose ranking contradicts the rows."""
     lines = []
     for op, speed in found.items():
         ranking = ranking_of(preference, kind, op)
@@ -94,7 +94,7 @@ def disagreements(preference: Preference, kind: str, found: Scores) -> list[str]
 
 
 def proposal(found: Scores) -> Ranking | dict[str, Ranking]:
-    """The simplest value that agrees with the rows of one device."""
+    """Simplest preference that agrees with the rows of a device."""
     # Most general last, as it is the one that is always there.
     names = sorted({b for speed in found.values() for b in speed}, key=lambda b: b == "reference")
     votes = Counter(

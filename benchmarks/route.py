@@ -1,4 +1,4 @@
-"""The way of one call from Defender to the first view: files in order, depth, Python calls.
+"""Route of a call from Defender to the first view: files, stack depth, Python calls.
 
 python benchmarks/route.py
 """
@@ -23,7 +23,7 @@ END = "ops/views.py"
 
 @dataclass(frozen=True)
 class Route:
-    """What was entered between a call of a Defender and its first view.
+    """Route between a call of a Defender and its first view.
 
     Args:
         way: files of scc_fast on the stack at the first view, one for each run of frames in it.
@@ -39,7 +39,7 @@ class Route:
 
 
 def route(call: Any) -> Route:
-    """The route of call()."""
+    """Route of call()."""
     entered: list[str] = []
     stack: list[str] = []
     calls = 0
@@ -77,7 +77,7 @@ def _runs(names: list[str]) -> tuple[str, ...]:
 
 
 def of_a_defender() -> Route:
-    """Of a Defender's second call, on a tensor."""
+    """Route of a Defender's second call, on a tensor."""
     defender = scc_fast.Defender(scc_fast.load_model("tiny", device="cpu"), tiny.prompts())
     x, seeds = torch.rand(1, 3, 64, 64), torch.zeros(1, dtype=torch.int64)
     defender(x, seeds)

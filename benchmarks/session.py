@@ -1,4 +1,4 @@
-"""One run of the benchmarks: its settings, and its rows so far."""
+"""Session: settings and rows of a benchmark run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def device_of(config: pytest.Config) -> str:
 
 
 class Session:
-    """The settings of a run and its rows so far."""
+    """Settings of a run and its rows so far."""
 
     def __init__(self, config: pytest.Config) -> None:
         self.kind = device_of(config)
@@ -50,7 +50,7 @@ class Session:
         self._models: dict[str, Any] = {}
 
     def path(self, group: str) -> Path | None:
-        """Where the rows of a group are written."""
+        """Path of a group's rows."""
         if self.asked != "auto":
             return Path(self.asked) if self.asked else None
         date = self.machine.environment["date"]
@@ -58,12 +58,12 @@ class Session:
         return RESULTS / machine.folder(self.kind) / f"{suite}{date}.json"
 
     def paths(self) -> list[Path]:
-        """All files of this run."""
+        """Files of this run."""
         found = dict.fromkeys(self.path(row["group"]) for row in self.rows)
         return [path for path in found if path]
 
     def budget_of(self, seconds: float, fewest: int = 5, most: int = 200) -> measure.Budget:
-        """A case's budget: with --max-seconds less where the others would get too little."""
+        """Budget of a case, reduced to fit --max-seconds."""
         if self.quick:
             return measure.Budget(min(seconds, 0.1), 2, 5)
         if self.deadline is None:
@@ -78,7 +78,7 @@ class Session:
         return self.deadline is not None and time.monotonic() > self.deadline
 
     def model(self, name: str) -> Any:
-        """A model in float32 on the device; the one before is let go."""
+        """Model in float32 on the device; the previous one is freed."""
         if name not in self._models:
             self._models.clear()
             with warnings.catch_warnings():
@@ -97,7 +97,7 @@ class Session:
         return row
 
     def _before(self, path: Path, new: list[rows.Row]) -> list[rows.Row]:
-        """What the file holds of groups that this run has not measured."""
+        """Stored rows of groups not measured in this run."""
         if not path.exists():
             return []
         try:
@@ -144,7 +144,7 @@ class Session:
         return added
 
     def hold(self, added: list[rows.Row]) -> None:
-        """With --require-reach, fail where a row misses what is asked of it."""
+        """With --require-reach, fail on a missed target."""
         for row in added:
             if self.require and row["reached"] is False:
                 where = f"{row['group']}: {row['name']}, {row['model']}, batch {row['batch']}"

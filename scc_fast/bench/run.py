@@ -115,9 +115,11 @@ class Bench:
         return rows, waterfall
 
     def _case(self, batch: int, tick: Tick) -> list[Row]:
-        images = measure.pictures(batch, self.model)
+        images, ours = measure.pictures(batch, self.model), self.defender
         sides = [
-            measure.defense(name, defender, images, self.machine, work=self._work(name))
+            measure.defense(
+                name, defender, images, self.machine, work=ours if name == "reference" else None
+            )
             for name, defender in self._sides.items()
         ]
         known = {same_setting(row): row for row in self.stored["rows"]}
@@ -142,9 +144,6 @@ class Bench:
         self._store(rows=[*old, *new])
         return new
 
-    def _work(self, name: str) -> Defender | None:
-        return self.defender if name == "reference" else None
-
     def _setting(self, side: Side) -> tuple[Any, ...]:
         return same_setting(self.machine.columns() | measure.described(side, GROUP, self.baseline))
 
@@ -164,7 +163,11 @@ class Bench:
             if len(calls) == MOST_WATERFALLS:
                 break
         stages = [
-            {"step": same[0].step, "part": same[0].part, "ms": statistics.median(_ms(same))}
+            {
+                "step": same[0].step,
+                "part": same[0].part,
+                "ms": statistics.median(one.ms for one in same),
+            }
             for same in zip(*calls, strict=True)
         ]
         new = {**described, "stages": stages}
@@ -180,10 +183,6 @@ class Bench:
         }
         if self.options.json is not None:
             write_json(self.options.json, self.stored)
-
-
-def _ms(stages: Any) -> list[float]:
-    return [stage.ms for stage in stages]
 
 
 def _stored(options: Options) -> dict[str, Any]:
