@@ -453,7 +453,7 @@ def test_where_numbers_were_made_is_not_where_they_are_read(
     run_in(tmp_path, n_samples=2).go(asked)
     before = results(tmp_path)
     elsewhere = Origin({"device": "another"})
-    monkeypatch.setattr(Worker, "place", lambda self: elsewhere)
+    monkeypatch.setattr(Worker, "origin", lambda self: elsewhere)
     run_in(tmp_path, n_samples=2).go(asked)
     assert results(tmp_path) == before
     run_in(tmp_path, n_samples=2).go(Asked(("none", "rn"), ("clean",)))
