@@ -59,7 +59,8 @@ class Defender:
             allowed and are not each other's negative.
         text_features: (K, D) text embeddings instead of `classes`; normalised.
         method: one of scc_fast.defenses.DEFENSES: "scc", "ttc", "views", "rn", "none", "tte",
-            "anti_adv", "hd", "doc", "r_tpt", "csr", "dbd", "mac" or "extrapolate".
+            "anti_adv", "hd", "doc", "r_tpt", "csr", "dbd", "mac", "agc" or
+            "extrapolate".
         config: the method's config, or a dict of some of its fields. Other fields take the model's
             default (the bundled model has some for "scc"), else the published value.
         precision: of the encoder's products: "fp32", "bf16" or "fp16"; δ, the residual stream and

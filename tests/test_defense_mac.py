@@ -94,7 +94,7 @@ def test_colors_blur_and_affine_of_each_picture_are_torchvision_s() -> None:
         torch.testing.assert_close(got[i], want, atol=2e-5, rtol=0)
 
 
-def darker(x: Tensor, seeds: Tensor, purpose: int, view: int) -> Tensor:
+def darker(x: Tensor, seeds: Tensor, purpose: int, view: int, _: Any = None) -> Tensor:
     """In place of the augmentation: linear, and other for each purpose and view."""
     assert len(seeds) == len(x)
     return x.flip(-1) * (0.9 if purpose == VIEW else 0.35) / (1 + 0.1 * view)

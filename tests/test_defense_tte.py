@@ -158,7 +158,7 @@ def test_a_model_may_forbid_mirrors() -> None:
 
 def test_the_gradient_is_the_transforms_adjoint() -> None:
     """The transforms are affine: ⟨V(x) − V(0), w⟩ = ⟨x, Vᵀ w⟩, with Vᵀ w from autograd."""
-    defense, x = tte(blur=True), dots(2, (3, 8, 9)).double()
+    defense, x = tte(blur=True), dots(2, (3, 8, 9))
 
     def seen(pixels: Tensor) -> Tensor:
         return looked_at(defense, pixels, SEEDS)
@@ -168,7 +168,7 @@ def test_the_gradient_is_the_transforms_adjoint() -> None:
     w = torch.randn(pictures.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(0))
     (gradient,) = torch.autograd.grad((pictures * w).sum(), leaf)
     moved = ((seen(x) - seen(torch.zeros_like(x))) * w).sum()
-    torch.testing.assert_close((gradient * x).sum(), moved)
+    torch.testing.assert_close((gradient * x).sum(), moved, rtol=1e-4, atol=1e-3)
     assert gradient.abs().min() > 0
 
 
@@ -181,7 +181,7 @@ def test_what_an_attacker_differentiates() -> None:
     step = 1e-3 * torch.randn(leaf.shape, generator=torch.Generator().manual_seed(1))
     ahead, behind = (
         np.stack([exact_logits(defense, view) for view in looked_at(defense, at, SEEDS)])
-        for at in (leaf.detach().double() + step, leaf.detach().double() - step)
+        for at in (leaf.detach() + step, leaf.detach() - step)
     )
     slope = (ahead - behind).mean(axis=0)[:, 0].sum() / 2
     assert (gradient * step).sum().item() == pytest.approx(slope, rel=1e-3)

@@ -22,7 +22,7 @@ SEEDS = image_seeds(7, 3)
 def test_every_method_of_the_tables_is_there() -> None:
     assert set(DEFENSES) == {
         "none", "rn", "views", "tte", "anti_adv", "hd", "ttc", "doc", "r_tpt", "scc", "csr", "dbd",
-        "mac", "extrapolate",
+        "mac", "agc", "extrapolate",
     }  # fmt: skip
     assert all(kind.name == name for name, kind in DEFENSES.items())
 

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from scc_fast.config import nearest, shown
+from scc_fast.defenses.agc import AGC
 from scc_fast.defenses.anti_adv import AntiAdv
 from scc_fast.defenses.csr import CSR
 from scc_fast.defenses.dbd import DBD
@@ -34,6 +35,7 @@ DEFENSES: dict[str, type[Defense]] = {
         CSR,
         DBD,
         MAC,
+        AGC,
         Extrapolate,
     )
 }

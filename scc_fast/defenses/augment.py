@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from scc_fast.engine.batch import warped
 from scc_fast.reference import philox
 
 BOX_DRAWS = 22  # uniforms per random box
@@ -75,54 +76,72 @@ def _middle_box(height: int, width: int, ratio: tuple[float, float]) -> tuple[in
     return (height - tall) // 2, (width - wide) // 2, tall, wide
 
 
-def crop_resize(x: Tensor, boxes: Tensor, flip: Tensor) -> Tensor:
+def crop_resize(x: Tensor, boxes: Tensor, flip: Tensor, backend: str | None = None) -> Tensor:
     """Crop boxes and resize them bilinearly to the image's size.
 
     Args:
         x: (B, 3, H, W).
         boxes: (B, V, 4) top, left, height, width in whole pixels, within the image.
         flip: (B, V) bool, mirrored left to right.
+        backend: of ops.warp_views.
 
     Returns:
         (V, B, 3, H, W).
     """
-    count, (height, width) = boxes.shape[1], x.shape[-2:]
-    boxes = boxes.transpose(0, 1).flatten(0, 1)
-    down = _places(height, boxes[:, 0], boxes[:, 2])
-    right = _places(width, boxes[:, 1], boxes[:, 3])
-    right = torch.where(flip.T.flatten()[:, None], right.flip(-1), right)
-    grid = torch.stack(
-        torch.broadcast_tensors(right[:, None, :], down[:, :, None]), dim=-1
-    )  # (V·B, H, W, 2)
-    pictures = x.expand(count, *x.shape).flatten(0, 1)
-    crops = F.grid_sample(pictures, grid, padding_mode="border", align_corners=False)
-    return crops.unflatten(0, (count, len(x)))
-
-
-def _places(side: int, start: Tensor, length: Tensor) -> Tensor:
-    """Sampling positions (n, side) of `side` pixels in start + [0, length), in grid units."""
-    at = torch.arange(side, dtype=start.dtype, device=start.device) + 0.5
-    at = at * (length / side)[:, None] - 0.5
-    at = at.clamp_min(0).minimum(length[:, None] - 1) + start[:, None]
-    return (2 * at + 1) / side - 1
+    boxes, flip = boxes.transpose(0, 1), flip.T
+    top, left, tall, wide = boxes.unbind(dim=-1)
+    down, right, none = tall / x.shape[-2], wide / x.shape[-1], torch.zeros_like(top)
+    right, left = torch.where(flip, -right, right), torch.where(flip, left + wide, left)
+    rows = (right, none, left, none, down, top, none, none, none + 1)
+    matrix = torch.stack(rows, dim=-1).unflatten(-1, (3, 3))
+    return warped(x, matrix, backend, box=boxes.long())
 
 
 # ----------------------------------------------------------------------------------- geometry
 
 
-def warp(x: Tensor, matrix: Tensor) -> Tensor:
+def warp(x: Tensor, matrix: Tensor, backend: str | None = None) -> Tensor:
     """Affine map, bilinear, zeros beyond the border.
 
     Args:
         x: (n, 3, H, W).
         matrix: (n, 2, 3), output (x, y, 1) -> input position, in pixels right and down from the
             centre.
+        backend: of ops.warp_views.
     """
-    height, width = x.shape[-2:]
-    half = x.new_tensor([width / 2, height / 2])
-    units = torch.cat([matrix[..., :2] * half, matrix[..., 2:]], dim=-1) / half[:, None]
-    grid = F.affine_grid(units, list(x.shape), align_corners=False)
-    return F.grid_sample(x, grid, padding_mode="zeros", align_corners=False)
+    half = x.new_tensor([x.shape[-1] / 2, x.shape[-2] / 2])
+    turn = matrix[..., :2]
+    shift = matrix[..., 2] + half - (turn * half).sum(dim=-1)
+    last = matrix.new_tensor([0.0, 0.0, 1.0]).expand(len(matrix), 1, 3)
+    whole = torch.cat([torch.cat([turn, shift[..., None]], dim=-1), last], dim=-2)
+    return warped(x, whole[None], backend, fill=(0.0, 0.0, 0.0))[0]
+
+
+def perspectives(draws: Tensor, size: tuple[int, int], distortion: float) -> Tensor:
+    """Maps of torchvision's RandomPerspective: (..., 8) uniforms -> (..., 3, 3) for warped.
+
+    Each corner of the picture goes to a whole pixel within `distortion` of half a side from its
+    own; the map back, from the view to the picture, is solved in closed form (Heckbert, 1989).
+    """
+    height, width = size
+    u = draws.double().unflatten(-1, (4, 2))
+    sides = u.new_tensor([width, height])
+    reach = torch.floor(distortion * torch.floor(sides / 2))
+    inwards = torch.floor(u * (reach + 1))
+    far = u.new_tensor([[0, 0], [1, 0], [1, 1], [0, 1]]) > 0  # from the upper left, clockwise
+    corners = torch.where(far, sides - 1 - inwards, inwards)
+    (x0, y0), (x1, y1), (x2, y2), (x3, y3) = (c.unbind(dim=-1) for c in corners.unbind(dim=-2))
+    ax, bx, sx = x1 - x2, x3 - x2, x0 - x1 + x2 - x3
+    ay, by, sy = y1 - y2, y3 - y2, y0 - y1 + y2 - y3
+    whole = ax * by - bx * ay
+    g, h = (sx * by - bx * sy) / whole, (ax * sy - sx * ay) / whole
+    # The unit square to the corners; its adjugate is the way back, up to a factor.
+    a, b, c = x1 - x0 + g * x1, x3 - x0 + h * x3, x0
+    d, e, f = y1 - y0 + g * y1, y3 - y0 + h * y3, y0
+    rows = (e - f * h, c * h - b, b * f - c * e, f * g - d, a - c * g, c * d - a * f)
+    back = torch.stack([*rows, d * h - e * g, b * g - a * h, a * e - b * d], dim=-1)
+    scale = torch.cat([sides - 1, sides.new_ones(1)])
+    return (back.unflatten(-1, (3, 3)) * scale[:, None]).float()
 
 
 def rotation(angle: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -215,7 +234,7 @@ def jitter(x: Tensor, factors: Sequence[Tensor], order: Tensor) -> Tensor:
     return x
 
 
-def mild(x: Tensor, seeds: Tensor, purpose: int, view: int) -> Tensor:
+def mild(x: Tensor, seeds: Tensor, purpose: int, view: int, backend: str | None = None) -> Tensor:
     """MAC's augmentation (arXiv 2606.06938): x (B, 3, H, W) in [0, 1] → the same.
 
     Rotation up to 5 degrees, shift up to 4 % (whole pixels), scale up to 8 %; each with probability
@@ -228,7 +247,7 @@ def mild(x: Tensor, seeds: Tensor, purpose: int, view: int) -> Tensor:
     signed = 2 * u - 1
     size = u.new_tensor([x.shape[-1], x.shape[-2]])
     shift = torch.round(0.04 * size * signed[1:3].T)
-    x = warp(x, rotation(torch.deg2rad(5 * signed[0]), 1 + 0.08 * signed[3], shift))
+    x = warp(x, rotation(torch.deg2rad(5 * signed[0]), 1 + 0.08 * signed[3], shift), backend)
     factors = (*(1 + 0.08 * signed[4:7]), 0.02 * signed[7])
     order = (24 * u[8]).long()
     x = only(x, u[9] < 0.5, lambda part, i: jitter(part, [f[i] for f in factors], order[i]))

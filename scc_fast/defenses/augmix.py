@@ -21,7 +21,7 @@ _AT_ONCE = 64  # pictures at once on a CPU, to fit caches
 _GEOMETRIC = ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
 
 
-def augmix(x: Tensor, draws: Tensor) -> Tensor:
+def augmix(x: Tensor, draws: Tensor, backend: str | None = None) -> Tensor:
     """m·x + (1 − m)·Σ_i w_i chain_i(x), w Dirichlet(1, 1, 1) and m Beta(1, 1).
 
     Args:
@@ -33,27 +33,29 @@ def augmix(x: Tensor, draws: Tensor) -> Tensor:
     """
     if x.device.type == "cpu" and len(x) > _AT_ONCE:
         pieces = zip(x.split(_AT_ONCE), draws.split(_AT_ONCE), strict=True)
-        return torch.cat([augmix(*piece) for piece in pieces])
+        return torch.cat([augmix(*piece, backend) for piece in pieces])
     share = -torch.log1p(-draws[:, :CHAINS]) + 1e-12
     share = share / share.sum(dim=1, keepdim=True) * (1 - draws[:, CHAINS, None])
     mixed = x * draws[:, CHAINS, None, None, None]
     chains = draws[:, CHAINS + 1 :].unflatten(1, (CHAINS, _EACH))
     for i in range(CHAINS):
-        mixed = mixed + share[:, i, None, None, None] * _chain(x, chains[:, i])
+        mixed = mixed + share[:, i, None, None, None] * _chain(x, chains[:, i], backend)
     return mixed
 
 
-def _chain(x: Tensor, draws: Tensor) -> Tensor:
+def _chain(x: Tensor, draws: Tensor, backend: str | None) -> Tensor:
     """Chain of one to three operations per picture."""
     length = 1 + (LONGEST * draws[:, 0]).long()
     for at in range(LONGEST):
         which, level, sign = draws[:, 1 + 3 * at : 4 + 3 * at].unbind(dim=1)
         kind = (len(OPERATIONS) * which).long().masked_fill(length <= at, -1)
-        x = operate(x, kind, 0.1 + 0.9 * level, 1 - 2 * (sign > 0.5).float())
+        x = operate(x, kind, 0.1 + 0.9 * level, 1 - 2 * (sign > 0.5).float(), backend)
     return x
 
 
-def operate(x: Tensor, kind: Tensor, level: Tensor, sign: Tensor) -> Tensor:
+def operate(
+    x: Tensor, kind: Tensor, level: Tensor, sign: Tensor, backend: str | None = None
+) -> Tensor:
     """Apply one operation per picture.
 
     Args:
@@ -70,7 +72,7 @@ def operate(x: Tensor, kind: Tensor, level: Tensor, sign: Tensor) -> Tensor:
     parts = [x[same]]
     parts += [change(x[i], level[i]) for change, i in zip(_PHOTOMETRIC.values(), rows, strict=True)]
     turn = _matrices(kind[moved] - len(_PHOTOMETRIC), level[moved], sign[moved], _size(x))
-    parts.append(warp(x[moved], turn) if len(moved) else x[moved])
+    parts.append(warp(x[moved], turn, backend) if len(moved) else x[moved])
     return torch.cat(parts)[order.argsort()]
 
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from scc_fast import ops
 from scc_fast.config import MethodConfig, whole, within
 from scc_fast.defenses.augment import (
     BOX_DRAWS,
@@ -146,12 +147,12 @@ class DBD(Defense):
         draws = philox.uniform(seeds, CROPS, 0, SPATIAL * (BOX_DRAWS + 1))
         draws = draws.unflatten(1, (SPATIAL, BOX_DRAWS + 1))
         boxes = random_boxes(draws[..., 1:], (x.shape[-2], x.shape[-1]), (0.5, 1.0))
-        crops = crop_resize(x, boxes, draws[..., 0] < 0.5)
+        crops = crop_resize(x, boxes, draws[..., 0] < 0.5, session.backend)
         pixel = [bit_depth(x, rounding) for rounding in ROUNDINGS]
         pixel += [jpeg(x, quality) for quality in QUALITIES]
         for at in range(NOISES):
-            noise = philox.normal(seeds, NOISE, at, x[0].numel()).view_as(x)
-            pixel.append((x + 0.1 * noise).clamp(0, 1))
+            noise = ops.philox_normal(seeds, NOISE, at, x[0].numel(), backend=session.backend)
+            pixel.append((x + 0.1 * noise.view_as(x)).clamp(0, 1))
         frequency = [median(x), blur(x, MEAN), blur(x, GAUSSIAN)]
         return torch.cat([x[None], crops, torch.stack(pixel + frequency)])
 

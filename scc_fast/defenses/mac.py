@@ -77,7 +77,9 @@ class MAC(Defense):
 
     def first_pass(self, session: Session, batch: Batch) -> State:
         views = self.pictures(session, batch)
-        fresh = torch.stack([mild(v, batch.seeds, FRESH, at) for at, v in enumerate(views)])
+        fresh = torch.stack(
+            [mild(v, batch.seeds, FRESH, at, session.backend) for at, v in enumerate(views)]
+        )
         anchor, moved = session.features(torch.cat([views, fresh])).chunk(2)
         degree = heads.relative_drift(moved, anchor)  # (V, B)
         drift = degree.amax(dim=0)
@@ -96,7 +98,7 @@ class MAC(Defense):
         """(V, B, 3, H, W): x and its augmentations."""
         more = range(1, self.config.view_count)
         x, seeds = batch.x, batch.seeds
-        return torch.stack([x, *(mild(x, seeds, VIEW, view) for view in more)])
+        return torch.stack([x, *(mild(x, seeds, VIEW, view, session.backend) for view in more)])
 
     def _counterattack(
         self, session: Session, views: Tensor, anchor: Tensor, seeds: Tensor

@@ -128,10 +128,10 @@ class RTPT(Defense):
             return x.expand(more + 1, *x.shape)
         draws = philox.uniform(seeds, VIEWS, 0, more * each).unflatten(1, (more, each))
         boxes = random_boxes(draws[..., 1 : BOX_DRAWS + 1], (x.shape[-2], x.shape[-1]), (0.08, 1.0))
-        crops = crop_resize(x, boxes, draws[..., 0] < 0.5)
+        crops = crop_resize(x, boxes, draws[..., 0] < 0.5, session.backend)
         if self.config.augmix:
             mix = draws[..., BOX_DRAWS + 1 :].transpose(0, 1).flatten(0, 1)
-            crops = augmix(crops.flatten(0, 1), mix).view_as(crops)
+            crops = augmix(crops.flatten(0, 1), mix, session.backend).view_as(crops)
         return torch.cat([x[None], crops])
 
     def _tuned(self, session: Session, features: Tensor) -> Tensor:

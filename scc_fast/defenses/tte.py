@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from scc_fast.config import MethodConfig, whole
+from scc_fast import ops
+from scc_fast.config import MethodConfig, View, whole
 from scc_fast.defenses.scc import no_drift
 from scc_fast.engine.batch import Batch
 from scc_fast.engine.defense import Defense, State, Traits
@@ -90,16 +91,18 @@ class TTE(Defense):
         origins = crop_origins(self.config.seed, self.config.crops, pad)
         if self.config.published:
             origins = origins[-1:] * len(origins)
-        fill = x.new_tensor(session.mean)
-
-        turned = [x, x.flip(-1)] if self._mirrors(session) else [x]
-        pictures = list(turned)
-        for way in turned:
-            padded = pad_with(way, pad, fill)
-            pictures += [padded[..., t : t + height, s : s + width] for t, s in origins]
-        if self.config.blur:
-            pictures.append(blurred(x))
-        return torch.stack(pictures)
+        mirrors = (False, True) if self._mirrors(session) else (False,)
+        views = [View(flip) for flip in mirrors]
+        # A view is shifted before it is mirrored, a crop of the mirrored picture after.
+        views += [
+            View(flip, (pad - t, s - pad if flip else pad - s))
+            for flip in mirrors
+            for t, s in origins
+        ]
+        seen = ops.make_views(
+            x, None, batch.seeds, views, fill=session.mean, backend=session.backend
+        ).unflatten(0, (len(views), len(x)))
+        return torch.cat([seen, blurred(x)[None]]) if self.config.blur else seen
 
 
 @functools.lru_cache(maxsize=64)
@@ -118,13 +121,6 @@ def crop_origins(seed: int, crops: int, pad: int) -> tuple[tuple[int, int], ...]
         keys = philox.uniform(torch.tensor([seed]), CROP_ORIGINS, 0, side**2)[0]
         places = torch.argsort(keys, stable=True)[:crops].tolist()
     return tuple(divmod(place, side) for place in places)
-
-
-def pad_with(x: Tensor, pad: int, fill: Tensor) -> Tensor:
-    """Pad x (B, 3, H, W) by `pad` pixels of the color fill (3,); (B, 3, H+2·pad, …)."""
-    frame = [pad] * 4
-    outside = 1 - F.pad(torch.ones_like(x[:1, :1]), frame) if len(x) else x.new_zeros(())
-    return F.pad(x, frame) + outside * fill.view(3, 1, 1)
 
 
 def blurred(x: Tensor) -> Tensor:

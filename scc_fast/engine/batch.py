@@ -18,7 +18,7 @@ from scc_fast import ops
 from scc_fast.config import IDENTITY, View
 from scc_fast.engine.encoder import Backward
 from scc_fast.engine.opaque import opaque, transformed
-from scc_fast.reference import heads, philox, step
+from scc_fast.reference import heads, philox, step, warp
 from scc_fast.reference.views import from_patches, preprocess, to_patches
 
 if TYPE_CHECKING:
@@ -68,6 +68,17 @@ def uniform_start(
     numel = x.shape[1:].numel()
     uniform = ops.philox_uniform(seeds, purpose, counter, numel, backend=backend)
     return step.project((2 * uniform.view_as(x) - 1) * epsilon, x, epsilon)
+
+
+def warped(x: Tensor, matrix: Tensor, backend: str | None = None, **rules: Any) -> Tensor:
+    """Views (V, B, 3, H, W) of x through maps (V, B, 3, 3), differentiable in x.
+
+    Args:
+        rules: mode, box and fill, as ops.warp_views takes them.
+    """
+    if (torch.is_grad_enabled() and x.requires_grad) or transformed():
+        return warp.warp_views(x, matrix, (x.shape[-2], x.shape[-1]), **rules)
+    return ops.warp_views(x, matrix, backend=backend, **rules).unflatten(0, matrix.shape[:2])
 
 
 def ascend(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,10 +13,11 @@ from torch import Tensor
 from scc_fast import ops
 from scc_fast._plain import plain
 from scc_fast.config import View
-from scc_fast.engine.batch import Batch, Encode, LiveViews, Views
+from scc_fast.engine.batch import Batch, Encode, LiveViews, Views, warped
 from scc_fast.engine.choose import PRECISIONS, cannot_serve, choose_backends, choose_encoder
 from scc_fast.engine.cost import Cost, cost_of
 from scc_fast.engine.encoder import Encoder, Modules, Runner
+from scc_fast.engine.opaque import transformed
 from scc_fast.engine.plan import Plan
 from scc_fast.models import VisionLanguage
 from scc_fast.reference import heads
@@ -93,6 +95,25 @@ class Session:
     def features(self, pictures: Tensor) -> Tensor:
         """f of pictures (L, B, 3, H, W): (L, B, D), differentiable."""
         return self.encode(pictures.flatten(0, 1)).unflatten(0, pictures.shape[:2])
+
+    def warped(self, x: Tensor, matrix: Tensor, **rules: Any) -> Tensor:
+        """f of x through maps (V, B, 3, 3), as batch.warped takes them: (V, B, D)."""
+        live = (torch.is_grad_enabled() and x.requires_grad) or transformed()
+        if live or self.encoded is not None or x.shape[-2:] != self.size:
+            return self.features(warped(x, matrix, self.backend, **rules))
+        encoder = self.now().encoder
+        with torch.no_grad():
+            pictures = ops.warp_views(
+                x,
+                matrix,
+                mean=self.mean,
+                std=self.std,
+                dtype=encoder.dtype,
+                patch=encoder.patch,
+                backend=self.backend,
+                **rules,
+            )
+            return encoder.forward(pictures).unflatten(0, matrix.shape[:2])
 
     def live(self) -> Session:
         """Session with views that are differentiable with respect to the images."""

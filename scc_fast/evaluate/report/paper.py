@@ -25,7 +25,7 @@ METHODS = {
     "none": "undefended", "clip-ft": "CLIP-FT", "tecoa": "TeCoA", "pmg-aft": "PMG-AFT",
     "fare": "FARE", "rn": "RN", "tte": "TTE", "anti_adv": "Anti-adv", "hd": "HD", "ttc": "TTC",
     "doc": "DOC", "r_tpt": "R-TPT", "csr": "CSR", "dbd": "DBD", "mac": "MAC", "scc": "SCC",
-    "extrapolate": "Extrapolation",
+    "agc": "AGC", "extrapolate": "Extrapolation",
 }  # fmt: skip
 ENCODERS = ("clip-ft", "tecoa", "pmg-aft", "fare")
 
