@@ -2,6 +2,7 @@
 
     python benchmarks/extrapolation.py tiny              # the bundled model, 300 pictures
     python benchmarks/extrapolation.py photos MODEL.py KEPT.pt PHOTOS.pt [FORM]
+    python benchmarks/extrapolation.py scc               # SCC's steps × the strength of its mean
     python benchmarks/extrapolation.py figure
 
 The second takes a network and photographs of one's own: MODEL.py has load(KEPT.pt, FORM), a model
@@ -123,6 +124,31 @@ def sweep(defender: Defender, x: Tensor, labels: Tensor, name: str) -> dict[str,
     return {"model": name, "n": len(x), "clean statistics": clean, "rows": listed}
 
 
+@torch.no_grad()
+def with_repair() -> dict[str, Any]:
+    """SCC on the bundled model with fewer steps and a stronger mean: whether the two add up."""
+    model, prompts = load_model("tiny"), tiny.prompts()
+    x, labels = tiny.generate("validation", range(200))
+    bare, seeds = Defender(model, prompts, method="none"), image_seeds(5, len(x))
+    shown = {}
+    for kind in ("clean", "PGD-10 4/255", "own answer 4/255"):
+        attack = PICTURES[kind]
+        shown[kind] = x if attack is None else parse_attack(*attack).run(bare, x, labels, seeds)
+    rows = []
+    cases = list(itertools.product(((2, 2), (2, 0), (1, 1), (1, 0)), (1.0, 1.5, 2.0, 2.5)))
+    for (warmup, semantic), strength in with_progress(cases, "SCC"):
+        config = {"warmup_steps": warmup, "semantic_steps": semantic, "strength": strength}
+        config |= {"gate": False, "semantic": semantic > 0}
+        scc = Defender(model, prompts, method="scc", config=config)
+        row = {"warm-up steps": warmup, "semantic steps": semantic, "strength": strength}
+        for kind, pictures in shown.items():
+            right = scc(pictures, 3).labels == labels
+            row[kind] = round(100 * right.double().mean().item(), 1)
+        rows.append(row)
+        print(*row.values(), flush=True)
+    return {"model": "tiny", "n": len(x), "rows": rows}
+
+
 def judged(row: dict[str, Any]) -> float:
     """The worst of clean, damaged and the attack that knows no label."""
     return min(row[kind] for kind in JUDGED)
@@ -180,18 +206,21 @@ def show(run: dict[str, Any]) -> None:
 
 def main() -> None:
     say = argparse.ArgumentParser(description=__doc__)
-    say.add_argument("what", choices=("tiny", "photos", "figure"))
+    say.add_argument("what", choices=("tiny", "photos", "scc", "figure"))
     say.add_argument("files", nargs="*", help="photos: MODEL.py KEPT.pt PHOTOS.pt [FORM]")
     asked = say.parse_args()
     if asked.what == "figure":
         figure()
+        return
+    STORED.mkdir(parents=True, exist_ok=True)
+    if asked.what == "scc":
+        write_json(STORED.parent / "scc-strength.json", with_repair())
         return
     if asked.what == "tiny":
         run = of_tiny()
     else:
         module, kept, photos, *form = asked.files
         run = of_photos(Path(module), Path(kept), Path(photos), *(form or ["rows"]))
-    STORED.mkdir(parents=True, exist_ok=True)
     write_json(STORED / f"{run['model']}.json", run)
     show(run)
 
