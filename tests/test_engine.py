@@ -40,6 +40,10 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "views": ("views", {}),
     "rn": ("rn", {}),
     "none": ("none", {}),
+    "extrapolate": ("extrapolate", {}),
+    "extrapolate geodesic": ("extrapolate", {"rule": "geodesic"}),
+    "views beyond": ("views", {"strength": 2.0}),
+    "scc beyond": ("scc", {"strength": 1.5, "gate": False}),
 }
 
 

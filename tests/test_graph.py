@@ -145,7 +145,7 @@ def test_other_classes_are_copied_in_and_not_captured(model: Any, uncaptured: No
     assert len(graphs._sets) == 2
 
 
-@pytest.mark.parametrize("method", ["views", "none"])
+@pytest.mark.parametrize("method", ["views", "none", "extrapolate"])
 def test_controls(model: Any, uncaptured: None, method: str) -> None:
     same(*both(Defender(model, PROMPTS, method=method), Graphs(), pictures(3)))
 
@@ -330,7 +330,7 @@ def test_threads_share_graphs_on_a_gpu() -> None:
             torch.testing.assert_close(logits, want[place], rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("method", ["none", "rn", "views", "ttc", "scc", "tte"])
+@pytest.mark.parametrize("method", ["none", "rn", "views", "ttc", "scc", "extrapolate", "tte"])
 def test_the_result_names_the_engine_that_served(
     model: Any, uncaptured: None, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:

@@ -17,7 +17,7 @@ from scc_fast.api import make_defense
 from scc_fast.models import hub as _hub
 
 KINDS = ("tiny", "open_clip", "hf_clip", "hf_siglip")
-METHODS = ("scc", "ttc", "views", "rn", "none")
+METHODS = ("scc", "ttc", "views", "rn", "none", "extrapolate")
 FIVE = ("a photo of a cat", "a photo of a dog", "a drawing of a bee", "a red apple", "a tree")
 CONFIG: dict[str, Any] = {
     "embed_dim": 24,
