@@ -80,5 +80,6 @@ def _host_seeds(seeds: int | None, batch: int) -> Tensor:
 
 @functools.lru_cache(maxsize=32)
 def _hashed(seeds: int, batch: int) -> Tensor:
-    with torch.inference_mode(False):
+    # Kept beyond the call, so of no mode or functorch level that it was first made in.
+    with torch.inference_mode(False), torch._C._DisableFuncTorch():
         return philox.image_seeds(seeds, batch)
