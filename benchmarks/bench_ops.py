@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 import encoder_work
-from op_work import Case, Work, work
+from op_work import CROPS, PERSPECTIVES, Case, Work, work
 from scc_fast import ops
 from scc_fast.bench import rows, timing
 from session import Session, device_of
@@ -46,6 +46,11 @@ def cases(kind: str) -> list[Case]:
             Case("pgd_step_", batch, "bf16", reach=half),
             Case("pgd_step_", batch, "bf16", patch=32),
             Case("pgd_step_", batch, baseline="autograd backward"),
+        ]
+        warps = {"ratio": 3.0} if batch == 1 and not cuda else {}
+        found += [
+            Case("warp_views", batch, count=32 if batch == 1 else 4, baseline=baseline, reach=warps)
+            for baseline in (CROPS, PERSPECTIVES)
         ]
         found += [Case(op, batch, classes=1000, reach=speed if batch == 64 else {}) for op in HEADS]
         philox = {"ratio": 0.7} if batch == 64 and not cuda else {}

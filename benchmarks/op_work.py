@@ -16,6 +16,7 @@ from torch import Tensor
 
 from scc_fast import ops
 from scc_fast.config import SCCConfig, resolve_views
+from scc_fast.defenses.augment import BOX_DRAWS, perspectives, random_boxes
 from scc_fast.reference import heads, philox, step
 from scc_fast.reference import views as reference
 from scc_fast.reference.heads import Classes
@@ -95,6 +96,7 @@ def work(case: Case, kind: str) -> Work:
         "make_views": _make_views,
         "make_views_adjoint": _adjoint,
         "pgd_step_": _step,
+        "warp_views": _warp,
         "philox_uniform": _philox,
         "philox_normal": _philox,
     }[case.op](case, kind)
@@ -262,6 +264,58 @@ def _step(case: Case, kind: str) -> Work:
         return stepped(i, whole)
 
     return Work(ours, autograd, check, moved, data.sets)
+
+
+# ----------------------------------------------------------------------------------------- warps
+
+CROPS, PERSPECTIVES = "resized_crop of torchvision", "perspective of torchvision"
+
+
+def _warp(case: Case, kind: str) -> Work:
+    """Views of their own for each image; torchvision makes them one by one."""
+    from torchvision.transforms.v2 import functional as by_torchvision
+
+    one, views = picture_bytes(case)
+    moved, side = one + views, case.size
+    sets = _sets(moved, kind)
+    x = [torch.rand(case.batch, 3, side, side, device=kind) for _ in range(sets)]
+    draws = torch.rand(case.batch, case.count, BOX_DRAWS)
+    boxes = random_boxes(draws, (side, side), (0.5, 1.0)).transpose(0, 1)
+    top, left, tall, wide = boxes.unbind(dim=-1)
+    none, whole = torch.zeros_like(top), torch.ones_like(top)
+    rows = (wide / side, none, left, none, tall / side, top, none, none, whole)
+    crop = torch.stack(rows, dim=-1).unflatten(-1, (3, 3)).to(kind)
+    turn = perspectives(draws[..., :8], (side, side), 0.5).transpose(0, 1).contiguous().to(kind)
+    whole_boxes = boxes.long()
+    corners = turn.double().cpu().inverse() @ turn.new_tensor(
+        [[0, side - 1, side - 1, 0], [0, 0, side - 1, side - 1], [1, 1, 1, 1]]
+    ).double().cpu()  # fmt: skip
+    ends = (corners[..., :2, :] / corners[..., 2:, :]).mT.round().long().tolist()
+    start = [[0, 0], [side - 1, 0], [side - 1, side - 1], [0, side - 1]]
+    on_device = whole_boxes.to(kind)
+
+    def ours(backend: str, i: int) -> Tensor:
+        if case.baseline == CROPS:
+            return ops.warp_views(x[i], crop, box=on_device, backend=backend)
+        return ops.warp_views(x[i], turn, fill=(0.0, 0.0, 0.0), backend=backend)
+
+    def baseline(i: int) -> Tensor:
+        made = []
+        for view in range(case.count):
+            for image, picture in enumerate(x[i]):
+                if case.baseline == CROPS:
+                    box = whole_boxes[view, image].tolist()
+                    made.append(
+                        by_torchvision.resized_crop(picture, *box, [side, side], antialias=False)
+                    )
+                else:
+                    made.append(by_torchvision.perspective(picture, start, ends[view][image]))
+        return torch.stack(made)
+
+    def check(backend: str) -> None:
+        torch.testing.assert_close(ours(backend, 1), baseline(1), rtol=0, atol=5e-4)
+
+    return Work(ours, baseline, check, moved, sets)
 
 
 # ---------------------------------------------------------------------------------------- philox
