@@ -161,9 +161,8 @@ void mean_units(const Shape* shape, const float* features, const float* weights,
 
 void view_weights(const Shape* shape, const float* features, float* mean, float* weights,
                   float* cosine, float* agreement, const Extrapolation* rule) {
-  launch({unsigned(shape->batch), 1}, kBlock, true, [&] {
-    view_weights_kernel(features, mean, weights, cosine, agreement, *shape, *rule);
-  });
+  launch({unsigned(shape->batch), 1}, kBlock, true,
+         [&] { view_weights_kernel(features, mean, weights, cosine, agreement, *shape, *rule); });
 }
 
 uint32_t divide(uint32_t dividend, uint32_t divisor) { return dividend / Divisor(divisor); }

@@ -152,6 +152,19 @@ def test_the_reference_is_differentiable(mode: str) -> None:
     torch.testing.assert_close(gradient.sum(), torch.tensor(96.0))
 
 
+@pytest.mark.parametrize("rules", [{}, {"fill": FILL}, {"box": True}])
+def test_what_attackers_differentiate_is_the_same(rules: dict[str, Any]) -> None:
+    x, matrix, box = Warp(2, 9, 12, (7, 10), box=True).inputs()
+    matrix, box = matrix[[0, 1, 2, 3, 5]], box[:5]
+    rules = {"box": box} if "box" in rules else rules
+    leaf = x.requires_grad_()
+    seen = [f(leaf, matrix, (7, 10), **rules) for f in (reference.bilinear, reference.warp_views)]
+    torch.testing.assert_close(*seen, atol=5e-6, rtol=0)
+    w = op_cases.random(*seen[0].shape)
+    slopes = [torch.autograd.grad((s * w).sum(), leaf)[0] for s in seen]
+    torch.testing.assert_close(*slopes, atol=1e-4, rtol=0)
+
+
 # ---- Every backend -------------------------------------------------------------------------------
 
 

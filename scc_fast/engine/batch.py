@@ -74,10 +74,12 @@ def warped(x: Tensor, matrix: Tensor, backend: str | None = None, **rules: Any) 
     """Views (V, B, 3, H, W) of x through maps (V, B, 3, 3), differentiable in x.
 
     Args:
-        rules: mode, box and fill, as ops.warp_views takes them.
+        rules: box or fill, and mode="bicubic", as ops.warp_views takes them.
     """
     if (torch.is_grad_enabled() and x.requires_grad) or transformed():
-        return warp.warp_views(x, matrix, (x.shape[-2], x.shape[-1]), **rules)
+        plain = "mode" not in rules
+        size = x.shape[-2], x.shape[-1]
+        return (warp.bilinear if plain else warp.warp_views)(x, matrix, size, **rules)
     return ops.warp_views(x, matrix, backend=backend, **rules).unflatten(0, matrix.shape[:2])
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 MOST_SAMPLES = 8  # along a side of an output pixel
@@ -61,6 +62,38 @@ def warp_views(
     value = value if shade is None else value + shade
     # An exact clamp forward; backward, that of an overshoot would stop white and black pixels too.
     return value.clamp(0, 1).detach() + (value - value.detach()) if mode == "bicubic" else value
+
+
+def bilinear(
+    x: Tensor,
+    matrix: Tensor,
+    size: tuple[int, int],
+    *,
+    box: Tensor | None = None,
+    fill: Sequence[float] | None = None,
+) -> Tensor:
+    """warp_views by grid_sample, within rounding, and faster under autograd.
+
+    For maps without a horizon, and a box or a fill but not both.
+    """
+    m, pictures = matrix.flatten(0, 1)[..., None, None], x.expand(len(matrix), *x.shape)
+    pictures = pictures.flatten(0, 1)
+    first, last = _limits(pictures, None if box is None else box.flatten(0, 1))
+    down, right = (torch.arange(side, dtype=matrix.dtype, device=x.device) + 0.5 for side in size)
+    depth, places = _along(m, 2, down[:, None], right), []
+    for axis, side in ((0, x.shape[-1]), (1, x.shape[-2])):
+        place = _along(m, axis, down[:, None], right) / depth - 0.5
+        if fill is None:
+            low, high = (end[:, 1 - axis, None, None].to(place) for end in (first, last))
+            place = place.maximum(low).minimum(high)
+        places.append((2 * place + 1) / side - 1)
+    grid = torch.stack(places, dim=-1)
+    if fill is None:
+        seen = F.grid_sample(pictures, grid, padding_mode="border", align_corners=False)
+    else:
+        shade = x.new_tensor(fill).view(3, 1, 1)
+        seen = F.grid_sample(pictures - shade, grid, align_corners=False) + shade
+    return seen.unflatten(0, matrix.shape[:2])
 
 
 def shrinking(matrix: Tensor, picture: tuple[int, int], size: tuple[int, int]) -> Tensor:
