@@ -10,6 +10,7 @@ Runs are in --out (with the attacked images); `gather` copies what the page is m
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import shutil
@@ -39,8 +40,10 @@ BUDGETS = ("1/255", "2/255", "4/255")
 BUDGET = BUDGETS[-1]
 TABLE = (
     "none", "rn", "views", "tte", "anti_adv", "hd", "ttc", "doc", "r_tpt", "scc", "csr", "dbd",
-    "mac",
+    "mac", "agc", "extrapolate",
 )  # fmt: skip
+CONSTANT = "extrapolate:rule=constant:strength=1.5"
+INFORMED = ("none", "views", "extrapolate", CONSTANT)
 ABLATION = (
     "scc:gate=false",
     "scc:semantic=false",
@@ -93,6 +96,11 @@ def stages(adaptive_n: int) -> dict[str, list[tuple[str, Asked]]]:
         ],
         "controls": [("test", Asked(TABLE, CONTROLS, ALL))],
         "knowing": [("test", Asked(TABLE, ("adaptive",), FOUR, adaptive_n))],
+        "informed": [
+            ("test", Asked((CONSTANT,), ("damaged", "pgd10", *CONTROLS), ALL)),
+            ("test", Asked(INFORMED, ("adaptive",), ALL, adaptive_n)),
+            ("test", Asked(("extrapolate",), ("autoattack-through",), FOUR, 5 * adaptive_n)),
+        ],
         "ablation": [
             ("test", Asked(ABLATION, ("pgd10",), FOUR)),
             ("test", Asked(ABLATION[:1], ("pgd10",), ALL)),  # behind every gate
@@ -257,7 +265,7 @@ def tables(stored: Path) -> dict[str, list[str]]:
         "AutoAttack (apgd-ce, apgd-dlr), 4/255": ("aa", BUDGET),
         "worst of all, 4/255": ("worst", BUDGET),
     }
-    aware = ("view-aware", "pseudo", "bpda", "gate", "unrolled", "worst")
+    aware = ("view-aware", "pseudo", "bpda", "surrogate", "gate", "unrolled", "worst")
     ablation = {
         "clean": ("clean", "0/255"),
         "PGD-10, 4/255": ("pgd10", BUDGET),
@@ -270,8 +278,30 @@ def tables(stored: Path) -> dict[str, list[str]]:
         "gates": _gates(json.loads((stored / "gates.json").read_text())),
         "controls": _controls(test),
         "leak": _leak(test),
+        "extrapolation": _grid((*INFORMED, "scc"), _at_all_budgets("pgd10", *CONTROLS), test),
+        "informed": _grid((*INFORMED, "scc"), _at_all_budgets("worst"), test),
+        "strength": _strength(json.loads((stored.parent / "scc-strength.json").read_text())),
         "budgets": _budgets(swept),
     }
+
+
+def _at_all_budgets(*attacks: str) -> dict[str, tuple[str, str]]:
+    """Columns: clean, damaged, and each attack at each budget."""
+    first = (
+        {}
+        if attacks == ("worst",)
+        else {"clean": ("clean", NO_BUDGET), "damaged": ("damaged", NO_BUDGET)}
+    )
+    named = {"pgd10": "PGD-10", "pgd-own10": "own answer", "pgd-random10": "random class"}
+    columns = itertools.product(attacks, BUDGETS)
+    return first | {f"{named.get(a, a)}, {eps}": (a, eps) for a, eps in columns}
+
+
+def _strength(found: dict[str, Any]) -> list[str]:
+    """SCC's steps beside the strength of its mean, from extrapolation.py."""
+    columns = list(found["rows"][0])
+    lines = ["| " + " | ".join(columns) + " |", "|" + " --: |" * len(columns)]
+    return lines + ["| " + " | ".join(str(v) for v in row.values()) + " |" for row in found["rows"]]
 
 
 def _cost(stored: Path, rows: dict[tuple[str, str, str], Row]) -> list[str]:
