@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -218,3 +219,14 @@ def test_one_image_has_negatives_and_another_none() -> None:
         alone = heads.margin_head(features[:, rows], soft[rows], negatives[rows], classes)
         torch.testing.assert_close(both[0][rows], alone[0])
         torch.testing.assert_close(both[1][:, rows], alone[1])
+
+
+@pytest.mark.parametrize("form", [{}, {"slope": 5.0}, {"geodesic": True}])
+def test_views_that_did_not_move_have_a_finite_slope(form: dict[str, Any]) -> None:
+    features = torch.randn(1, 3, 7).expand(4, 3, 7).clone().requires_grad_()
+    weights, cosine, agreement = heads.view_weights(features, 1.0, 2.5, 0.5, **form)
+    classes = Classes(F.normalize(torch.randn(5, 7), dim=-1), 20.0)
+    logits = heads.mean_logits(features, classes, weights, unit=True)
+    (slope,) = torch.autograd.grad(logits.sum() + cosine.sum() + agreement.sum(), features)
+    assert slope.isfinite().all()
+    assert slope.abs().max() > 0

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from scc_fast import ops
@@ -15,10 +15,10 @@ from scc_fast.defenses.augment import perspectives
 from scc_fast.engine.batch import Batch, warped
 from scc_fast.engine.defense import Defense, State, Traits
 from scc_fast.engine.session import Session
+from scc_fast.reference import heads
 
 CORNERS = 150  # Philox purpose
 _BLACK = {"mode": "bicubic", "fill": (0.0, 0.0, 0.0)}
-_POWER = 0.9  # of the mean distance, in the score
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class AGC(Defense):
     [0, 1], the score is o^0.9 · t and β = 0.45 + 1.8 · score. The point at β times the angle from
     x on the great circle through x and a is classified; above 1 that is beyond a.
 
-    `delta` is zero, `drift` the score, in [0, 1]; there is no gate. Perspectives are on float
+    `delta` is zero, `drift` the mean of ⟨a_i, x⟩; there is no gate. Perspectives are on float
     pixels, and fade into black over a pixel where Pillow, which the released code calls, cuts.
     """
 
@@ -77,11 +77,10 @@ class AGC(Defense):
 
     def first_pass(self, session: Session, batch: Batch) -> State:
         features = session.warped(batch.x, self._maps(session, batch), **_BLACK)
-        unit = F.normalize(features, dim=-1)
-        score = self._score(unit)
-        beta = self.config.least + (self.config.most - self.config.least) * score
-        logits = session.logits(along_arc(unit[0], F.normalize(unit[1:].mean(dim=0), dim=-1), beta))
-        return State(score.detach(), logits=logits)
+        least, most = self.config.least, self.config.most
+        weights, cosine, _ = heads.view_weights(features, least, most, math.inf, geodesic=True)
+        logits = heads.mean_logits(features, session.classes, weights, unit=True)
+        return State(cosine.detach(), logits=logits)
 
     def pictures(self, session: Session, batch: Batch) -> Tensor:
         """(33, B, 3, H, W): x, then its perspectives."""
@@ -93,28 +92,3 @@ class AGC(Defense):
         draws = ops.philox_uniform(batch.seeds, CORNERS, 0, 8 * count, backend=session.backend)
         maps = perspectives(draws.unflatten(1, (count, 8)), batch.size, self.config.distortion)
         return torch.cat([torch.eye(3).to(maps).expand(1, len(batch), 3, 3), maps.transpose(0, 1)])
-
-    def _score(self, unit: Tensor) -> Tensor:
-        """(B,) of unit features (33, B, D)."""
-        views = unit[1:]
-        count = len(views)
-        # o^0.9 has no slope at 0.
-        away = (1 - (views * unit[0]).sum(dim=-1)).mean(dim=0).clamp(1e-12, 1)
-        # Over pairs: the square of the sum, less each view with itself.
-        square = views.sum(dim=0).square().sum(dim=-1) - views.square().sum(dim=(0, 2))
-        tight = ((square / (count * (count - 1)) + 1) / 2).clamp(0, 1)
-        return (away**_POWER * tight).clamp(0, 1)
-
-
-def along_arc(start: Tensor, end: Tensor, share: Tensor) -> Tensor:
-    """The point at `share` (B,) of the angle between unit rows (B, D), from `start` on.
-
-    Below an angle of 1e-6 the start itself. The angle is by atan2: arccos loses half the digits.
-    """
-    cosine = (start * end).sum(dim=-1, keepdim=True)
-    across = end - cosine * start
-    sine = across.norm(dim=-1, keepdim=True)
-    angle = torch.atan2(sine, cosine)
-    turned = share[:, None] * angle
-    point = torch.cos(turned) * start + torch.sin(turned) * across / sine.clamp_min(1e-12)
-    return torch.where(angle < 1e-6, start, point)
