@@ -225,7 +225,8 @@ def write_page(stored: Path) -> None:
     """Put the tables between their marks in the page, and the first in the README."""
     found = tables(stored)
     _put(PAGE, found)
-    _put(README, {"docs/results.md": found["methods"]})
+    shared = ("extrapolation", "informed", "photos")
+    _put(README, {"docs/results.md": found["methods"]} | {name: found[name] for name in shared})
 
 
 def _put(path: Path, found: dict[str, list[str]]) -> None:
@@ -280,6 +281,7 @@ def tables(stored: Path) -> dict[str, list[str]]:
         "leak": _leak(test),
         "extrapolation": _grid((*INFORMED, "scc"), _at_all_budgets("pgd10", *CONTROLS), test),
         "informed": _grid((*INFORMED, "scc"), _at_all_budgets("worst"), test),
+        "photos": _photos(stored.parent / "photos.json"),
         "strength": _strength(json.loads((stored.parent / "scc-strength.json").read_text())),
         "budgets": _budgets(swept),
     }
@@ -295,6 +297,13 @@ def _at_all_budgets(*attacks: str) -> dict[str, tuple[str, str]]:
     named = {"pgd10": "PGD-10", "pgd-own10": "own answer", "pgd-random10": "random class"}
     columns = itertools.product(attacks, BUDGETS)
     return first | {f"{named.get(a, a)}, {eps}": (a, eps) for a, eps in columns}
+
+
+def _photos(file: Path) -> list[str]:
+    """View extrapolation on photographs, from a run of results.json's form."""
+    found = [Row(**row) for row in json.loads(file.read_text())["rows"]]
+    rows = {(row.defense, row.attack, row.eps): row for row in found}
+    return _grid(INFORMED[:3], _at_all_budgets("pgd10", *CONTROLS), rows)
 
 
 def _strength(found: dict[str, Any]) -> list[str]:
