@@ -128,7 +128,7 @@ def sweep(defender: Defender, x: Tensor, labels: Tensor, name: str) -> dict[str,
 def with_repair() -> dict[str, Any]:
     """SCC on the bundled model with fewer steps and a stronger mean: whether the two add up."""
     model, prompts = load_model("tiny"), tiny.prompts()
-    x, labels = tiny.generate("validation", range(200))
+    x, labels = tiny.generate("validation", range(100))
     bare, seeds = Defender(model, prompts, method="none"), image_seeds(5, len(x))
     shown = {}
     for kind in ("clean", "PGD-10 4/255", "own answer 4/255"):
