@@ -226,7 +226,8 @@ def write_page(stored: Path) -> None:
     found = tables(stored)
     _put(PAGE, found)
     shared = ("extrapolation", "informed", "photos")
-    _put(README, {"docs/results.md": found["methods"]} | {name: found[name] for name in shared})
+    beside = {f"docs/results.md#{name}": found[name] for name in shared}
+    _put(README, {"docs/results.md": found["methods"]} | beside)
 
 
 def _put(path: Path, found: dict[str, list[str]]) -> None:
