@@ -208,7 +208,9 @@ def test_every_op_is_asked_for_the_backend(
             return _whole(*rest, **options)
 
         monkeypatch.setattr(ops, name, noted)
-    Defender(model, PROMPTS, config={"gate": False}, backend=backend)(pictures(1, 64, model.device))
+    for method, config in (("scc", {"gate": False}), ("extrapolate", {})):
+        made = Defender(model, PROMPTS, method=method, config=config, backend=backend)
+        made(pictures(1, 64, model.device))
     assert set(asked) == set(choose.OPS) - {"make_views_adjoint"}
     assert set.union(*asked.values()) == {backend}
 
