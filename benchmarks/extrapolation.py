@@ -8,7 +8,8 @@
 The second takes a network and photographs of one's own: MODEL.py has load(KEPT.pt, FORM), a model
 as scc_fast takes it; PHOTOS.pt holds "pixels" (n, 3, H, W) uint8, "labels" (n,) and "names" (K,).
 Its first half is the validation part. Every picture is encoded once for each view that any set of
-views has; all rules are then read off the features. Results are in results/cpu/extrapolation.
+views has; all rules are then read off the features. Results are in results/cpu/extrapolation; SCC's
+stand beside it, in scc-strength.json.
 """
 
 from __future__ import annotations

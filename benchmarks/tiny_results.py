@@ -222,7 +222,7 @@ def _auc(clean: torch.Tensor, attacked: torch.Tensor, low: bool) -> float:
 
 
 def write_page(stored: Path) -> None:
-    """Put the tables between their marks in the page, and the first in the README."""
+    """Put the tables between their marks in the page, and those that the README has, too."""
     found = tables(stored)
     _put(PAGE, found)
     shared = ("extrapolation", "informed", "photos")

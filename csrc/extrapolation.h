@@ -21,6 +21,9 @@ inline Extrapolation extrapolation(double low, double high, double threshold, do
           static_cast<float>(slope), geodesic};
 }
 
+// Rounding brings a cosine beyond 1; NaN stays.
+SCC_HOST_DEVICE float within_one(float r) { return r > 1.0f ? 1.0f : r < -1.0f ? -1.0f : r; }
+
 // The weight of the picture's own unit feature u_1, and of m, the mean of the others.
 struct Shares {
   float first, rest;
@@ -36,7 +39,7 @@ SCC_HOST_DEVICE Shares shares(const Extrapolation& rule, float a, float r, float
     return {1.0f - c, c};
   }
   const float p = a / size, theta = atan2f(side, p);
-  if (theta < 1e-6f) return {1.0f, 0.0f};
+  if (side < 1e-6f) return {1.0f, 0.0f};
   const float between = (count * size * size - 1.0f) / fmaxf(count - 1.0f, 1.0f);
   const float tight = fminf(fmaxf((between + 1.0f) / 2.0f, 0.0f), 1.0f);
   const float apart = fminf(fmaxf(1.0f - a, 1e-30f), 1.0f);

@@ -303,7 +303,7 @@ def _mean_unit_kernel(
             d = start + tl.arange(0, BLOCK)
             mean = load_row(out_ptr + image * width, d, width)
             alone = tl.div_rn(load_row(features_ptr, d, width), own)
-            z = tl.where(size > 0, tl.div_rn(mean, tl.maximum(size, 1e-12)), alone)
+            z = tl.where(size == 0, alone, tl.div_rn(mean, tl.maximum(size, 1e-12)))
             tl.debug_barrier()
             tl.store(out_ptr + image * width + d, z, mask=d < width)
 
@@ -326,7 +326,7 @@ def _geodesic(low, high, a, size, theta, side, count):
     apart = tl.minimum(tl.maximum(1.0 - a, 1e-30), 1.0)
     score = tl.minimum(tl.exp(0.9 * tl.log(apart)) * tight, 1.0)
     beta = low + (high - low) * score
-    still = theta < 1e-6
+    still = side < 1e-6
     sine = tl.div_rn(tl.sin(beta * theta), tl.where(still, 1.0, side))
     first = tl.where(still, 1.0, tl.cos(beta * theta) - sine * tl.div_rn(a, size))
     return first, tl.where(still, 0.0, tl.div_rn(sine, size))
@@ -388,7 +388,8 @@ def _weights_kernel(
     far = tl.sqrt_rn(tl.sum(along, axis=0))
     moved = tl.sqrt_rn(tl.sum(drifts, axis=1))
     cosines = tl.div_rn(tl.sum(agreed, axis=1), tl.maximum(moved * far, 1e-10))
-    r = tl.div_rn(tl.sum(tl.where(moved > 1e-5, cosines, 0.0), axis=0), count)
+    r = tl.div_rn(tl.sum(tl.where(moved <= 1e-5, 0.0, cosines), axis=0), count)
+    r = tl.where(r > 1.0, 1.0, tl.where(r < -1.0, -1.0, r))  # NaN stays
     tl.store(cosine_ptr + image, a)
     tl.store(agreement_ptr + image, r)
     if GEODESIC:

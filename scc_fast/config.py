@@ -166,7 +166,8 @@ def resolve_views(
 ) -> tuple[View, ...]:
     """Views in whole pixels, for images with a shorter side of `size` pixels."""
     if not isinstance(views, str):
-        return tuple(view.at(size) for view in views)
+        whole = tuple(view.at(size) for view in views)
+        return views if whole == views else whole
     if views == "paper":
         noisy = View(noise=sigma)
         return (IDENTITY, View(flip=True), noisy, noisy) if flip else (IDENTITY, noisy, noisy)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from scc_fast import DefendedCLIP, Defender, defend, image_seeds, tiny
-from scc_fast._classes import checked
+from scc_fast._classes import check_prompts
 from scc_fast.images import to_batch
 from toys import FIVE, defender_of, model_of
 
@@ -289,7 +289,7 @@ def test_another_number_of_seeds(seeds: Any) -> None:
     ],
 )
 def test_collections_of_classes(make: Callable[[Any], Any]) -> None:
-    found = checked(make(["a dog", "a cat"]))
+    found = check_prompts(make(["a dog", "a cat"]))
     assert found == ("a dog", "a cat")
     assert {type(name) for name in found} == {str}
 
@@ -324,19 +324,19 @@ CLASSES: list[tuple[Any, type[Exception], str]] = [
 @pytest.mark.parametrize(("classes", "kind", "message"), CLASSES)
 def test_refused_classes(classes: Any, kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=message) as error:
-        checked(classes)
+        check_prompts(classes)
     assert len(str(error.value)) < 300
 
 
 @pytest.mark.parametrize("prompt", ["a photo of a {}", "a photo of a {c}.", "{0}"])
 def test_a_template_among_the_prompts_is_warned_about_once(prompt: str) -> None:
     with pytest.warns(UserWarning, match=r"classes holds the template .*\{") as caught:
-        checked([prompt, prompt + " too", "a {word} more"])
+        check_prompts([prompt, prompt + " too", "a {word} more"])
     assert len(caught) == 1
     assert caught[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        checked(["a dog", "a set {1, 2}"])
+        check_prompts(["a dog", "a set {1, 2}"])
 
 
 TEXT = torch.randn(4, 24, generator=torch.Generator().manual_seed(0))

@@ -59,7 +59,7 @@ def test_demo(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     sizes = ("--n", "4", "--adaptive-n", "1", "--seed", "5")
     code, out, err = run("demo", *sizes, "--json", file, "--figure", figure)
     assert (code, err.strip()) == (0, "")
-    for word in ("none", "rn", "views", "ttc", "scc", "clean", "oblivious", "f.png"):
+    for word in ("none", "rn", "views", "ttc", "scc", "clean", "does not know", "f.png"):
         assert word in out
     with Image.open(figure) as picture:
         picture.load()

@@ -48,7 +48,7 @@ def by_hand(units: np.ndarray, config: ExtrapolateConfig) -> tuple[np.ndarray, .
     c = config.strength
     if config.rule == "agreement":
         part = float(r > config.threshold)
-        if config.slope < math.inf:
+        if config.slope is not None:
             part = 1 / (1 + math.exp(-config.slope * (r - config.threshold)))
         c = 1 + (config.strength - 1) * part
     return own + c * (mean - own), cosine, r
@@ -132,7 +132,10 @@ def test_shares_of_the_side_serve_every_size() -> None:
     [
         ({"views": "paper"}, "views must be without noise"),
         ({"views": [IDENTITY, View(noise=0.1)]}, "views must be without noise"),
-        ({"views": [IDENTITY]}, "views must be at least two"),
+        ({"views": [IDENTITY]}, "views must be at least 3 for rule='agreement'"),
+        ({"views": [IDENTITY, View(flip=True)]}, "views must be at least 3"),
+        ({"views": [IDENTITY], "rule": "constant"}, "views must be at least 2"),
+        ({"rule": "geodesic", "strength": 0.1}, r"strength must be a number in \[0.45, 1000\]"),
         ({"rule": "agree"}, "rule must be one of agreement, constant, geodesic; got 'agree'"),
         ({"strength": -1}, r"strength must be a number in \[0, 1000\], got -1"),
         ({"threshold": 2}, r"threshold must be a number in \[-1, 1\], got 2"),
@@ -194,19 +197,18 @@ def test_the_gradient_is_exact(rule: dict[str, Any]) -> None:
 
 
 def test_its_surrogates() -> None:
-    def forms(**config: Any) -> list[tuple[str, float, float]]:
+    def forms(**config: Any) -> list[tuple[str, float, float | None]]:
         defender = defender_of("tiny", method="extrapolate", config=config)
         return [
             (one.config.rule, one.config.strength, one.config.slope)
             for one in defender.defense.surrogates
         ]
 
-    inf = math.inf
     assert forms() == [
-        ("agreement", 2.5, 20.0), ("agreement", 2.5, 5.0), ("constant", 2.5, inf),
-        ("constant", 1.0, inf),
+        ("agreement", 2.5, 20.0), ("agreement", 2.5, 5.0), ("constant", 2.5, None),
+        ("constant", 1.0, None),
     ]  # fmt: skip
-    assert forms(rule="constant", strength=1.5) == [("constant", 1.0, inf)]
+    assert forms(rule="constant", strength=1.5) == [("constant", 1.0, None)]
     assert forms(rule="constant", strength=1.0) == []
     assert defender_of("tiny", method="scc", config={}).defense.surrogates == ()
 

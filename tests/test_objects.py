@@ -247,7 +247,7 @@ def test_parts_of_a_transformers_model() -> None:
         (lambda: None, "function fails on "),
         (77, "a callable is needed, such as open_clip.get_tokenizer"),
         (open_clip, "a callable is needed, such as open_clip.get_tokenizer"),
-        ("ViT-B-33", "'ViT-B-33' is no arch.*ViT-B-32"),
+        ("ViT-B-33", "'ViT-B-33' is not an open_clip arch.*ViT-B-32"),
         ("ViT-B-32", "vocabulary has 600"),
     ],
 )

@@ -260,6 +260,28 @@ def test_views_that_did_not_move(device: str, backend: str) -> None:
 
 
 @on_backends("mean_logits")
+def test_what_is_no_number_is_not_hidden(device: str, backend: str) -> None:
+    """A view that overflowed makes NaN of its picture's logits, of no other's."""
+    features = Head(3, 3, 13, 5).features(device=device)
+    features[1, 0] = torch.nan
+    weights, _, agreement = ops.view_weights(features, 1.0, 2.5, -0.5, backend=backend)
+    assert agreement.isnan().tolist() == [True, False, False]
+    for unit_length in (False, True):
+        found = ops.mean_logits(
+            features, small_table(device), weights, unit=unit_length, backend=backend
+        )
+        assert found.isnan().all(dim=1).tolist() == [True, False, False]
+
+
+@on_backends("view_weights")
+def test_opposite_views_have_no_arc(device: str, backend: str) -> None:
+    own = Head(1, 3, 13, 5).features(device=device)
+    features = torch.cat([own, -own, -own])
+    weights, *_ = ops.view_weights(features, 0.45, 2.25, 0.0, geodesic=True, backend=backend)
+    assert weights.isfinite().all()
+
+
+@on_backends("mean_logits")
 def test_a_sum_of_zeros_leaves_the_picture_itself(device: str, backend: str) -> None:
     features = Head(2, 3, 13, 5).features(device=device)
     features[1] = features[0]

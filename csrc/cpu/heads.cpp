@@ -448,10 +448,10 @@ struct WeightsJob {
         for (int64_t k = 0; k < width; ++k) drift[k] -= own[k];
         const float moved = length<Float32>(drift, width);
         const float scale = std::max(moved * far, kStill * kStill);
-        if (moved > kStill) agreed += product_of(drift, along, width) / scale;
+        if (!(moved <= kStill)) agreed += product_of(drift, along, width) / scale;
       }
       cosine[i] = a;
-      agreement[i] = agreed / count;
+      agreement[i] = within_one(agreed / count);
       const Shares found = shares(rule, a, agreement[i], size, side, count);
       weights[i] = found.first;
       for (int64_t view = 1; view < views; ++view) {

@@ -312,8 +312,8 @@ __global__ void __launch_bounds__(kBlock)
   for (int64_t i = threadIdx.x; i < shape.width; i += kBlock) {
     float* to = out + image * shape.width + i;
     // Of a sum of zeros the first view stands alone.
-    *to = size > 0.0f ? *to / fmaxf(size, kMinNorm)
-                      : factor * (to_float(features[image * shape.width + i]) / norms[0]);
+    *to = size != 0.0f ? *to / fmaxf(size, kMinNorm)
+                       : factor * (to_float(features[image * shape.width + i]) / norms[0]);
   }
 }
 
@@ -376,14 +376,14 @@ __global__ void __launch_bounds__(kBlock)
     drift = reduce<kGroup>(drift, Sum());
     if (active && threadIdx.x % kGroup == 0) {
       const float moved = sqrtf(drift.second);
-      cosines[view] = moved > kStill ? drift.first / fmaxf(moved * along, kStill * kStill) : 0.0f;
+      cosines[view] = moved <= kStill ? 0.0f : drift.first / fmaxf(moved * along, kStill * kStill);
     }
   }
   __syncthreads();
   if (threadIdx.x != 0) return;
   float agreed = 0.0f;
   for (int view = 1; view < shape.views; ++view) agreed += cosines[view];
-  agreed /= count;
+  agreed = within_one(agreed / count);
   cosine[image] = a;
   agreement[image] = agreed;
   const Shares found = shares(rule, a, agreed, size, side, count);

@@ -342,7 +342,9 @@ class Surrogate(BPDA):
         keys = philox.derive(seeds, philox.EOT, self.steps * self.eot)
         for stand_in in target.defense.surrogates:
             point = _Through(**vars(self), stand_in=stand_in).run(target, x, labels, seeds)
-            ahead = leads(target, labels)(target.run(point, keys).logits.detach())
+            with torch.no_grad():
+                parts = [target.run(*part).logits for part in target.pieces(point, keys)]
+            ahead = leads(target, labels)(torch.cat(parts))
             best = torch.where(_each(ahead > lead), point, best)
             lead = torch.maximum(ahead, lead)
         return best

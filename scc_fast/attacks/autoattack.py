@@ -202,6 +202,11 @@ class ThroughAutoAttack(AutoAttack):
     aware: ClassVar[bool] = True
     module: ClassVar[type[BareLogits]] = DefendedLogits
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.complete:
+            raise ValueError("complete must be false: it attacks the undefended model; use bpda")
+
     def suits(self, target: Defender) -> bool:
         return target.defense.repairs == "none" and not target.is_randomized
 

@@ -44,5 +44,7 @@ class DefendedLogits(BareLogits):
     @staticmethod
     def logits(target: Defender, pixels: Tensor) -> Tensor:
         seeds = torch.zeros(len(pixels), dtype=torch.int64, device=pixels.device)
-        run = target.live if torch.is_grad_enabled() else target.run
-        return run(pixels, seeds).logits
+        with torch.set_grad_enabled(torch.is_grad_enabled() and pixels.requires_grad):
+            run = target.live if torch.is_grad_enabled() else target.run
+            parts = [run(*part).logits for part in target.pieces(pixels, seeds)]
+        return torch.cat(parts)

@@ -28,8 +28,8 @@ class ExtrapolateConfig(MethodConfig):
         strength: c; with "geodesic" AGC's largest β.
         rule: "agreement": c where the views' drifts agree, else 1 (after DBD, arXiv 2606.06186);
             "constant": c for all; "geodesic": AGC's arc (arXiv 2605.15584).
-        threshold: θ on the agreement, the mean cosine of the drifts with their mean.
-        slope: of a sigmoid in place of the switch; infinity: the switch.
+        threshold: of "agreement": θ on the mean cosine of the drifts with their mean.
+        slope: of "agreement": of a sigmoid in the place of the switch; None: the switch.
         flip: whether views may mirror; None asks the model.
     """
 
@@ -37,22 +37,28 @@ class ExtrapolateConfig(MethodConfig):
     strength: float = 2.5
     rule: Literal["agreement", "constant", "geodesic"] = "agreement"
     threshold: float = 0.85
-    slope: float = math.inf
+    slope: float | None = None
     flip: bool | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of("rule", self.rule, ("agreement", "constant", "geodesic"))
         within("threshold", self.threshold, -1.0, 1.0)
-        within("slope", self.slope, 1e-3, math.inf)
+        if self.slope is not None:
+            object.__setattr__(self, "slope", within("slope", self.slope, 1e-3, 1e6))
+        if self.rule == "geodesic":
+            within("strength", self.strength, LEAST_BETA, 1e3)
         views = self.views
         if views == "paper" or (not isinstance(views, str) and any(v.noise > 0 for v in views)):
             raise ValueError(
                 "views must be without noise: extrapolation follows where a picture's views moved, "
                 f'got {shown(views)}; "geometric" is'
             )
-        if len(views) < 2:
-            raise ValueError(f"views must be at least two, got {shown(views)}")
+        least = 3 if self.rule == "agreement" else 2  # one drift agrees with itself
+        if len(views) < least:
+            raise ValueError(
+                f"views must be at least {least} for rule={self.rule!r}, got {shown(views)}"
+            )
 
 
 class Extrapolate(OnViews):
@@ -75,7 +81,7 @@ class Extrapolate(OnViews):
         low = {"agreement": 1.0, "constant": config.strength, "geodesic": LEAST_BETA}[config.rule]
         threshold = config.threshold if self.has_gate else math.inf
         self._rule = (low, config.strength, threshold)
-        self._form = (config.slope, geodesic)
+        self._form = (math.inf if config.slope is None else config.slope, geodesic)
 
     def views(self, session: Session, size: int) -> tuple[View, ...]:
         return chosen_views(self.config, session, size)

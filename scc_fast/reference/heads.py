@@ -125,8 +125,8 @@ def view_weights(
     drifts, along = others - own, mean - own
     sizes = drifts.norm(dim=-1)
     scales = (sizes * along.norm(dim=-1)).clamp_min(STILL**2)
-    cosines = (drifts * along).sum(dim=-1) / scales * (sizes > STILL)
-    agreement = cosines.mean(dim=0)
+    cosines = (drifts * along).sum(dim=-1) / scales * ~(sizes <= STILL)
+    agreement = cosines.mean(dim=0).clamp(-1, 1)  # rounding brings it beyond
     if geodesic:
         first, rest = _geodesic(own, mean, cosine, count, low, high)
     else:
@@ -153,7 +153,7 @@ def _geodesic(
     score = ((1 - cosine).clamp(1e-30, 1) ** 0.9 * tight).clamp(0, 1)
     beta = low + (high - low) * score
     theta = torch.atan2(side, p)
-    still = theta < 1e-6
+    still = side < 1e-6  # no angle, or that of opposite ones, whose arc has no direction
     sine = torch.sin(beta * theta) / torch.where(still, 1.0, side)
     first = torch.where(still, 1.0, torch.cos(beta * theta) - sine * p)
     return first, torch.where(still, 0.0, sine / length)
