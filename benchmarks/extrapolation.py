@@ -104,6 +104,8 @@ def sweep(defender: Defender, x: Tensor, labels: Tensor, name: str) -> dict[str,
         for views, wanted in SETS.items():
             part = found[[0, *(every.index(view) for view in wanted)]]
             for rule, c, theta, given in rules():
+                if rule == "agreement" and len(wanted) < 2:  # one drift agrees with itself
+                    continue
                 weights, cosine, agreement = ops.view_weights(part, **given)
                 logits = ops.mean_logits(part, table, weights, unit=True)
                 right = (logits.argmax(dim=1) == labels).double().mean().item()
