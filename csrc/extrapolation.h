@@ -45,8 +45,13 @@ SCC_HOST_DEVICE Shares shares(const Extrapolation& rule, float a, float r, float
   const float apart = fminf(fmaxf(1.0f - a, 1e-30f), 1.0f);
   const float score = fminf(powf(apart, 0.9f) * tight, 1.0f);
   const float beta = rule.low + (rule.high - rule.low) * score;
-  const float sine = sinf(beta * theta) / side;
-  return {cosf(beta * theta) - sine * p, sine / size};
+  float sine, cosine;
+#ifdef __CUDA_ARCH__
+  sincospif(beta * theta * 0.318309886f, &sine, &cosine);  // sinf would take memory for its range
+#else
+  sine = sinf(beta * theta), cosine = cosf(beta * theta);
+#endif
+  return {cosine - sine / side * p, sine / side / size};
 }
 
 }  // namespace scc_fast

@@ -153,15 +153,20 @@ void add(int64_t numel, float* values, float summand) {
   launch({2, 1}, kGroup, false, [&] { add_kernel(values, numel, summand); });
 }
 
-void mean_units(const Shape* shape, const float* features, const float* weights, float* out,
-                float factor, bool unit) {
+void mean_units(const Shape* shape, const float* features, float* out, float factor) {
   launch({unsigned(shape->batch), 1}, kBlock, true,
-         [&] { mean_units_kernel(features, weights, out, *shape, factor, unit); });
+         [&] { mean_units_kernel(features, out, *shape, factor); });
+}
+
+void weighted_units(const Shape* shape, const float* features, const float* weights, float* out,
+                    float factor, bool unit) {
+  launch({unsigned(shape->batch), 1}, kGroup, true,
+         [&] { weighted_units_kernel(features, weights, out, *shape, factor, unit); });
 }
 
 void view_weights(const Shape* shape, const float* features, float* mean, float* weights,
                   float* cosine, float* agreement, const Extrapolation* rule) {
-  launch({unsigned(shape->batch), 1}, kBlock, true,
+  launch({unsigned(shape->batch), 1}, kGroup, true,
          [&] { view_weights_kernel(features, mean, weights, cosine, agreement, *shape, *rule); });
 }
 

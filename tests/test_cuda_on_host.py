@@ -206,7 +206,7 @@ def test_heads(kernels, case: op_cases.Head) -> None:
 
     mean = torch.empty(case.batch, case.width)
     factor = c_float(case.scale / case.views)
-    kernels.mean_units(here, at(features), None, at(mean), factor, c_bool(False))
+    kernels.mean_units(here, at(features), at(mean), factor)
     logits = mean @ table.text.T
     kernels.add(c_int64(logits.numel()), at(logits), c_float(case.bias))
     want = ops.mean_logits(features, table, backend="reference")
@@ -225,7 +225,7 @@ def test_heads(kernels, case: op_cases.Head) -> None:
         )
         torch.testing.assert_close((weights, cosine, agreement), want, rtol=1e-4, atol=1e-4)
         for unit in (False, True):
-            kernels.mean_units(
+            kernels.weighted_units(
                 here, at(features), at(weights), at(mean), c_float(case.scale), c_bool(unit)
             )
             logits = mean @ table.text.T + case.bias

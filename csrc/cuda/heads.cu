@@ -241,9 +241,15 @@ Tensor mean_logits(const Tensor& features,                // [L, B, D]
   const float factor = static_cast<float>(weights || unit ? scale : scale / shape.views);
   with_type(from.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
-    mean_units_kernel<T><<<static_cast<unsigned>(shape.batch), kBlock, 0, context.stream>>>(
-        data<T>(from), weights ? data<float>(held) : nullptr, mutable_data<float>(means), shape,
-        factor, unit);
+    const unsigned blocks = static_cast<unsigned>(shape.batch);
+    if (weights || unit) {
+      weighted_units_kernel<T><<<blocks, kGroup, 0, context.stream>>>(
+          data<T>(from), weights ? data<float>(held) : nullptr, mutable_data<float>(means), shape,
+          factor, unit);
+    } else {
+      mean_units_kernel<T><<<blocks, kBlock, 0, context.stream>>>(
+          data<T>(from), mutable_data<float>(means), shape, factor);
+    }
   });
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   product(means, torch::stable::transpose(table, 0, 1), out);
@@ -270,7 +276,7 @@ std::tuple<Tensor, Tensor, Tensor> view_weights(const Tensor& features,  // [L, 
   const Extrapolation rule = extrapolation(low, high, threshold, slope, geodesic);
   with_type(from.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
-    view_weights_kernel<T><<<static_cast<unsigned>(shape.batch), kBlock, 0, context.stream>>>(
+    view_weights_kernel<T><<<static_cast<unsigned>(shape.batch), kGroup, 0, context.stream>>>(
         data<T>(from), mutable_data<float>(mean), mutable_data<float>(weights),
         mutable_data<float>(cosine), mutable_data<float>(agreement), shape, rule);
   });

@@ -282,10 +282,9 @@ static __global__ void __launch_bounds__(kGroup)
 
 template <typename T>
 __global__ void __launch_bounds__(kBlock)
-    mean_units_kernel(const T* __restrict__ features,     // [L, B, D]
-                      const float* __restrict__ weights,  // [L, B], or null: 1
-                      float* __restrict__ out,            // [B, D]
-                      Shape shape, float factor, bool unit) {
+    mean_units_kernel(const T* __restrict__ features,  // [L, B, D]
+                      float* __restrict__ out,         // [B, D]
+                      Shape shape, float factor) {
   __shared__ float norms[kMaxRows];
   const int64_t image = blockIdx.x;
   for (int base = 0; base < shape.views; base += kGroups) {
@@ -296,8 +295,39 @@ __global__ void __launch_bounds__(kBlock)
     if (active && threadIdx.x % kGroup == 0) norms[view] = fmaxf(sqrtf(square), kMinNorm);
   }
   __syncthreads();
-  float square = 0.0f;
   for (int64_t i = threadIdx.x; i < shape.width; i += kBlock) {
+    float sum = 0.0f;
+    for (int view = 0; view < shape.views; ++view) {
+      sum += to_float(features[(view * shape.batch + image) * shape.width + i]) / norms[view];
+    }
+    out[image * shape.width + i] = factor * sum;
+  }
+}
+
+// Lengths of the rows of one image, by a block of kGroup threads.
+template <typename T>
+__device__ __forceinline__ void row_norms(const T* __restrict__ features, const Shape& shape,
+                                          int64_t image, float* norms) {
+  for (int view = 0; view < shape.views; ++view) {
+    const T* row = features + (view * shape.batch + image) * shape.width;
+    const float square = reduce<kGroup>(square_part<kGroup>(row, shape.width), Sum());
+    if (threadIdx.x == 0) norms[view] = fmaxf(sqrtf(square), kMinNorm);
+  }
+  __syncthreads();
+}
+
+// Of fewer threads, so that more registers are there for each.
+template <typename T>
+__global__ void __launch_bounds__(kGroup)
+    weighted_units_kernel(const T* __restrict__ features,     // [L, B, D]
+                          const float* __restrict__ weights,  // [L, B], or null: 1
+                          float* __restrict__ out,            // [B, D]
+                          Shape shape, float factor, bool unit) {
+  __shared__ float norms[kMaxRows];
+  const int64_t image = blockIdx.x;
+  row_norms(features, shape, image, norms);
+  float square = 0.0f;
+  for (int64_t i = threadIdx.x; i < shape.width; i += kGroup) {
     float sum = 0.0f;
     for (int view = 0; view < shape.views; ++view) {
       const int64_t row = view * shape.batch + image;
@@ -308,8 +338,8 @@ __global__ void __launch_bounds__(kBlock)
     square += sum * sum;
   }
   if (!unit) return;
-  const float size = sqrtf(reduce<kBlock>(square, Sum()));
-  for (int64_t i = threadIdx.x; i < shape.width; i += kBlock) {
+  const float size = sqrtf(reduce<kGroup>(square, Sum()));
+  for (int64_t i = threadIdx.x; i < shape.width; i += kGroup) {
     float* to = out + image * shape.width + i;
     // Of a sum of zeros the first view stands alone.
     *to = size != 0.0f ? *to / fmaxf(size, kMinNorm)
@@ -320,29 +350,22 @@ __global__ void __launch_bounds__(kBlock)
 // ---- view_weights -------------------------------------------------------------------------------
 
 template <typename T>
-__global__ void __launch_bounds__(kBlock)
+__global__ void __launch_bounds__(kGroup)
     view_weights_kernel(const T* __restrict__ features,  // [L, B, D]
                         float* __restrict__ mean,        // [B, D], scratch: m
                         float* __restrict__ weights,     // [L, B]
                         float* __restrict__ cosine,      // [B]
                         float* __restrict__ agreement,   // [B]
                         Shape shape, Extrapolation rule) {
-  __shared__ float norms[kMaxRows], cosines[kMaxRows];
+  __shared__ float norms[kMaxRows];
   const int64_t image = blockIdx.x;
   const float count = static_cast<float>(shape.views - 1);
-  for (int base = 0; base < shape.views; base += kGroups) {
-    const int view = base + threadIdx.x / kGroup;
-    const bool active = view < shape.views;
-    const T* row = active ? features + (view * shape.batch + image) * shape.width : nullptr;
-    const float square = reduce<kGroup>(square_part<kGroup>(row, shape.width), Sum());
-    if (active && threadIdx.x % kGroup == 0) norms[view] = fmaxf(sqrtf(square), kMinNorm);
-  }
-  __syncthreads();
+  row_norms(features, shape, image, norms);
   const T* own = features + image * shape.width;
   mean += image * shape.width;
   Pair first = {0.0f, 0.0f};  // <u_1, m>, |m|^2
   float along = 0.0f;         // |m - u_1|^2
-  for (int64_t i = threadIdx.x; i < shape.width; i += kBlock) {
+  for (int64_t i = threadIdx.x; i < shape.width; i += kGroup) {
     float sum = 0.0f;
     for (int view = 1; view < shape.views; ++view) {
       sum +=
@@ -353,36 +376,30 @@ __global__ void __launch_bounds__(kBlock)
     first = Sum()(first, Pair{u * sum, sum * sum});
     along += (sum - u) * (sum - u);
   }
-  first = reduce<kBlock>(first, Sum());
-  along = sqrtf(reduce<kBlock>(along, Sum()));
+  first = reduce<kGroup>(first, Sum());
+  along = sqrtf(reduce<kGroup>(along, Sum()));
   __syncthreads();
   const float a = first.first, size = fmaxf(sqrtf(first.second), kMinNorm), p = a / size;
   float off = 0.0f;
-  for (int64_t i = threadIdx.x; i < shape.width; i += kBlock) {
+  for (int64_t i = threadIdx.x; i < shape.width; i += kGroup) {
     const float part = mean[i] / size - p * (to_float(own[i]) / norms[0]);
     off += part * part;
   }
-  const float side = sqrtf(reduce<kBlock>(off, Sum()));
-  for (int base = 1; base < shape.views; base += kGroups) {
-    const int view = base + threadIdx.x / kGroup;
-    const bool active = view < shape.views;
+  const float side = sqrtf(reduce<kGroup>(off, Sum()));
+  float agreed = 0.0f;
+  for (int view = 1; view < shape.views; ++view) {
     Pair drift = {0.0f, 0.0f};  // with m - u_1, |u_l - u_1|^2
-    for (int64_t i = threadIdx.x % kGroup; active && i < shape.width; i += kGroup) {
+    for (int64_t i = threadIdx.x; i < shape.width; i += kGroup) {
       const float u = to_float(own[i]) / norms[0];
       const float by =
           to_float(features[(view * shape.batch + image) * shape.width + i]) / norms[view] - u;
       drift = Sum()(drift, Pair{by * (mean[i] - u), by * by});
     }
     drift = reduce<kGroup>(drift, Sum());
-    if (active && threadIdx.x % kGroup == 0) {
-      const float moved = sqrtf(drift.second);
-      cosines[view] = moved <= kStill ? 0.0f : drift.first / fmaxf(moved * along, kStill * kStill);
-    }
+    const float moved = sqrtf(drift.second);
+    if (!(moved <= kStill)) agreed += drift.first / fmaxf(moved * along, kStill * kStill);
   }
-  __syncthreads();
   if (threadIdx.x != 0) return;
-  float agreed = 0.0f;
-  for (int view = 1; view < shape.views; ++view) agreed += cosines[view];
   agreed = within_one(agreed / count);
   cosine[image] = a;
   agreement[image] = agreed;
