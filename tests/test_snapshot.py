@@ -236,6 +236,19 @@ def test_a_snapshot_that_was_written_to() -> None:
     assert want.isfinite().all()
 
 
+def test_a_snapshot_that_was_sent_to_another_process() -> None:
+    """Its storages move to shared memory, as torch.multiprocessing does with what it sends."""
+    defender = undefended(tiny())
+    before = logits(defender)
+    defender.snapshot.module.share_memory()
+    result = defender(pictures(), 0)
+    assert result.engine == "runner"
+    assert torch.equal(result.logits, before)
+    part = defender.snapshot.module.visual.ln_post.weight
+    part.data = 2 * part.data  # another storage, of the same version
+    assert defender(pictures(), 0).engine == "eager"
+
+
 # ---------------------------------------------------------------------------------- not finite
 
 

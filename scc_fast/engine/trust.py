@@ -52,6 +52,7 @@ class Trust:
         kinds = ("_parameters", "_buffers", "_modules")
         self._content = [getattr(part, kind) for part in parts for kind in kinds]
         self._parameters = list(model.module.parameters())  # held, so ids stay unique
+        self._storages = [p.detach() for p in self._parameters]
         self._taken = self._weights()
         self._prove(model)
 
@@ -70,6 +71,13 @@ class Trust:
         found = chain.from_iterable(map(dict.values, self._content))
         return list(map(id, found)), [(p._version, p.data_ptr()) for p in self._parameters]
 
+    def _only_moved(self, weights: tuple[list[int], list[tuple[int, int]]]) -> bool:
+        """Whether storages have a new address alone, as those sent to another process have."""
+        (ids, now), (taken, then) = weights, self._taken
+        written = [version for version, _ in now] != [version for version, _ in then]
+        pairs = zip(self._parameters, self._storages, strict=True)
+        return ids == taken and not written and all(p.is_set_to(held) for p, held in pairs)
+
     def _state(self) -> tuple[bool, list[int], bool]:
         return any(self._hooks), list(map(len, self._own)), self._own[0]["training"]
 
@@ -77,6 +85,8 @@ class Trust:
         weights = self._weights()
         self._seen = weights, self._state()
         self._surroundings = Surroundings(model.module)
+        if weights != self._taken and self._only_moved(weights):
+            self._taken = weights
         if weights != self._taken:
             self._reason = "its modules or weights were changed in the snapshot"
             return

@@ -123,7 +123,7 @@ def _reference(
         x,
         matrix,
         (high, wide),
-        mode=MODES[cubic],
+        mode="bicubic" if cubic else "bilinear",
         box=box,
         fill=fill or None,
         samples=samples,
