@@ -8,7 +8,7 @@
 
 namespace scc_fast {
 
-constexpr float kStill = 1e-5f;  // a shorter drift of unit features is what rounding makes of none
+constexpr float kStill = 1e-5f;  // drifts of unit features up to this length are rounding
 
 struct Extrapolation {
   float low, high, threshold, slope;

@@ -17,6 +17,7 @@ from scc_fast.kernels._tiles import exp_sum, first_maximiser, load_row, load_til
 
 # Elements of a tile: with eight warps a thread then holds sixteen of them.
 _TILE = 4096
+_STILL = tl.constexpr(1e-5)  # of scc_fast.reference.heads
 _OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}  # fused or not: one answer everywhere
 
 # Bytes of the dot products of a chunk of images.
@@ -387,8 +388,8 @@ def _weights_kernel(
     size = tl.maximum(tl.sqrt_rn(tl.sum(squares, axis=0)), 1e-12)
     far = tl.sqrt_rn(tl.sum(along, axis=0))
     moved = tl.sqrt_rn(tl.sum(drifts, axis=1))
-    cosines = tl.div_rn(tl.sum(agreed, axis=1), tl.maximum(moved * far, 1e-10))
-    r = tl.div_rn(tl.sum(tl.where(moved <= 1e-5, 0.0, cosines), axis=0), count)
+    cosines = tl.div_rn(tl.sum(agreed, axis=1), tl.maximum(moved * far, _STILL * _STILL))
+    r = tl.div_rn(tl.sum(tl.where(moved <= _STILL, 0.0, cosines), axis=0), count)
     r = tl.where(r > 1.0, 1.0, tl.where(r < -1.0, -1.0, r))  # NaN stays
     tl.store(cosine_ptr + image, a)
     tl.store(agreement_ptr + image, r)

@@ -95,7 +95,7 @@ class View:
     Args:
         flip: mirror left to right.
         shift: (down, right) in whole pixels or, as fractions in (-1, 1), in shares of the shorter
-            side; uncovered pixels take the normalisation mean.
+            side, at least one pixel; uncovered pixels take the normalisation mean.
         noise: standard deviation of Gaussian pixel noise, pixels in [0, 1].
     """
 
@@ -287,7 +287,8 @@ class ViewsConfig(MethodConfig):
         views: a preset or a list of views.
         sigma: noise of the "paper" preset's copies, pixels in [0, 1].
         flip: whether views may mirror; None asks the model.
-        strength: c; beyond 1 the logits go on from the picture's own through their mean.
+        strength: c of ℓ_1 + c · (ℓ − ℓ_1), ℓ the mean of all views' logits, the first's ℓ_1
+            among them; 1 is the mean.
     """
 
     views: ViewPreset | tuple[View, ...] = "geometric"
@@ -329,8 +330,7 @@ class SCCConfig(MethodConfig):
         semantic_steps: S, ascent steps on the margin to the hardest negative.
         semantic, spatial, gate: switches; spatial=False uses the identity view alone.
         flip: whether views may mirror; None asks the model.
-        strength: c of the final mean, 1 as published; beyond 1 the logits go on from the repaired
-            picture's own through the views' mean.
+        strength: c of the final logits, as ViewsConfig has it; 1 as published.
     """
 
     epsilon: float = 4 / 255

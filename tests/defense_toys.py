@@ -13,6 +13,7 @@ from torch import Tensor
 from scc_fast import Defender, image_seeds, tiny
 from scc_fast.defenses import Defense
 from scc_fast.engine.batch import Batch
+from scc_fast.ops import ClassTable
 from scc_fast.reference.heads import Classes
 from scc_fast.reference.ttc import Outcome
 from toys import FIVE, assert_same, model_of
@@ -59,7 +60,8 @@ def toyed(kind: type[Defense], *, scale: float = 9.0, seed: int = 0, **config: A
     defender = Defender(model_of("tiny"), FIVE, method=kind.name, config=config)
     text = torch.randn(CLASSES, WIDTH, generator=torch.Generator().manual_seed(seed + 1))
     classes = Classes(F.normalize(text, dim=-1), scale, 0.5)
-    defender.session = replace(defender.session, encoded=Toy(seed), classes=classes)
+    held = {"classes": classes, "table": ClassTable.of(classes)}
+    defender.session = replace(defender.session, encoded=Toy(seed), **held)
     return defender
 
 

@@ -156,7 +156,8 @@ OWN = {
         ({"low": "1"}, ValueError, "low must be a number, got '1'"),
         ({"high": torch.nan}, ValueError, "high must be a number, got nan"),
         ({"threshold": None}, ValueError, "threshold must be a number, got None"),
-        ({"slope": 0.0}, ValueError, "slope must be above 0, got 0.0"),
+        ({"slope": 0.0}, ValueError, "slope must be at least 1e-6, got 0.0"),
+        ({"slope": True}, ValueError, "slope must be a number, got True"),
         ({"slope": torch.nan}, ValueError, "slope must be a number, got nan"),
     ),
 }  # fmt: skip

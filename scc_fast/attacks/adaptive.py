@@ -83,9 +83,8 @@ def climb(
     found, best = delta, x.new_zeros(len(x))
     along = torch.zeros_like(x)
     for at, size in enumerate(sizes):
-        gradient, lead = survey(
-            (x + delta).clamp(0, 1), at
-        )  # clamp rounding: outside the gradient is 0
+        # Rounding may leave the box, where the gradient is 0.
+        gradient, lead = survey((x + delta).clamp(0, 1), at)
         if lead is not None:
             better = lead > best
             best = torch.where(better, lead, best)

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from scc_fast import ops
-from scc_fast.config import MethodConfig, whole, within
+from scc_fast.config import IDENTITY, MethodConfig, whole, within
 from scc_fast.defenses.augment import perspectives
 from scc_fast.engine.batch import Batch, warped
 from scc_fast.engine.defense import Defense, State, Traits
 from scc_fast.engine.session import Session
-from scc_fast.reference import heads
 
 CORNERS = 150  # Philox purpose
 _BLACK = {"mode": "bicubic", "fill": (0.0, 0.0, 0.0)}
@@ -77,9 +76,9 @@ class AGC(Defense):
 
     def first_pass(self, session: Session, batch: Batch) -> State:
         features = session.warped(batch.x, self._maps(session, batch), **_BLACK)
-        least, most = self.config.least, self.config.most
-        weights, cosine, _ = heads.view_weights(features, least, most, math.inf, geodesic=True)
-        logits = heads.mean_logits(features, session.classes, weights, unit=True)
+        rule = self.config.least, self.config.most, math.inf
+        views = session.views(batch, (IDENTITY,))
+        logits, cosine, _ = views.extrapolated(features, rule, math.inf, geodesic=True)
         return State(cosine.detach(), logits=logits)
 
     def pictures(self, session: Session, batch: Batch) -> Tensor:

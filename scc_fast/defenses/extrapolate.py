@@ -25,7 +25,8 @@ class ExtrapolateConfig(MethodConfig):
     Args:
         views: "geometric" or a list of at least two View without noise that begins with the
             identity; shifts as shares of the side serve all sizes.
-        strength: c; with "geodesic" AGC's largest β.
+        strength: c of z = u_1 + c · (m − u_1), m the mean of the other views; with "geodesic"
+            AGC's largest β.
         rule: "agreement": c where the views' drifts agree, else 1 (after DBD, arXiv 2606.06186);
             "constant": c for all; "geodesic": AGC's arc (arXiv 2605.15584).
         threshold: of "agreement": θ on the mean cosine of the drifts with their mean.
@@ -110,15 +111,17 @@ class Extrapolate(OnViews):
 
     @property
     def surrogates(self) -> tuple[Defense, ...]:
-        """A smooth switch of two slopes, c for all, and the mean of the views."""
+        """Of the switch: two sigmoids, and c for all; of every rule: the mean of the views.
+
+        Not what equals the defense itself, whose own gradient is BPDA's.
+        """
         config = self.config
-        mean = replace(config, rule="constant", strength=1.0)
-        if config.rule == "constant":
-            return () if config.strength == 1 else (Extrapolate(mean),)
-        if config.rule == "geodesic":
-            return (Extrapolate(mean),)
-        smooth = (replace(config, slope=20.0), replace(config, slope=5.0))
-        return tuple(map(Extrapolate, (*smooth, replace(config, rule="constant"), mean)))
+        constant = replace(config, rule="constant", slope=None)
+        found = [replace(constant, strength=1.0)]
+        if config.rule == "agreement" and config.strength != 1:
+            found = [replace(config, slope=20.0), replace(config, slope=5.0), constant, *found]
+        equal = config if config.rule != "agreement" or config.strength != 1 else found[0]
+        return tuple(Extrapolate(one) for one in found if one != equal)
 
     def plan(self, session: Session, size: tuple[int, int]) -> Plan:
         return single_pass(self.name, self.width(session, size), "view_weights, mean_logits")

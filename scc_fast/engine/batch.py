@@ -209,7 +209,7 @@ class Views:
         return slope
 
     def logits(self, features: Tensor, strength: float = 1.0) -> Tensor:
-        """Mean logits over the views, (B, K), or what lies `strength` times as far from v_1's."""
+        """ℓ_1 + strength · (ℓ − ℓ_1), (B, K): ℓ the mean of the views' logits, ℓ_1 v_1's."""
         session = self.session
         weights = self._weights(features, strength)
         logits = ops.mean_logits(features, session.table, weights, backend=session.backend)

@@ -188,7 +188,7 @@ def mean_logits(
         features: (L, B, D).
         table: the classes.
         weights: w, (L, B) float32, any finite numbers; None: 1/L each.
-        unit: whether z is scaled to unit length; of a z of zeros the first view's is taken.
+        unit: whether z is scaled to unit length; u_1 takes the place of z = 0.
         backend: as drift_head.
 
     Returns:
@@ -223,7 +223,7 @@ def view_weights(
         features: (L, B, D), L >= 2, the first view the picture's own.
         low, high: c; with `geodesic`, AGC's β at a score of 0 and of 1.
         threshold: on the agreement r.
-        slope: of a sigmoid of r in the place of the switch; infinity: the switch.
+        slope: of a sigmoid of r in the place of the switch, at least 1e-6; infinity: the switch.
         geodesic: AGC's weights instead (arXiv 2605.15584), by its own score.
         backend: as drift_head.
 
@@ -240,10 +240,10 @@ def view_weights(
         raise ValueError("view_weights: features must be of at least 2 views, got 1")
     numbers = {"low": low, "high": high, "threshold": threshold, "slope": slope}
     for name, value in numbers.items():
-        if not isinstance(value, int | float) or value != value:
+        if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
             raise ValueError(f"view_weights: {name} must be a number, got {shown(value)}")
-    if slope <= 0:
-        raise ValueError(f"view_weights: slope must be above 0, got {shown(slope)}")
+    if slope < 1e-6:  # Triton's kernel takes 0 for the switch
+        raise ValueError(f"view_weights: slope must be at least 1e-6, got {shown(slope)}")
     scalars = (float(low), float(high), float(threshold), float(slope), bool(geodesic))
     return _weights(features.device, backend, features, *scalars)
 

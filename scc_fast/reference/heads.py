@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-STILL = 1e-5  # a shorter drift of unit features is what rounding makes of none
+STILL = 1e-5  # drifts of unit features up to this length are rounding
 
 
 @dataclass(frozen=True, eq=False)
