@@ -446,7 +446,7 @@ def _grid(
     columns: dict[str, tuple[str, str]],
     rows: dict[tuple[str, str, str], Row],
 ) -> list[str]:
-    """A line a defense, a column an attack; without those that were measured on none."""
+    """Table of defenses by attacks; attacks measured on none of the defenses are left out."""
     heads = [
         head
         for head, column in columns.items()

@@ -14,7 +14,7 @@ from scc_fast.config import (
     View,
     ViewsConfig,
 )
-from scc_fast.models import VisionLanguage, load_model
+from scc_fast.models import TwoTowers, VisionLanguage, load_model
 from scc_fast.result import DefenseResult
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "RNConfig",
     "SCCConfig",
     "TTCConfig",
+    "TwoTowers",
     "View",
     "ViewsConfig",
     "VisionLanguage",

@@ -76,7 +76,9 @@ def demo(
 def defend(
     pictures: Annotated[list[Path], typer.Argument(help="Picture files.", metavar="PICTURE…")],
     labels: Annotated[str | None, typer.Option(help='Classes: "a dog,a wolf", or @FILE.')] = None,
-    model: Annotated[str, typer.Option(help='"tiny", an open_clip name, or local-dir:…')] = "tiny",
+    model: Annotated[
+        str, typer.Option(help='"tiny", an open_clip name, local-dir:… or package.module:factory')
+    ] = "tiny",
     pretrained: Annotated[str | None, typer.Option(help="open_clip tag or weights file.")] = None,
     method: Method = "scc",
     epsilon: Annotated[str | None, typer.Option(help="Budget: 4/255 or 0.0157.")] = None,
@@ -119,7 +121,10 @@ def defend(
 @app.command()
 def evaluate(
     model: Annotated[
-        str, typer.Option(help='"tiny", NAME@TAG (+FILE.pth.tar), hf-hub:… or local-dir:…')
+        str,
+        typer.Option(
+            help='"tiny", NAME@TAG (+FILE.pth.tar), hf-hub:…, local-dir:… or package.module:factory'
+        ),
     ] = "tiny",
     dataset: Annotated[str, typer.Option(help="As clip-benchmark spells it; or emoji.")] = "emoji",
     defense: Annotated[str, typer.Option(help="Such as none,ttc:steps=5,scc.")] = "none,ttc,scc",
@@ -239,7 +244,9 @@ def report(
 
 @app.command()
 def bench(
-    model: Annotated[str, typer.Option(help='"tiny", an open_clip name, or local-dir:…')] = "tiny",
+    model: Annotated[
+        str, typer.Option(help='"tiny", an open_clip name, local-dir:… or package.module:factory')
+    ] = "tiny",
     pretrained: Annotated[str | None, typer.Option(help="open_clip tag or weights file.")] = None,
     method: Planned = "scc",
     batch: Annotated[

@@ -9,11 +9,13 @@ from scc_fast.models.model import (
     VisionLanguage,
     missing_members,
 )
+from scc_fast.models.two_towers import TwoTowers
 
 __all__ = [
     "FrozenModel",
     "OpenCLIPModel",
     "TransformersModel",
+    "TwoTowers",
     "VisionLanguage",
     "frozen_twin",
     "load_model",

@@ -13,6 +13,7 @@ from torch import nn
 
 from scc_fast import _devices
 from scc_fast._plain import default_device, default_dtype
+from scc_fast.config import shown
 from scc_fast.models import weights as _weights
 from scc_fast.models.checkpoints import (
     parse_model,
@@ -29,6 +30,7 @@ from scc_fast.models.model import (
 from scc_fast.models.preprocess import Preprocess, triple
 from scc_fast.models.state_dicts import as_path
 from scc_fast.models.tokens import Tokenizer, check_tokenizer
+from scc_fast.models.two_towers import from_factory, is_factory
 
 _LOG = logging.getLogger("scc_fast")
 
@@ -51,7 +53,8 @@ def load_model(
 
     Args:
         model: "tiny" (bundled); an open_clip name; "hf-hub:org/repo"; a folder, "local-dir:folder",
-            in open_clip's or transformers' layout; or an open_clip or transformers model.
+            in open_clip's or transformers' layout; "package.module:factory", a function that
+            returns a model; or an open_clip or transformers model, or a TwoTowers.
             FARE ("hf-hub:chs20/fare2-clip") and BiomedCLIP ("hf-hub:microsoft/BiomedCLIP-…", with
             the extra "transformers" for its text tower) are such names.
         pretrained: open_clip tag or weights file, for open_clip names. None: random weights,
@@ -80,6 +83,15 @@ def load_model(
     device = None if device is None else _devices.find(device)
     options = {"mean": mean, "std": std}
     overrides: dict[str, Any] = {k: triple(v, k) for k, v in options.items() if v is not None}
+    name = model
+    if is_factory(name):
+        if pretrained is not None or image_encoder is not None or precision != "fp32":
+            raise ValueError(
+                f"pretrained, precision, image_encoder: {name!r} brings its weights and takes none"
+            )
+        model = from_factory(str(name), device)
+        if isinstance(model, str | Path):
+            raise TypeError(f"model: {name!r} must return a model, got {shown(model)}")
     if not isinstance(model, (str, Path)) and not missing_members(model):
         return cast(VisionLanguage, model)
     check_tokenizer(tokenizer)

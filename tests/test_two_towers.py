@@ -1,0 +1,227 @@
+"""Models from any image encoder and any texts, and --model package.module:factory."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import scc_fast
+from command_line import Run
+from scc_fast import Defender, TwoTowers, image_seeds
+from scc_fast.defenses import DEFENSES
+from scc_fast.evaluate.worker import weights_hash
+from toys import assert_same
+
+NAMES = ["red", "green", "blue", "grey"]
+ROWS = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
+SIZE = 16
+
+
+class Cnn(nn.Module):
+    """A small convolutional network with what it must not run in training mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU6(), nn.Dropout(0.5),
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 6),
+        )  # fmt: skip
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.layers(pixels)
+
+
+def cnn() -> Cnn:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        return Cnn()
+
+
+def towers(**options: Any) -> TwoTowers:
+    given = {"text": dict(zip(NAMES, ROWS, strict=True)), "size": SIZE, "mean": (0.5,) * 3}
+    return TwoTowers(cnn(), **{**given, "std": (0.5,) * 3, "logit_scale": 20.0, **options})
+
+
+def pictures(n: int = 3) -> Tensor:
+    return torch.rand(n, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(n))
+
+
+def test_logits_by_hand() -> None:
+    own = cnn()
+    model = towers(logit_bias=-1.5)
+    result = Defender(model, NAMES, method="none")(pictures(), 0)
+    with torch.no_grad():
+        features = own.eval()((pictures() - 0.5) / 0.5)
+    want = 20 * F.normalize(features, dim=-1) @ F.normalize(ROWS, dim=-1).T - 1.5
+    torch.testing.assert_close(result.logits, want, atol=1e-4, rtol=1e-4)
+    assert result.engine == "eager"
+    assert model.embed_dim == 6
+
+
+def test_the_module_is_the_callers() -> None:
+    own = cnn().train()
+    before = {name: value.clone() for name, value in own.state_dict().items()}
+    model = TwoTowers(own, size=SIZE)
+    Defender(model, text_features=ROWS, method="ttc")(pictures(), 0)
+    assert own.training
+    assert all(parameter.requires_grad for parameter in own.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in own.state_dict().items())
+
+
+@pytest.mark.parametrize("method", [name for name in DEFENSES if name != "r_tpt"])
+def test_every_method(method: str) -> None:
+    defender = Defender(towers(), NAMES, method=method, config={})
+    seeds = image_seeds(3, 3)
+    result = defender(pictures(), seeds)
+    assert result.logits.isfinite().all()
+    assert_same(defender(pictures()[1:2], seeds[1:2]), result, [1])
+    assert (result.images - pictures()).abs().max() <= 17 / 255
+
+
+def test_what_needs_a_text_tower_says_so() -> None:
+    with pytest.raises(ValueError, match=r"r_tpt.*text tower"):
+        Defender(towers(), NAMES, method="r_tpt", config={})(pictures(), 0)
+
+
+def test_texts_of_a_function_and_of_a_table() -> None:
+    seen: list[list[str]] = []
+
+    def embed(prompts: list[str]) -> Tensor:
+        seen.append(prompts)
+        return torch.tensor([[len(p), 1.0, 2.0, 0, 0, 0] for p in prompts])
+
+    text = towers(text=embed).encode_text(["aa", "b", "aa"], batch_size=1)
+    assert seen[-2:] == [["aa"], ["b"]]
+    torch.testing.assert_close(text[[0, 2, 1]].norm(dim=-1), torch.ones(3))
+    assert torch.equal(text[0], text[2])
+    table = towers().encode_text(["blue", "red"])
+    torch.testing.assert_close(table, F.normalize(ROWS[[2, 0]], dim=-1))
+    assert towers().encode_text([]).shape == (0, 6)
+    with pytest.raises(ValueError, match=r"'gren' is none of the 4 texts of two-towers.*'green'"):
+        Defender(towers(), ["red", "gren"])
+    with pytest.raises(ValueError, match="two-towers has no text tower: give text="):
+        Defender(TwoTowers(cnn(), size=SIZE), NAMES)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "told"),
+    [
+        ({"image": 3}, TypeError, "image: a module or a function is needed, got 3"),
+        ({"image": Cnn}, TypeError, "image: a module or a function"),
+        ({"text": ROWS}, TypeError, "text: a function of prompts, or a mapping"),
+        ({"text": {}}, ValueError, "text: the mapping is empty"),
+        ({"text": {"a": [1.0, 2.0], "b": [1.0]}}, ValueError, "all of one length, got 'b'"),
+        ({"text": {"a": [0.0, 0.0]}}, ValueError, "row of 'a' must be finite and not zero"),
+        ({"text": {"a": "red"}}, ValueError, "one row of numbers"),
+        ({"text": {"a": [1.0, 2.0]}}, ValueError, "pictures in 6 numbers and texts in 2"),
+        ({"text": lambda prompts: None}, ValueError, "the text tower gives None"),
+        ({"text": lambda: None}, ValueError, "the text tower of two-towers fails"),
+        ({"image": lambda pixels: pixels}, ValueError, "the image tower gives"),
+        ({"size": 0}, ValueError, "size: .* got 0"),
+        ({"size": (3, 4.0)}, ValueError, "size: "),
+        ({"size": None}, ValueError, "size: .* got None"),
+        ({"mean": 0.5}, TypeError, "mean: three numbers"),
+        ({"std": (0, 1, 1)}, ValueError, "std: three finite numbers"),
+        ({"resize_mode": "short"}, ValueError, "resize_mode must be one of"),
+        ({"device": "cud"}, ValueError, "device"),
+    ],
+)
+def test_refusals(given: dict[str, Any], error: type[Exception], told: str) -> None:
+    image = given.get("image", cnn())
+    rest = {key: value for key, value in given.items() if key != "image"}
+    with pytest.raises(error, match=told) as found:
+        TwoTowers(image, **{"size": SIZE, "text": dict(zip(NAMES, ROWS, strict=True)), **rest})
+    assert len(str(found.value)) < 300
+
+
+def test_shapes_and_one_line() -> None:
+    model = towers(name="small")
+    assert model.encode_image(torch.zeros(0, 3, SIZE, SIZE)).shape == (0, 6)
+    with pytest.raises(ValueError, match=r"shape \(1, 3, 8, 8\), but small takes"):
+        model.encode_image(torch.zeros(1, 3, 8, 8))
+    assert repr(model) == "TwoTowers('small', 16x16, float32, cpu)"
+    assert model.info()["parameters"] == sum(p.numel() for p in cnn().parameters())
+    assert weights_hash(model) == weights_hash(towers())
+    again = pickle.loads(pickle.dumps(model))
+    assert torch.equal(again.encode_image(pictures()), model.encode_image(pictures()))
+
+
+def test_a_network_of_timm_without_attention() -> None:
+    import timm
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = timm.create_model("tf_efficientnet_lite0", pretrained=False, num_classes=0)
+    model = TwoTowers(net, size=64, mean=(0.5,) * 3, std=(0.5,) * 3, name="lite0")
+    text = torch.randn(3, 1280, generator=torch.Generator().manual_seed(2))
+    x = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(3))
+    plain = Defender(model, text_features=text, method="scc", config={"gate": False})(x, 0)
+    bf16 = Defender(model, text_features=text, method="none", precision="bf16")(x, 0)
+    assert plain.delta.abs().max() > 0
+    none = Defender(model, text_features=text, method="none")(x, 0).logits
+    assert 0 < (bf16.logits - none).abs().max() < 2
+
+
+# ------------------------------------------------------------------------------------- factories
+
+SOURCE = """
+import torch
+from torch import nn
+from scc_fast import TwoTowers, tiny
+
+def make(device=None):
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.AvgPool2d(8), nn.Flatten(), nn.Linear(192, 16))
+    return TwoTowers(net, embed, size=64, name="pools", device=device)
+
+def embed(prompts):
+    source = torch.Generator()
+    rows = []
+    for prompt in prompts:
+        source.manual_seed(sum(map(ord, prompt)))
+        rows.append(torch.randn(16, generator=source))
+    return torch.stack(rows)
+
+def nothing():
+    return "tiny"
+"""
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    (tmp_path / "own_towers_of_a_test.py").write_text(SOURCE)
+    monkeypatch.chdir(tmp_path)
+    return "own_towers_of_a_test"
+
+
+def test_a_factory(module: str) -> None:
+    model = scc_fast.load_model(f"{module}:make", device="cpu")
+    assert (type(model), model.name) == (TwoTowers, "pools")
+    assert Defender(f"{module}:make", NAMES, method="none")(torch.rand(1, 3, 64, 64), 0).engine
+    for name, error, told in (
+        (f"{module}:mke", ValueError, "has no function mke; did you mean 'make'"),
+        ("own_towers_of_nobody:make", ValueError, "own_towers_of_nobody cannot be imported"),
+        (f"{module}:nothing", TypeError, "must return a model, got 'tiny'"),
+        (f"{module}:torch", ValueError, "has no function torch"),
+    ):
+        with pytest.raises(error, match=told):
+            scc_fast.load_model(name)
+    with pytest.raises(ValueError, match="brings its weights"):
+        scc_fast.load_model(f"{module}:make", "openai")
+
+
+def test_a_factory_in_an_evaluation(module: str, run: Run, tmp_path: Path) -> None:
+    asked = f"--model {module}:make --defense none,extrapolate --attack pgd2 --n-samples 4"
+    code, _, err = run("evaluate", *asked.split(), "--allow-weak-attack", "--out", "found")
+    assert code == 0, err
+    (folder,) = (tmp_path / "found").iterdir()
+    model = json.loads((folder / "run.json").read_text())["model"]
+    assert (model["spec"], model["source"]) == (f"{module}:make", "TwoTowers(Sequential)")
+    assert model["weights_sha256"] == weights_hash(scc_fast.load_model(f"{module}:make"))
