@@ -113,7 +113,7 @@ def text_embeddings(
     """Unit embeddings (K, D) float32 of `classes`, or `given` normalised.
 
     Embeddings of `classes` are cached with the model's snapshot, whose key covers the text side; a
-    model that is its own snapshot is encoded every time.
+    model that is its own snapshot, or TwoTowers, is encoded every time.
 
     Raises:
         ValueError: non-finite embeddings.
@@ -121,7 +121,7 @@ def text_embeddings(
     if (classes is None) == (given is None):
         raise ValueError("give exactly one of classes= and text_features=")
     if classes is not None:
-        if snapshot is model:
+        if snapshot is model or not getattr(snapshot, "whole", True):
             return _encode(model, classes)
         with LOCK:
             known = _TEXT.get(snapshot)  # one class list per snapshot

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 import scc_fast
@@ -65,6 +66,43 @@ def test_logits_by_hand() -> None:
     assert model.embed_dim == 6
 
 
+def test_an_image_function() -> None:
+    own = cnn().eval().requires_grad_(False)
+    by_function = TwoTowers(own.forward, dict(zip(NAMES, ROWS, strict=True)), size=SIZE)
+    by_module = TwoTowers(own, dict(zip(NAMES, ROWS, strict=True)), size=SIZE)
+    for method in ("none", "scc"):
+        a, b = (Defender(m, NAMES, method=method, config={}) for m in (by_function, by_module))
+        assert_same(a(pictures(), 0), b(pictures(), 0))
+    assert weights_hash(by_function) == ""
+
+
+def test_a_defender_stands_on_its_own_copy() -> None:
+    """Training goes on in the caller's module; a new Defender has both towers anew."""
+    own = cnn()
+    before = Defender(TwoTowers(own, dict(zip(NAMES, ROWS, strict=True)), size=SIZE), NAMES)
+    want = before(pictures(), 0).logits
+    scale = torch.ones(6)
+    moving = TwoTowers(own, lambda prompts: ROWS[: len(prompts)] * scale, size=SIZE)
+    first = Defender(moving, NAMES, method="none")
+    old = first.text_features.clone()
+    with torch.no_grad():
+        own.layers[-1].weight.mul_(-1)
+        own.layers[1].running_mean.add_(1)
+    scale[0] = -1
+    assert torch.equal(before(pictures(), 0).logits, want)
+    assert torch.equal(first.text_features, old)
+    assert not torch.equal(Defender(moving, NAMES, method="none").text_features, old)
+
+
+def test_engine_compile() -> None:
+    plain, compiled = (
+        Defender(towers(), NAMES, method="none", engine=engine)(pictures(), 0)
+        for engine in ("eager", "compile")
+    )
+    assert compiled.engine == "compile"
+    torch.testing.assert_close(compiled.logits, plain.logits, atol=1e-4, rtol=1e-4)
+
+
 def test_the_module_is_the_callers() -> None:
     own = cnn().train()
     before = {name: value.clone() for name, value in own.state_dict().items()}
@@ -98,13 +136,25 @@ def test_texts_of_a_function_and_of_a_table() -> None:
         return torch.tensor([[len(p), 1.0, 2.0, 0, 0, 0] for p in prompts])
 
     text = towers(text=embed).encode_text(["aa", "b", "aa"], batch_size=1)
-    assert seen[-2:] == [["aa"], ["b"]]
+    assert seen == [["aa"], ["b"]]
     torch.testing.assert_close(text[[0, 2, 1]].norm(dim=-1), torch.ones(3))
     assert torch.equal(text[0], text[2])
     table = towers().encode_text(["blue", "red"])
     torch.testing.assert_close(table, F.normalize(ROWS[[2, 0]], dim=-1))
     assert towers().encode_text([]).shape == (0, 6)
-    with pytest.raises(ValueError, match=r"'gren' is none of the 4 texts of two-towers.*'green'"):
+    small = towers(text={"a": [1e-30] * 6, "b": [1e30, 0, 0, 0, 0, 0]}).encode_text(["a", "b"])
+    torch.testing.assert_close(small.norm(dim=-1), torch.ones(2))
+    for given, told in (
+        (lambda prompts: torch.zeros(len(prompts), 6), "row of 'a' must be finite and not zero"),
+        (lambda prompts: torch.full((len(prompts), 6), torch.nan), "row of 'a' must be finite"),
+        (lambda prompts: torch.ones(len(prompts), 5), "pictures in 6 numbers and texts in 5"),
+        (lambda prompts: None, "its text function gives None"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            towers(text=given).encode_text(["a", "b"])
+    with pytest.raises(TypeError, match="a list of strings is needed"):
+        towers().encode_text("red")
+    with pytest.raises(ValueError, match=r"'gren' is not among the 4 texts of two-towers.*'green'"):
         Defender(towers(), ["red", "gren"])
     with pytest.raises(ValueError, match="two-towers has no text tower: give text="):
         Defender(TwoTowers(cnn(), size=SIZE), NAMES)
@@ -120,10 +170,16 @@ def test_texts_of_a_function_and_of_a_table() -> None:
         ({"text": {"a": [1.0, 2.0], "b": [1.0]}}, ValueError, "all of one length, got 'b'"),
         ({"text": {"a": [0.0, 0.0]}}, ValueError, "row of 'a' must be finite and not zero"),
         ({"text": {"a": "red"}}, ValueError, "one row of numbers"),
+        ({"text": {"a": [float("nan")] * 6}}, ValueError, "must be finite and not zero"),
+        ({"text": {3: [1.0] * 6}}, ValueError, "one row of numbers, .* got 3"),
         ({"text": {"a": [1.0, 2.0]}}, ValueError, "pictures in 6 numbers and texts in 2"),
-        ({"text": lambda prompts: None}, ValueError, "the text tower gives None"),
-        ({"text": lambda: None}, ValueError, "the text tower of two-towers fails"),
-        ({"image": lambda pixels: pixels}, ValueError, "the image tower gives"),
+        ({"image": lambda pixels: pixels}, ValueError, "its image tower gives"),
+        ({"image": lambda: 0}, ValueError, "image: <lambda> fails on a picture of size="),
+        ({"image": nn.Linear(7, 6)}, ValueError, r"Linear fails on a picture of size=\(16, 16\)"),
+        ({"image": cnn().double()}, TypeError, "weight is torch.float64; weights in"),
+        ({"name": ""}, TypeError, "name: a string"),
+        ({"logit_scale": "x"}, ValueError, "logit_scale must be a number"),
+        ({"interpolation": "cubic"}, ValueError, "interpolation must be one of bicubic, bilinear"),
         ({"size": 0}, ValueError, "size: .* got 0"),
         ({"size": (3, 4.0)}, ValueError, "size: "),
         ({"size": None}, ValueError, "size: .* got None"),
@@ -189,6 +245,12 @@ def embed(prompts):
         rows.append(torch.randn(16, generator=source))
     return torch.stack(rows)
 
+def fails():
+    raise KeyError("no such key")
+
+def needs(argument):
+    pass
+
 def nothing():
     return "tiny"
 """
@@ -204,17 +266,32 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_a_factory(module: str) -> None:
     model = scc_fast.load_model(f"{module}:make", device="cpu")
     assert (type(model), model.name) == (TwoTowers, "pools")
-    assert Defender(f"{module}:make", NAMES, method="none")(torch.rand(1, 3, 64, 64), 0).engine
+    result = Defender(f"{module}:make", NAMES, method="none")(torch.zeros(1, 3, 64, 64), 0)
+    want = model.logit_scale * F.normalize(model.encode_image(torch.zeros(1, 3, 64, 64)), dim=-1)
+    torch.testing.assert_close(result.logits, want @ model.encode_text(NAMES).T)
     for name, error, told in (
         (f"{module}:mke", ValueError, "has no function mke; did you mean 'make'"),
-        ("own_towers_of_nobody:make", ValueError, "own_towers_of_nobody cannot be imported"),
+        ("own_towers_of_nobody:make", ValueError, "No module named .own_towers_of_nobody"),
         (f"{module}:nothing", TypeError, "must return a model, got 'tiny'"),
         (f"{module}:torch", ValueError, "has no function torch"),
+        (f"{module}:fails", ValueError, "fails: KeyError: .*no such key"),
+        (f"{module}:needs", ValueError, "fails: TypeError"),
     ):
         with pytest.raises(error, match=told):
             scc_fast.load_model(name)
-    with pytest.raises(ValueError, match="brings its weights"):
-        scc_fast.load_model(f"{module}:make", "openai")
+    for more in ({"pretrained": "openai"}, {"mean": (0.5,) * 3}, {"flip": False}):
+        for name in (f"{module}:make", towers()):
+            with pytest.raises(ValueError, match="is complete: omit pretrained"):
+                scc_fast.load_model(name, **more)
+
+
+def test_a_factory_in_the_other_commands(module: str, run: Run, tmp_path: Path) -> None:
+    """Bench and doctor; evaluate has a test of its own."""
+    Image.new("RGB", (70, 80), (200, 30, 30)).save("red.png")
+    for asked in ("defend red.png --labels red,blue", "doctor", "bench --seconds 0.01 --batch 1"):
+        code, out, err = run(*asked.split(), "--model", f"{module}:make")
+        assert code == 0, err
+        assert "pools" in out + err or "red" in out
 
 
 def test_a_factory_in_an_evaluation(module: str, run: Run, tmp_path: Path) -> None:

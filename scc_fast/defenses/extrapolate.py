@@ -23,14 +23,14 @@ class ExtrapolateConfig(MethodConfig):
     """View extrapolation: z = u_1 + c · (mean of the views' unit features − u_1).
 
     Args:
-        views: "geometric" or a list of at least two View without noise that begins with the
-            identity; shifts as shares of the side serve all sizes.
+        views: "geometric" or a list of View without noise that begins with the identity, at least
+            three for "agreement", else two; shifts as shares of the side serve all sizes.
         strength: c of z = u_1 + c · (m − u_1), m the mean of the other views; with "geodesic"
             AGC's largest β.
         rule: "agreement": c where the views' drifts agree, else 1 (after DBD, arXiv 2606.06186);
             "constant": c for all; "geodesic": AGC's arc (arXiv 2605.15584).
         threshold: of "agreement": θ on the mean cosine of the drifts with their mean.
-        slope: of "agreement": of a sigmoid in the place of the switch; None: the switch.
+        slope: of "agreement": of a sigmoid instead of the switch; None: the switch.
         flip: whether views may mirror; None asks the model.
     """
 
@@ -113,15 +113,16 @@ class Extrapolate(OnViews):
     def surrogates(self) -> tuple[Defense, ...]:
         """Of the switch: two sigmoids, and c for all; of every rule: the mean of the views.
 
-        Not what equals the defense itself, whose own gradient is BPDA's.
+        Those that equal the defense are left out: its own gradient is attacked already.
         """
         config = self.config
         constant = replace(config, rule="constant", slope=None)
         found = [replace(constant, strength=1.0)]
         if config.rule == "agreement" and config.strength != 1:
             found = [replace(config, slope=20.0), replace(config, slope=5.0), constant, *found]
-        equal = config if config.rule != "agreement" or config.strength != 1 else found[0]
-        return tuple(Extrapolate(one) for one in found if one != equal)
+            return tuple(Extrapolate(one) for one in found if one != config)
+        is_mean = config.rule != "geodesic" and config.strength == 1
+        return () if is_mean else tuple(map(Extrapolate, found))
 
     def plan(self, session: Session, size: tuple[int, int]) -> Plan:
         return single_pass(self.name, self.width(session, size), "view_weights, mean_logits")

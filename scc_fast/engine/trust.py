@@ -72,7 +72,7 @@ class Trust:
         return list(map(id, found)), [(p._version, p.data_ptr()) for p in self._parameters]
 
     def _only_moved(self, weights: tuple[list[int], list[tuple[int, int]]]) -> bool:
-        """Whether storages have a new address alone, as those sent to another process have."""
+        """Whether only addresses changed, as when storages move to shared memory."""
         (ids, now), (taken, then) = weights, self._taken
         written = [version for version, _ in now] != [version for version, _ in then]
         pairs = zip(self._parameters, self._storages, strict=True)

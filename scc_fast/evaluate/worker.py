@@ -179,6 +179,7 @@ class Worker:
                 "spec": s.model,
                 "source": self.model.source,
                 "weights_sha256": weights_hash(self.model),
+                **self._text_facts(),
                 "image_size": list(self.model.image_size),
                 "precision": self.defense("none").precision,
             },
@@ -186,6 +187,14 @@ class Worker:
             "seed": s.seed,
             "batch": s.batch,
         }
+
+    def _text_facts(self) -> dict[str, Any]:
+        """What no weights tell of a model whose texts are a function or a table."""
+        if getattr(self.model, "whole", True):
+            return {}
+        found = hashlib.sha256(self.model.encode_text(self.data.prompts).cpu().numpy().tobytes())
+        scale, bias = self.model.logit_scale, self.model.logit_bias
+        return {"text_sha256": found.hexdigest(), "logit_scale": scale, "logit_bias": bias}
 
     def describe(self, spec: str) -> dict[str, Any]:
         """Facts of a defense for rows."""
@@ -288,9 +297,11 @@ def _readable(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def weights_hash(model: VisionLanguage) -> str:
-    """SHA-256 of a model's weights and buffers."""
-    found = hashlib.sha256()
-    for name, value in getattr(model, "module", nn.Module()).state_dict().items():
+    """SHA-256 of a model's weights and buffers; "" if none are known."""
+    found, weights = hashlib.sha256(), getattr(model, "module", nn.Module()).state_dict()
+    if not weights:
+        return ""
+    for name, value in weights.items():
         found.update(name.encode())
         found.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return found.hexdigest()

@@ -83,17 +83,25 @@ def load_model(
     device = None if device is None else _devices.find(device)
     options = {"mean": mean, "std": std}
     overrides: dict[str, Any] = {k: triple(v, k) for k, v in options.items() if v is not None}
-    name = model
-    if is_factory(name):
-        if pretrained is not None or image_encoder is not None or precision != "fp32":
-            raise ValueError(
-                f"pretrained, precision, image_encoder: {name!r} brings its weights and takes none"
-            )
-        model = from_factory(str(name), device)
+    what = f"model: {shown(model)}"
+    if is_factory(model):
+        model = from_factory(str(model), device or torch.device(_default()))
         if isinstance(model, str | Path):
-            raise TypeError(f"model: {name!r} must return a model, got {shown(model)}")
+            raise TypeError(f"{what} must return a model, got {shown(model)}")
     if not isinstance(model, (str, Path)) and not missing_members(model):
-        return cast(VisionLanguage, model)
+        given = cast(VisionLanguage, model)
+        if (
+            any(v is not None for v in (pretrained, tokenizer, processor, mean, std, flip))
+            or image_encoder is not None
+            or precision != "fp32"
+        ):
+            raise ValueError(
+                f"{what} is complete: omit pretrained, tokenizer, processor, precision, mean, std, "
+                "flip and image_encoder"
+            )
+        if device is not None and device.type != given.device.type:
+            raise ValueError(f"{what} is on {given.device}, not on the device asked for, {device}")
+        return given
     check_tokenizer(tokenizer)
     # Initialisation draws from torch's global generator: restore it
     own = torch.random.fork_rng(devices=[])
@@ -112,7 +120,7 @@ def load_model(
                 str(model), pretrained, tokenizer, processor, cache_dir, precision
             )
             if device is None:
-                device = "cuda" if torch.cuda.is_available() else "cpu"
+                device = _default()
         adapter: type[FrozenModel] = OpenCLIPModel
         if found.kind == "transformers":
             adapter = TransformersModel
@@ -137,6 +145,10 @@ def load_model(
         tuned.original = loaded
         _LOG.info(_resolved(tuned))
         return tuned
+
+
+def _default() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _resolved(model: FrozenModel) -> str:

@@ -78,6 +78,7 @@ class FrozenModel:
     """
 
     kind = ""
+    whole = True  # whether ``module`` holds both towers
     original: FrozenModel | None = None
 
     def __init__(
@@ -208,15 +209,12 @@ class FrozenModel:
         place = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
         with plain(self.device):
             parts = [] if place else [torch.zeros(0, self.embed_dim, device=self.device)]
-            items, cut = list(place), []
+            items, cut = list(place), list[str]()
             firsts = range(0, len(items), batch_size)
             for first in with_progress(firsts, "prompts"):
                 batch = items[first : first + batch_size]
-                inputs = self.text_inputs(batch)
-                cut += cut_prompts(batch, inputs["input_ids"], self._ids)
-                features = self._text_features({k: v.to(self.device) for k, v in inputs.items()})
-                features = check_features(features, len(batch), "its text tower").float()
-                parts.append(nn.functional.normalize(features, dim=-1))
+                features = check_features(self._embed(batch, cut), len(batch), "its text tower")
+                parts.append(nn.functional.normalize(features.float(), dim=-1))
             if cut:
                 more = f" (and {len(cut) - 1} more)" if len(cut) > 1 else ""
                 warn(
@@ -227,6 +225,12 @@ class FrozenModel:
             if len(place) == len(prompts):
                 return result
             return result[torch.tensor([place[p] for p in prompts], device=self.device)]
+
+    def _embed(self, prompts: list[str], cut: list[str]) -> Tensor:
+        """Text embeddings, not normalised; adds prompts that are too long to `cut`."""
+        inputs = self.text_inputs(prompts)
+        cut += cut_prompts(prompts, inputs["input_ids"], self._ids)
+        return self._text_features({k: v.to(self.device) for k, v in inputs.items()})
 
     def _ids(self, prompts: Sequence[str]) -> Tensor:
         return self.text_inputs(prompts)["input_ids"]

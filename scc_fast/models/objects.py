@@ -44,7 +44,7 @@ def model_in(value: Any) -> nn.Module:
     if not isinstance(value, nn.Module):
         raise TypeError(f"model: {_what_came(value)}")
     model = unwrap(value)
-    _check_weights(model)
+    check_weights(model)
     if not _is_model(model):
         raise TypeError(f"model: {_what_module(model)}")
     _check_parts(model)
@@ -99,7 +99,7 @@ def _what_module(model: nn.Module) -> str:
         return f"{kind} has no image tower; {whole}"
     return (
         f"{kind} is neither an open_clip model ({', '.join(_OPEN_CLIP)}) nor a transformers one "
-        f"({', '.join(_TRANSFORMERS)})"
+        f"({', '.join(_TRANSFORMERS)}); wrap an image encoder in scc_fast.TwoTowers"
     )
 
 
@@ -137,7 +137,8 @@ def _inside(value: Any) -> str | None:
     return None
 
 
-def _check_weights(model: nn.Module) -> None:
+def check_weights(model: nn.Module) -> None:
+    """Raise TypeError for weights that are quantized, sharded, scripted or of another dtype."""
     before = "pass the model as it was before, with its weights in float32, float16 or bfloat16"
     for name, part in model.named_modules():
         where = f"its {name}" if name else type(model).__name__

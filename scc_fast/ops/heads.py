@@ -188,7 +188,7 @@ def mean_logits(
         features: (L, B, D).
         table: the classes.
         weights: w, (L, B) float32, any finite numbers; None: 1/L each.
-        unit: whether z is scaled to unit length; u_1 takes the place of z = 0.
+        unit: whether z is scaled to unit length; if z = 0, u_1 is used.
         backend: as drift_head.
 
     Returns:
@@ -223,7 +223,7 @@ def view_weights(
         features: (L, B, D), L >= 2, the first view the picture's own.
         low, high: c; with `geodesic`, AGC's β at a score of 0 and of 1.
         threshold: on the agreement r.
-        slope: of a sigmoid of r in the place of the switch, at least 1e-6; infinity: the switch.
+        slope: of a sigmoid of r instead of the switch, at least 1e-6; infinity: the switch.
         geodesic: AGC's weights instead (arXiv 2605.15584), by its own score.
         backend: as drift_head.
 

@@ -20,7 +20,7 @@ from scc_fast.engine.vit_from.parts import (
     unchanged,
 )
 from scc_fast.engine.vit_from.transformers import clip_tower, siglip_tower
-from scc_fast.models import FrozenModel, OpenCLIPModel, TransformersModel
+from scc_fast.models import FrozenModel, OpenCLIPModel, TransformersModel, TwoTowers
 
 # By model class.
 _FAMILIES = {
@@ -58,7 +58,7 @@ def adapter_of(model: Any) -> FrozenModel:
     ours = getattr(encode, "__func__", None) is FrozenModel.encode_image
     require(ours, f"{name_of(model)} has an encode_image of its own")
     adapter: Any = getattr(encode, "__self__", None)
-    plain = type(adapter) in (OpenCLIPModel, TransformersModel)
+    plain = type(adapter) in (OpenCLIPModel, TransformersModel, TwoTowers)
     require(plain, f"{name_of(adapter)} is not an adapter of scc_fast's")
     for name in ("encode_image", "_image_features"):
         require(name not in vars(adapter), f"its {name} was replaced")
