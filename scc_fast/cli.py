@@ -316,7 +316,8 @@ def bench(
 @app.command()
 def doctor(
     model: Annotated[
-        str | None, typer.Option(help="Also show its preprocessing and engine.")
+        str | None,
+        typer.Option(help="As bench takes it: also show its preprocessing and engine."),
     ] = None,
     pretrained: Annotated[str | None, typer.Option(help="open_clip tag or weights file.")] = None,
     plan: Annotated[

@@ -210,6 +210,7 @@ def test_its_surrogates() -> None:
     ]  # fmt: skip
     assert forms(rule="constant", strength=1.5) == [("constant", 1.0, None)]
     assert forms(rule="constant", strength=1.0) == []
+    assert forms(rule="constant", strength=1.0, slope=5.0) == []
     assert forms(strength=1.0) == []  # the mean, whatever agrees
     assert forms(slope=5.0)[0] == ("agreement", 2.5, 20.0)
     assert ("agreement", 2.5, 5.0) not in forms(slope=5.0)  # itself

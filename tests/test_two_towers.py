@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 from pathlib import Path
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 
 import scc_fast
 from command_line import Run
-from scc_fast import Defender, TwoTowers, image_seeds
+from scc_fast import Defender, TwoTowers, image_seeds, tiny
+from scc_fast._options import classes
 from scc_fast.defenses import DEFENSES
 from scc_fast.evaluate.worker import weights_hash
 from toys import assert_same
@@ -76,6 +78,18 @@ def test_an_image_function() -> None:
     assert weights_hash(by_function) == ""
 
 
+def test_texts_are_embedded_for_each_defender() -> None:
+    """No digest of the encoder's weights says whether a text function changed."""
+    scale = torch.ones(6)
+    model = TwoTowers(cnn(), lambda prompts: ROWS[: len(prompts)] * scale, size=SIZE)
+    first = Defender(model, NAMES, method="none")
+    scale[0] = -1
+    second = Defender(model, NAMES, method="none")
+    assert second.snapshot is first.snapshot
+    torch.testing.assert_close(second.text_features, F.normalize(ROWS * scale, dim=-1))
+    torch.testing.assert_close(first.text_features, F.normalize(ROWS, dim=-1))
+
+
 def test_a_defender_stands_on_its_own_copy() -> None:
     """Training goes on in the caller's module; a new Defender has both towers anew."""
     own = cnn()
@@ -91,7 +105,13 @@ def test_a_defender_stands_on_its_own_copy() -> None:
     scale[0] = -1
     assert torch.equal(before(pictures(), 0).logits, want)
     assert torch.equal(first.text_features, old)
-    assert not torch.equal(Defender(moving, NAMES, method="none").text_features, old)
+    held, again = first(pictures(), 0), Defender(moving, NAMES, method="none")
+    assert not torch.equal(again.text_features, old)
+    with torch.no_grad():
+        features = F.normalize(own.eval()(pictures()), dim=-1)
+    want = 100 * features @ F.normalize(ROWS * scale, dim=-1).T
+    torch.testing.assert_close(again(pictures(), 0).logits, want, atol=1e-3, rtol=1e-4)
+    assert (held.logits - want).abs().max() > 1
 
 
 def test_engine_compile() -> None:
@@ -286,12 +306,22 @@ def test_a_factory(module: str) -> None:
 
 
 def test_a_factory_in_the_other_commands(module: str, run: Run, tmp_path: Path) -> None:
-    """Bench and doctor; evaluate has a test of its own."""
-    Image.new("RGB", (70, 80), (200, 30, 30)).save("red.png")
-    for asked in ("defend red.png --labels red,blue", "doctor", "bench --seconds 0.01 --batch 1"):
-        code, out, err = run(*asked.split(), "--model", f"{module}:make")
+    """What each writes is of that model; evaluate has a test of its own."""
+    Image.new("RGB", (64, 64), (200, 30, 30)).save("red.png")
+    found = {}
+    for asked in ("defend red.png --labels red,blue --method none", "doctor",
+                  "bench --seconds 0.01 --batch 1"):  # fmt: skip
+        code, _, err = run(*asked.split(), "--model", f"{module}:make", "--json", "found.json")
         assert code == 0, err
-        assert "pools" in out + err or "red" in out
+        found[asked.split()[0]] = json.loads((tmp_path / "found.json").read_text())
+        (tmp_path / "found.json").unlink()
+    assert found["doctor"]["model"]["name"] == "pools"
+    assert {row["model"] for row in found["bench"]["rows"]} == {"pools"}
+    prompts = classes("red,blue", f"{module}:make")
+    pixels = torch.tensor([200, 30, 30])[None, :, None, None].expand(1, 3, 64, 64) / 255
+    want = Defender(f"{module}:make", prompts, method="none")(pixels, 0).logits.softmax(dim=-1)[0]
+    got = {one["label"]: one["probability"] for one in found["defend"]["rows"][0]["after"]}
+    assert [got["red"], got["blue"]] == pytest.approx(want.tolist(), rel=1e-2)
 
 
 def test_a_factory_in_an_evaluation(module: str, run: Run, tmp_path: Path) -> None:
@@ -301,4 +331,8 @@ def test_a_factory_in_an_evaluation(module: str, run: Run, tmp_path: Path) -> No
     (folder,) = (tmp_path / "found").iterdir()
     model = json.loads((folder / "run.json").read_text())["model"]
     assert (model["spec"], model["source"]) == (f"{module}:make", "TwoTowers(Sequential)")
-    assert model["weights_sha256"] == weights_hash(scc_fast.load_model(f"{module}:make"))
+    towers = scc_fast.load_model(f"{module}:make")
+    assert model["weights_sha256"] == weights_hash(towers)
+    assert model["logit_scale"] == 100.0
+    text = towers.encode_text(tiny.prompts())
+    assert model["text_sha256"] == hashlib.sha256(text.numpy().tobytes()).hexdigest()
